@@ -1,0 +1,25 @@
+"""Compress Mixture-of-Experts checkpoints while their super experts stay provably intact.
+
+The Python API is five verbs: `open_source`, `profile_experts`, `make_plan`, `compress`, `validate`.
+They are loaded on first use, so that `import se_compress` needs neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["compress", "make_plan", "open_source", "profile_experts", "validate"]
+
+_HOME = {
+    "open_source": "se_compress.source",
+    "profile_experts": "se_compress.profiler",
+    "make_plan": "se_compress.policy",
+    "compress": "se_compress.execute",
+    "validate": "se_compress.validate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'se_compress' has no attribute {name!r}")

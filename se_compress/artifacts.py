@@ -1,0 +1,541 @@
+"""What flows between the stages, and how it is written to JSON. Read this file first.
+
+    Recipe -> ModelSource -> ExpertProfile -> CompressionPlan -> LayerRecord ... -> ValidationReport
+
+Every artefact is frozen, and everything that is said about an expert is keyed by `ExpertId`: the
+decoder's own layer index (0-based, dense layers counted) and the expert's index, or "shared". Never
+by a position in some list. This module needs the standard library only.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from se_compress.errors import RecipeError
+
+ExpertIndex = int | Literal["shared"]
+TensorKind = Literal[
+    "expert", "shared_expert", "router", "attention", "dense_mlp", "norm", "embedding", "other"
+]
+Action = Literal["keep", "quantize", "prune", "merge"]
+Role = Literal["gate", "up", "down"]
+ROLES: tuple[Role, ...] = ("gate", "up", "down")
+
+Artifact = TypeVar("Artifact")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertId:
+    """One expert: absolute decoder layer, index within the layer or "shared"."""
+
+    layer: int
+    expert: ExpertIndex
+
+    @property
+    def sort_key(self) -> tuple[int, bool, int]:
+        """Layer first, routed experts by index, the shared expert last."""
+        routed = isinstance(self.expert, int)
+        return (self.layer, not routed, self.expert if isinstance(self.expert, int) else 0)
+
+    def __lt__(self, other: "ExpertId") -> bool:
+        return self.sort_key < other.sort_key
+
+    def __str__(self) -> str:
+        return f"({self.layer}, {self.expert})"
+
+
+# ------------------------------------------------------------------------------- the source model
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its safetensors header has it, and what it is to the model.
+
+    dtype       safetensors' own name ("BF16", "F32", "I32" ...)
+    begin, end  byte range of the data, from the start of the file
+    layer       decoder layer, None for tensors outside the decoder layers
+    expert      set for kinds "expert" and "shared_expert"
+    role        which of the three projections; None for anything else (biases, gates, norms)
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+    kind: TensorKind = "other"
+    layer: int | None = None
+    expert: ExpertIndex | None = None
+    role: Role | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint on disk, known from its config and headers only; no weight has been read.
+
+    path            the directory
+    name            what the recipe called it
+    family          `model_type`, a row of families.py
+    config          config.json
+    tensors         every tensor by name
+    moe_layers      absolute indices of the layers with routed experts
+    expert_count    routed experts of each of these layers
+    digest          changes when the config, a header, a file size or a file time changes
+    """
+
+    path: Path
+    name: str
+    family: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    layer_count: int
+    moe_layers: tuple[int, ...]
+    expert_count: int
+    top_k: int
+    digest: str
+
+    @cached_property
+    def experts(self) -> dict[ExpertId, dict[Role, TensorInfo]]:
+        """The weight matrices of every routed and shared expert, in the order of their ids."""
+        found: dict[ExpertId, dict[Role, TensorInfo]] = {}
+        for info in self.tensors.values():
+            if info.role is not None and info.expert is not None and info.layer is not None:
+                found.setdefault(ExpertId(info.layer, info.expert), {})[info.role] = info
+        return {identity: found[identity] for identity in sorted(found)}
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """All tensor data, headers not counted."""
+        return sum(info.size_bytes for info in self.tensors.values())
+
+
+# ------------------------------------------------------------------------------------ the profile
+
+
+@dataclass(frozen=True)
+class ExpertStats:
+    """What one expert did over the calibration tokens.
+
+    peak              max |down_proj output| before the routing weight, float32, all routed tokens
+    weighted_peak     the same after the routing weight (or the shared expert's gate)
+    channel, position, token_id   where the peak stands: residual channel, position in its
+                      sequence, the token there; -1 if no token was routed here
+    tokens            tokens routed to the expert
+    gate_mass         sum of its routing weights over all tokens, divided by the number of tokens
+    mean_output_norm  mean L2 norm of the down_proj output over its tokens
+    saliency          mean of routing weight x output norm over its tokens (REAP, arXiv:2510.13999)
+    loss              bits -> mean over all tokens of |weight x (output - quantised output)|^2,
+                      the output error that plain rounding to that width makes
+    """
+
+    layer: int
+    expert: ExpertIndex
+    peak: float
+    weighted_peak: float
+    channel: int
+    position: int
+    token_id: int
+    tokens: int
+    gate_mass: float
+    mean_output_norm: float
+    saliency: float
+    loss: Mapping[int, float]
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """The residual stream after one decoder layer, and the layer's attention sinks.
+
+    peak, position, channel, token_id   the largest |h| over all tokens and where it stands
+    median       median |h| over tokens and channels
+    rise         peak minus the peak after the previous layer (or the embedding)
+    massive      Sun et al. (arXiv:2402.17762): peak > 100 and peak >= 1000 x median
+    forming      the layer makes massive activations: see `profiler.forming_layers`
+    cancelling   the layer removes at least half of a massive activation
+    mlp_peak     max |down_proj output| of the dense MLP; None in a MoE layer
+    sink_mass    per head, mean attention that queries at position >= 8 pay to position 0
+    sink_rate    Gu et al. (arXiv:2410.10781): share of heads whose position-0 attention, averaged
+                 over all queries, exceeds 0.3
+    """
+
+    layer: int
+    moe: bool
+    peak: float
+    position: int
+    channel: int
+    token_id: int
+    median: float
+    rise: float
+    massive: bool
+    forming: bool
+    cancelling: bool
+    mlp_peak: float | None
+    sink_mass: tuple[float, ...]
+    sink_rate: float
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What happened when the output of one expert was set to zero.
+
+    rise_removed         share of the layer's rise of the massive activation that vanished
+    massive_activation   peak |h| at the model's strongest layer, after / before
+    sink_mass            mean over layers and heads from the expert's layer on, after / before
+    kl_divergence        mean KL(original || ablated) of the next-token distribution, nats
+    """
+
+    layer: int
+    expert: ExpertIndex
+    rise_removed: float
+    massive_activation: float
+    sink_mass: float
+    kl_divergence: float
+
+
+@dataclass(frozen=True)
+class SuperExpert:
+    """An expert that the criterion proposes; `confirmed` is what zeroing it showed (None: not asked)."""
+
+    layer: int
+    expert: ExpertIndex
+    peak: float
+    channel: int
+    position: int
+    token_id: int
+    confirmed: bool | None = None
+    zeroed: Ablation | None = None
+    control: Ablation | None = None
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class OutlierExpert:
+    """An expert over the thresholds that is not a super expert, and why it is not."""
+
+    layer: int
+    expert: ExpertIndex
+    peak: float
+    channel: int
+    position: int
+    reason: Literal["cancels", "layer forms no massive activation", "model has none"]
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class ExpertProfile:
+    """profile.json: measured once, planned from often.
+
+    digest          of everything the profile was made from
+    tokens_digest   of the calibration tokens
+    threshold       the peak that an expert has to exceed: max of the two clauses below
+    super_experts   in order of id; empty with a note if the model has no massive activation
+    """
+
+    model: str
+    digest: str
+    source_digest: str
+    tokens_digest: str
+    samples: int
+    sequence_length: int
+    threshold: float
+    percentile_value: float
+    fraction_value: float
+    massive: bool
+    super_experts: tuple[SuperExpert, ...]
+    outliers: tuple[OutlierExpert, ...]
+    notes: tuple[str, ...]
+    layers: tuple[LayerStats, ...]
+    experts: tuple[ExpertStats, ...]
+
+    @cached_property
+    def by_id(self) -> dict[ExpertId, ExpertStats]:
+        return {stats.id: stats for stats in self.experts}
+
+
+# --------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class ExpertDecision:
+    """What becomes of one expert, and why. `bits` is None for a pruned expert; 16 keeps the source's
+    own precision, whatever that is."""
+
+    layer: int
+    expert: ExpertIndex
+    action: Action
+    bits: int | None
+    reason: str
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """plan.json: readable, editable, handed back with `--plan`.
+
+    bits_per_weight   over all weights of routed and shared experts, scales and indices included
+    size_bytes        all tensor data of the checkpoint as the export will write it
+    other_bits        attention, dense MLP and shared experts that have no line of their own
+    protected         experts that must not be lowered, pruned or merged away
+    """
+
+    target: str
+    method: str
+    group_size: int
+    symmetric: bool
+    bits_per_weight: float
+    size_bytes: int
+    source_size_bytes: int
+    other_bits: int
+    protected: tuple[ExpertId, ...]
+    profile_digest: str
+    notes: tuple[str, ...]
+    experts: tuple[ExpertDecision, ...]
+
+    @cached_property
+    def by_id(self) -> dict[ExpertId, ExpertDecision]:
+        return {decision.id: decision for decision in self.experts}
+
+
+# ------------------------------------------------------------------------------------ compression
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """How the quantisation of one expert went.
+
+    tokens      calibration tokens behind its Hessian
+    shrinkage   share of the layer's Hessian mixed in (0 = enough tokens of its own)
+    damping     what was added to the Hessian's diagonal, relative to its mean (largest of the two)
+    error       relative output error, sqrt(tr(dW H dW^T) / tr(W H W^T)): gate and up, then down
+    fallback    "" or why another method had to be used
+    """
+
+    layer: int
+    expert: ExpertIndex
+    bits: int
+    tokens: int
+    shrinkage: float
+    damping: float
+    error_gate_up: float
+    error_down: float
+    fallback: str
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What compressing one layer did. `hidden_error` is the relative distance between the hidden
+    states of the compressed stream and those of the source after the layer."""
+
+    layer: int
+    seconds: float
+    hidden_error: float
+    experts: tuple[ExpertRecord, ...]
+
+
+# ------------------------------------------------------------------------------------- validation
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate. `passed` is None when the check could not be run; `detail` then says why."""
+
+    name: str
+    value: float | None
+    limit: float | None
+    passed: bool | None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """Source and result side by side after one layer.
+
+    peak_*            largest |h| of the residual stream
+    sink_mass_*       mean over heads of the attention to position 0 from queries at position >= 8
+    sink_heads_*      the same per head
+    hidden_error      |h_result - h_source| / |h_source| over all tokens
+    router_agreement  mean share of the top-k experts chosen by both; None in a dense layer
+    """
+
+    layer: int
+    peak_source: float
+    peak_result: float
+    sink_mass_source: float
+    sink_mass_result: float
+    sink_heads_source: tuple[float, ...]
+    sink_heads_result: tuple[float, ...]
+    hidden_error: float
+    router_agreement: float | None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One greedy continuation by both models."""
+
+    prompt: str
+    source: str
+    result: str
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """validation.json. `passed` is true if no check failed (a check that was not run did not pass
+    and did not fail: it is named in `not_run`)."""
+
+    passed: bool
+    checks: tuple[Check, ...]
+    not_run: tuple[str, ...]
+    perplexity_source: float
+    perplexity_result: float
+    tokens: int
+    size_bytes: int
+    source_size_bytes: int
+    expert_bytes: int
+    source_expert_bytes: int
+    layers: tuple[LayerComparison, ...]
+    continuations: tuple[Continuation, ...]
+    records: tuple[LayerRecord, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def to_json(artifact: object) -> str:
+    """Deterministic JSON: fields in the order of the dataclass, one record of a list per line."""
+    plain = _plain(artifact)
+    if not isinstance(plain, dict):
+        raise TypeError(f"{type(artifact).__name__} is not an artefact")
+    lines = []
+    for key, value in plain.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in value)
+            lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+        else:
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def from_json(kind: type[Artifact], text: str, where: str) -> Artifact:
+    """The inverse of `to_json`, strict: an unknown, missing or mistyped field is a `RecipeError`
+    that names `where` and the field."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{where}: not JSON ({error.msg}, line {error.lineno})") from None
+    value: Artifact = _decode(kind, data, where)
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".writing")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def digest_of(*parts: object) -> str:
+    """A short digest of JSON-able values, equal for equal values on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _decode_dataclass(kind, data, where)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(arguments, data, where)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is Mapping and isinstance(data, dict):
+        key_kind, value_kind = arguments
+        return {key_kind(k): _decode(value_kind, v, f"{where}.{k}") for k, v in data.items()}
+    if origin is Literal and data in arguments:
+        return data
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and type(data) is kind:
+        return data
+    raise RecipeError(f"{where} is {json.dumps(data)[:60]}, but {_describe(kind)} is expected")
+
+
+def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where} is {json.dumps(data)[:60]}, but an object is expected")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for name in data:
+        if name not in fields:
+            raise RecipeError(f"{where}.{name} is unknown; known are {', '.join(fields)}")
+    for name, known in fields.items():
+        optional = not (
+            known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
+        )
+        if name not in data and not optional:
+            raise RecipeError(f"{where}.{name} is missing")
+    return kind(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+
+def _decode_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        try:
+            return _decode(kind, data, where)
+        except RecipeError as error:
+            last = error
+    raise last
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(json.dumps(a) for a in typing.get_args(kind))
+    return getattr(kind, "__name__", str(kind))

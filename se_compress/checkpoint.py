@@ -1,0 +1,202 @@
+"""Tensors on disk: read by name, and written into shards whose layout is known in advance.
+
+All names, dtypes and shapes of a result follow from its plan, so every shard is laid out and allocated
+before the first weight is read; a tensor is then written to its own place whenever it is ready. A full
+disk shows at once, a killed run goes on where it was, nothing is copied twice, and no more than one
+tensor has to be in memory.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from se_compress.artifacts import TensorInfo
+from se_compress.errors import ResourceError, SourceError
+from se_compress.source import INDEX_FILE, ITEM_BYTES
+
+Reader = Callable[[str], Tensor]
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
+    """A function that reads one tensor by name, as it is on disk, through a memory map.
+
+    The tensors share the map's pages and are read-only by convention: change a copy. Raises
+    SourceError for an unknown name or a dtype that torch does not have.
+    """
+    maps: dict[str, mmap.mmap] = {}
+
+    def read(name: str) -> Tensor:
+        info = tensors.get(name)
+        if info is None:
+            raise SourceError(f"{name}: the checkpoint has no such tensor")
+        if info.dtype not in TORCH_DTYPES:
+            raise SourceError(f"{name}: dtype {info.dtype} cannot be read")
+        if info.file not in maps:
+            with open(info.file, "rb") as stream:
+                # ACCESS_COPY: torch wants a writable buffer; nothing ever reaches the file.
+                maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return _view(maps[info.file], info)
+
+    return read
+
+
+def _view(buffer: mmap.mmap, info: TensorInfo) -> Tensor:
+    dtype = TORCH_DTYPES[info.dtype]
+    if info.size_bytes == 0:
+        return torch.empty(info.shape, dtype=dtype)
+    raw = torch.frombuffer(buffer, dtype=torch.uint8, count=info.size_bytes, offset=info.begin)
+    if info.begin % dtype.itemsize:  # some writers do not align their tensors
+        raw = raw.clone()
+    return raw.view(dtype).reshape(info.shape)
+
+
+def check_finite(name: str, tensor: Tensor) -> Tensor:
+    """The same tensor. Raises SourceError if it holds NaN or infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
+        bad = int((~torch.isfinite(tensor.float())).sum())
+        if bad:
+            raise SourceError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a tensor of the result will be: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        items = 1
+        for extent in self.shape:
+            items *= extent
+        return items * ITEM_BYTES[self.dtype]
+
+
+def lay_out(slots: Iterable[Slot], directory: Path, max_shard_bytes: int) -> dict[str, TensorInfo]:
+    """Give every tensor its file and byte range, in the order of `slots`, shards filled up to
+    `max_shard_bytes` (a larger single tensor gets a shard of its own)."""
+    shards: list[list[Slot]] = [[]]
+    filled = 0
+    for slot in slots:
+        if shards[-1] and filled + slot.size_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(slot)
+        filled += slot.size_bytes
+    count = len(shards)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
+    placed: dict[str, TensorInfo] = {}
+    for name, shard in zip(names, shards, strict=True):
+        placed |= _place(shard, str(directory / name))
+    return placed
+
+
+def _place(shard: list[Slot], file: str) -> dict[str, TensorInfo]:
+    # Wide dtypes first keeps every tensor aligned to its item size, as safetensors' own writer does.
+    ordered = sorted(shard, key=lambda slot: -ITEM_BYTES[slot.dtype])
+    begin = 0
+    relative = []
+    for slot in ordered:
+        end = begin + slot.size_bytes
+        relative.append(TensorInfo(slot.name, slot.dtype, slot.shape, file, begin, end))
+        begin = end
+    start = len(_header(relative, 0))
+    return {i.name: replace(i, begin=i.begin + start, end=i.end + start) for i in relative}
+
+
+def _header(tensors: Iterable[TensorInfo], data_start: int) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for info in tensors:
+        offsets = [info.begin - data_start, info.end - data_start]
+        entries[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def allocate(layout: Mapping[str, TensorInfo]) -> None:
+    """Make the shard files at full size, headers written, and the index if there are several.
+
+    Files that exist with the right size and header are left as they are: a run is being resumed.
+    Raises ResourceError if the disk is too small.
+    """
+    files: dict[str, list[TensorInfo]] = {}
+    for info in layout.values():
+        files.setdefault(info.file, []).append(info)
+    for file, tensors in files.items():
+        start = min(info.begin for info in tensors)
+        _allocate_file(Path(file), _header(tensors, start), max(info.end for info in tensors))
+    if len(files) > 1:
+        directory = Path(next(iter(files))).parent
+        total = sum(info.size_bytes for info in layout.values())
+        weight_map = {name: Path(layout[name].file).name for name in sorted(layout)}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _allocate_file(path: Path, header: bytes, size_bytes: int) -> None:
+    if path.exists() and path.stat().st_size == size_bytes:
+        with path.open("rb") as stream:
+            if stream.read(len(header)) == header:
+                return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size_bytes)
+            stream.write(header)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ResourceError(
+            f"{path.parent}: {size_bytes / 1e9:.2f} GB cannot be allocated ({error.strerror})"
+        ) from None
+
+
+def write_tensors(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to their places and wait until the disk has them.
+
+    Raises ValueError if a tensor is not what the layout says: that would be a bug of the caller.
+    """
+    descriptors: dict[str, int] = {}
+    try:
+        for name, tensor in tensors.items():
+            info = layout[name]
+            if tuple(tensor.shape) != info.shape or tensor.dtype != TORCH_DTYPES[info.dtype]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as in {info}")
+            if info.file not in descriptors:
+                descriptors[info.file] = os.open(info.file, os.O_WRONLY)
+            _write_at(descriptors[info.file], tensor, info.begin)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
+    if tensor.numel() == 0:
+        return
+    data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

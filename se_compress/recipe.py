@@ -1,0 +1,291 @@
+"""The recipe: YAML in, a frozen and checked `Recipe` out. The only module that uses pydantic.
+
+Whatever changes the bits of the result is in here; flags of the command line say only *how* to run.
+Unknown keys are refused with the nearest known one, and every message names the key's path.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from se_compress.errors import RecipeError
+
+Target = Literal["transformers", "gptqmodel"]
+Method = Literal["gptq", "rtn", "none"]
+Width = Literal[2, 3, 4, 8]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSource(_Section):
+    """One source of text.
+
+    data           path of a .txt, .jsonl or .parquet file, or the name of a data set on the Hub
+    split, config  for a data set on the Hub
+    column         which column holds the text, or the chat messages if `chat_template` is set
+    """
+
+    data: str
+    split: str = "train"
+    config: str | None = None
+    column: str = "text"
+
+
+class _Text(_Section):
+    data: tuple[DataSource, ...] = Field(min_length=1)
+    samples: Positive
+    sequence_length: Annotated[int, Field(ge=16)]
+    seed: Annotated[int, Field(ge=0)] = 0
+    chat_template: bool = False
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        return tuple({"data": item} if isinstance(item, str) else item for item in items)
+
+
+class Calibration(_Text):
+    """The text that the profile and the quantiser see."""
+
+    samples: Positive = 256
+    sequence_length: Annotated[int, Field(ge=16)] = 512
+
+
+class SuperExperts(_Section):
+    """The published criterion (arXiv:2507.23279, eq. 6) and whether to confirm it by zeroing."""
+
+    percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 99.5
+    fraction_of_max: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    confirm: bool = True
+
+
+class ExpertName(_Section):
+    """An expert as a recipe names it."""
+
+    layer: Annotated[int, Field(ge=0)]
+    expert: Annotated[int, Field(ge=0)] | Literal["shared"]
+
+
+class Policy(_Section):
+    """What may be done to the experts, and under which budget.
+
+    bits             widths to choose from; a single number means that width
+    bits_per_weight  budget over all expert weights, scales included
+    size             budget for all tensor data of the checkpoint, in bytes
+    other_bits       attention, dense MLP, shared experts; 16 keeps them as they are
+    """
+
+    protect: Literal["super-experts", "none"] | tuple[ExpertName, ...] = "super-experts"
+    protected_bits: Literal[8, 16] = 16
+    bits: tuple[Width, ...] = (4,)
+    bits_per_weight: Annotated[float, Field(gt=0.0)] | None = None
+    size: int | None = None
+    other_bits: Literal[16] = 16
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _list_of_experts(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _widths(cls, value: object) -> object:
+        widths = list(value) if isinstance(value, list | tuple) else [value]
+        if not widths:
+            raise ValueError("at least one width is needed, for instance [4]")
+        return tuple(sorted(set(widths))) if all(type(w) is int for w in widths) else tuple(widths)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return parse_size(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Policy":
+        if self.bits_per_weight is not None and self.size is not None:
+            raise ValueError("give bits_per_weight or size, not both")
+        return self
+
+
+class Quantization(_Section):
+    """How a width is reached.
+
+    group_size  input columns that share a scale; -1 means one scale per row
+    damping     added to the Hessian's diagonal, relative to its mean (raised where that fails)
+    """
+
+    method: Method = "gptq"
+    group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
+    symmetric: bool = True
+    act_order: Literal["static", "none"] = "static"
+    scales: Literal["activation", "minmax"] = "activation"
+    damping: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+
+
+class Generation(_Section):
+    """Greedy continuations for the repetition check; `tokens: 0` leaves the check out (not run)."""
+
+    prompts: Positive = 4
+    prompt_tokens: Positive = 32
+    tokens: Annotated[int, Field(ge=0)] = 48
+
+
+class Validation(_Text):
+    """Held-out text and the limit of each gate (defined in validate.py)."""
+
+    samples: Positive = 32
+    sequence_length: Annotated[int, Field(ge=16)] = 256
+    perplexity_increase: Annotated[float, Field(gt=0.0)] = 0.10
+    kl_divergence: Annotated[float, Field(gt=0.0)] = 0.20
+    massive_activation_ratio: Fraction = 0.90
+    sink_decay: Fraction = 0.10
+    router_agreement: Fraction = 0.70
+    repetition: Annotated[float, Field(gt=0.0)] = 0.25
+    generation: Generation = Generation()
+
+
+class Recipe(_Section):
+    """Everything that determines the result."""
+
+    model: Annotated[str, Field(min_length=1)]
+    output: Annotated[str, Field(min_length=1)]
+    target: Target = "transformers"
+    calibration: Calibration
+    super_experts: SuperExperts = SuperExperts()
+    policy: Policy = Policy()
+    quantization: Quantization = Quantization()
+    validation: Validation
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "9GB" (10^9) or "4.5GiB" (2^30)."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write for instance 9GB or 4.5GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe. `overrides` are `key.path=value` with the value in YAML.
+
+    Raises RecipeError naming the file, the key and what would be accepted.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {_one_line(str(error))}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, such as `model: path`")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe that has been read already; `where` begins every message."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, object]:
+    """`{"policy.bits": [4], ...}`, so that a changed setting can be named."""
+    flat: dict[str, object] = {}
+    for name in type(recipe).model_fields:
+        value = getattr(recipe, name)
+        if isinstance(value, BaseModel):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = _plain(value)
+    return flat
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise RecipeError(f"--set {override}: write it as key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {_one_line(str(error))}") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {parent} holds a value, not further keys")
+        data = child
+    data[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem, in one line. Unknown keys come first: they often cause the others."""
+    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    problem = problems[0]
+    path = ".".join(str(part) for part in problem["loc"] if _is_key(part)) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(problem["loc"])
+    if problem["type"] == "missing":
+        return f"{path} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path} is {problem['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _is_key(part: object) -> bool:
+    """Pydantic puts the branch of a union ("literal[...]", "tuple[...]") among the keys."""
+    return isinstance(part, int) or "[" not in str(part)
+
+
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    *parents, last = [part for part in location if _is_key(part)]
+    known = _known_keys([part for part in parents if isinstance(part, str)])
+    near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
+    path = ".".join(str(part) for part in [*parents, last])
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"{path} is not a known key; {hint}"
+
+
+def _known_keys(parents: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for parent in parents:
+        annotation = section.model_fields[parent].annotation
+        candidates = [annotation, *(a for arg in get_args(annotation) for a in _leaves(arg))]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def _leaves(annotation: object) -> list[object]:
+    inner = get_args(annotation)
+    return [annotation] if not inner else [leaf for arg in inner for leaf in _leaves(arg)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

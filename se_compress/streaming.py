@@ -1,0 +1,407 @@
+"""Run a causal language model one decoder layer at a time.
+
+transformers owns the mathematics of every family; this module owns the order of the work. The model is
+built on the meta device. One pass with recording stand-ins shows what each decoder layer is called with
+(masks, position embeddings). Then each real layer is loaded, run over all batches and dropped, so that
+memory holds one layer and the hidden states, whatever the size of the model.
+
+transformers 5 fuses a layer's experts into two tensors, and hooks on expert modules see nothing. It does
+let one register an experts function and an attention function: ours compute the plain result and tell an
+observer what happens inside. Every family that uses these interfaces is instrumented that way.
+
+Batches hold sequences of equal length and no padding, so a call depends on the batch's shape alone.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from se_compress.artifacts import ROLES, ModelSource
+from se_compress.checkpoint import Reader, check_finite
+from se_compress.errors import SourceError
+from se_compress.families import FAMILIES, Family
+
+IMPLEMENTATION = "se_compress"
+# Attention to the sink is averaged over queries from here on: the first few have nowhere else to look.
+FIRST_SINK_QUERY = 8
+
+
+class Observer:
+    """What a run of a layer reports; override what is needed. Tensors are not to be changed.
+
+    `batch` is set before each batch: its index among the batches.
+    """
+
+    batch: int = 0
+    wants_attention = False
+    silenced: frozenset[int] = frozenset()
+
+    def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
+        """Input of the routed experts [N, H], chosen experts [N, k] and their weights [N, k];
+        N = sequences x length, row = sequence * length + position."""
+
+    def expert(
+        self, expert: int, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
+    ) -> None:
+        """One routed expert: its rows [n], input [n, I] and output [n, H] of down_proj, before the
+        routing weights [n]."""
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        """Attention probabilities on position 0, [B, heads, T] per query, and the mean that each
+        key position receives from the queries that can see it, [B, heads, T]."""
+
+
+class _Instrumented(Protocol):
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+    observer: Observer | None
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+
+def experts_forward(
+    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The routed experts' output [N, H], as transformers' own implementations compute it.
+
+    Tokens are sorted by expert once; each expert then works on its contiguous rows. The weighted
+    outputs of a token are summed in the order of its top-k slots, so the result is deterministic.
+    """
+    experts = cast(_Instrumented, module)
+    if experts.is_transposed or experts.has_bias or not experts.has_gate:
+        raise SourceError(f"{type(module).__name__}: this layout of fused experts is not supported")
+    observer = cast(Observer | None, getattr(module, "observer", None)) or Observer()
+    observer.routed(hidden, top_k_index, top_k_weights)
+    slots = top_k_index.shape[-1]
+    order = torch.argsort(top_k_index.reshape(-1), stable=True)
+    counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.gate_up_proj.shape[0])
+    weighted = hidden.new_empty(order.shape[0], hidden.shape[-1])
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if not count:
+            continue
+        chosen = order[start : start + count]
+        rows, weights = chosen // slots, top_k_weights.reshape(-1)[chosen]
+        gate_up = nn.functional.linear(hidden[rows], experts.gate_up_proj[expert])
+        inner = experts._apply_gate(gate_up)
+        output = nn.functional.linear(inner, experts.down_proj[expert])
+        if expert in observer.silenced:
+            output = torch.zeros_like(output)
+        observer.expert(expert, rows, inner, output, weights)
+        weighted[chosen] = (output * weights[:, None]).to(weighted.dtype)
+        start += count
+    return weighted.view(-1, slots, hidden.shape[-1]).sum(dim=1)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' "sdpa"; with an observer that asks for it, the probabilities are
+    computed as well, in float32."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    observer = cast(Observer | None, getattr(module, "observer", None))
+    if observer is not None and observer.wants_attention:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        _report_attention(observer, query, key, attention_mask, scale)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+def _report_attention(
+    observer: Observer, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+) -> None:
+    length = query.shape[2]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    if mask is None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    elif mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[..., :length], float("-inf"))
+    else:
+        scores = scores + mask[..., :length]
+    probabilities = scores.softmax(dim=-1)
+    queries = torch.arange(length, 0, -1, device=query.device)
+    observer.attention(probabilities[..., 0], probabilities.sum(dim=2) / queries)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+# ----------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a decoder layer is called with, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and remembers how it was called."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: it has no weights to count
+        self.call: _Call | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.call = _Call(args, kwargs)
+        return hidden
+
+
+class _Streamed(nn.Module):
+    """Stands in for a decoder layer and loads it anew for every call."""
+
+    def __init__(self, model: "StreamedModel", index: int, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"], self.__dict__["layer"] = model, layer
+        self.index = index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        model = cast(StreamedModel, self.__dict__["model"])
+        return cast(Tensor, model.load_layer(self.index)(hidden, *args, **kwargs))
+
+
+@dataclass
+class StreamedModel:
+    """A model whose weights come from `read`, a layer at a time.
+
+    read    one tensor by its name in the source checkpoint: the source's own, or a compressed one
+    dtype   of weights and hidden states
+    """
+
+    source: ModelSource
+    read: Reader
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    _calls: dict[tuple[int, int], list[_Call]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        _register()
+        self.family: Family = FAMILIES[self.source.family]
+        config = AutoConfig.from_pretrained(self.source.path)
+        config._attn_implementation = IMPLEMENTATION
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation=IMPLEMENTATION
+            )
+        model.set_experts_implementation(IMPLEMENTATION)
+        self.model = model.eval()
+        self.layers: list[nn.Module] = list(model.model.layers)
+        self._materialise(model, "", skip=("model.layers.", "model.embed_tokens.", "lm_head."))
+
+    # -- loading
+
+    def load_layer(self, layer: int) -> nn.Module:
+        """Decoder layer `layer` with its weights, on the device. Raises SourceError for NaN weights."""
+        module = copy.deepcopy(self.layers[layer])
+        self._materialise(module, f"model.layers.{layer}.", skip=())
+        return module
+
+    def _materialise(self, module: nn.Module, prefix: str, skip: tuple[str, ...]) -> None:
+        """Give every meta parameter and buffer of `module` (but those under `skip`) its real value."""
+        persistent = set(module.state_dict().keys())
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            if not name.startswith(skip) if skip else True:
+                self._fill(module, name, value, prefix, name in persistent)
+        for child in module.modules():
+            computed = child._non_persistent_buffers_set
+            if computed and not next(iter(child.buffers())).is_meta:
+                self.model._init_weights(child)
+
+    def _fill(
+        self, module: nn.Module, name: str, value: Tensor, prefix: str, persistent: bool
+    ) -> None:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        is_parameter = leaf in owner._parameters
+        dtype = value.dtype if is_parameter or not value.is_floating_point() else torch.float32
+        real = torch.empty(value.shape, dtype=dtype, device=self.device)
+        if persistent:
+            self._read_into(real, prefix + name)
+        if is_parameter:
+            owner._parameters[leaf] = nn.Parameter(real, requires_grad=False)
+        else:
+            owner._buffers[leaf] = real
+
+    def _read_into(self, target: Tensor, name: str) -> None:
+        """Fill `target` with the tensor that transformers calls `name`, stacking experts."""
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            target.copy_(check_finite(name, self.read(self._on_disk(name))))
+            return
+        layer = int(name.split(".")[2])
+        projections = dict(zip(ROLES, self.family.projections, strict=True))
+        roles = ("down",) if name.endswith("down_proj") else ("gate", "up")
+        for expert in range(target.shape[0]):
+            parts = target[expert].chunk(len(roles), dim=0)
+            for part, role in zip(parts, roles, strict=True):
+                projection = projections[role]  # type: ignore[index]
+                stored = self.family.expert.format(
+                    layer=layer, expert=expert, projection=projection
+                )
+                part.copy_(check_finite(stored, self.read(stored)))
+
+    def _on_disk(self, name: str) -> str:
+        for disk, memory in self.family.renames:
+            candidate = name.replace(memory, disk)
+            if candidate in self.source.tensors:
+                return candidate
+        if name == "lm_head.weight" and name not in self.source.tensors:
+            return "model.embed_tokens.weight"  # tied
+        return name
+
+    # -- running
+
+    @torch.no_grad()
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Embeddings [B, T, H] of each batch of token ids [B, T]."""
+        table = self.read("model.embed_tokens.weight")
+        return [table[batch].to(self.device, self.dtype) for batch in batches]
+
+    @torch.no_grad()
+    def run_layer(
+        self,
+        layer: int,
+        module: nn.Module,
+        hidden: Sequence[Tensor],
+        observer: Observer | None = None,
+    ) -> list[Tensor]:
+        """The hidden states after `module`, for each batch. The input is not changed."""
+        if observer is not None:
+            for child in module.modules():
+                child.observer = observer  # type: ignore[assignment]
+        results = []
+        for index, states in enumerate(hidden):
+            if observer is not None:
+                observer.batch = index
+            call = self._call(layer, states)
+            results.append(cast(Tensor, module(states, *call.args, **call.kwargs)))
+        return results
+
+    def _call(self, layer: int, states: Tensor) -> _Call:
+        shape = (states.shape[0], states.shape[1])
+        if shape not in self._calls:
+            self._calls[shape] = self._record(states)
+        return self._calls[shape][layer]
+
+    def _record(self, states: Tensor) -> list[_Call]:
+        recorders = [_Recorder(layer) for layer in self.layers]
+        decoder = self.model.model
+        decoder.layers = nn.ModuleList(recorders)
+        try:
+            decoder(inputs_embeds=states, use_cache=False)
+        finally:
+            decoder.layers = nn.ModuleList(self.layers)
+        calls = [recorder.call for recorder in recorders]
+        if None in calls:
+            raise RuntimeError(f"layer {calls.index(None)} was never called")
+        return cast(list[_Call], calls)
+
+    @torch.no_grad()
+    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Float32 logits [B, T, V] of each batch, from the hidden states after the last layer."""
+        head = torch.empty(self.model.lm_head.weight.shape, dtype=self.dtype, device=self.device)
+        self._read_into(head, "lm_head.weight")
+        for states in hidden:
+            normed = self.model.model.norm(states)
+            yield nn.functional.linear(normed, head).float()
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Tensor, tokens: int, on_token: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Greedy continuations [B, tokens] of prompts [B, P] of equal length; every step loads every
+        layer once. No token ends a continuation early, so that models can be compared."""
+        from transformers import DynamicCache
+
+        decoder = self.model.model
+        head = torch.empty(self.model.lm_head.weight.shape, dtype=self.dtype, device=self.device)
+        self._read_into(head, "lm_head.weight")
+        streamed = [_Streamed(self, i, layer) for i, layer in enumerate(self.layers)]
+        decoder.layers = nn.ModuleList(streamed)
+        cache, step, chosen = DynamicCache(config=self.model.config), prompts, []
+        try:
+            for _ in range(tokens):
+                embedded = self.embed([step])[0]
+                states = decoder(
+                    inputs_embeds=embedded, past_key_values=cache, use_cache=True
+                ).last_hidden_state
+                step = nn.functional.linear(states[:, -1], head).argmax(-1, keepdim=True).cpu()
+                chosen.append(step)
+                on_token()
+        finally:
+            decoder.layers = nn.ModuleList(self.layers)
+        return torch.cat(chosen, dim=1)
+
+
+def sink_mass(first_key: Tensor) -> Tensor:
+    """Mean attention to position 0 per head [heads], from probabilities [B, heads, T]; queries from
+    position FIRST_SINK_QUERY on."""
+    return first_key[..., FIRST_SINK_QUERY:].mean(dim=(0, 2))
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+def save_states(path: Path, layer: int, streams: dict[str, list[Tensor]]) -> None:
+    """Write the hidden states after `layer`, atomically: the file is the old one or the new one."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{name}.{index}": states.contiguous()
+        for name, batches in streams.items()
+        for index, states in enumerate(batches)
+    }
+    partial = path.with_name(path.name + ".writing")
+    save_file(tensors, partial, metadata={"layer": str(layer)})
+    partial.replace(path)
+
+
+def load_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[Tensor]]]:
+    """The inverse of `save_states`; layer -1 and nothing if there is no file."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return -1, {}
+    streams: dict[str, list[Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        metadata = cast(dict[str, str], file.metadata())
+        for key in sorted(file.keys(), key=lambda k: (k.split(".")[0], int(k.split(".")[1]))):
+            streams.setdefault(key.split(".")[0], []).append(file.get_tensor(key).to(device))
+    return json.loads(metadata["layer"]), streams
