@@ -13,7 +13,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ TensorKind = Literal[
 ]
 Action = Literal["keep", "quantize", "prune", "merge"]
 Role = Literal["gate", "up", "down"]
+OutlierReason = Literal["cancels", "layer forms no massive activation", "model has none"]
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
 
 Artifact = TypeVar("Artifact")
@@ -50,6 +51,22 @@ class ExpertId:
 
     def __str__(self) -> str:
         return f"({self.layer}, {self.expert})"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run. Nothing in here changes the result beyond float round-off.
+
+    device        "cpu", "cuda" or "cuda:N"
+    work          directory for saved progress; None: nothing is saved
+    batch_tokens  tokens that go through a layer at once
+    progress      called with stage, steps done, steps in all
+    """
+
+    device: str = "cpu"
+    work: Path | None = None
+    batch_tokens: int = 4096
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
 # ------------------------------------------------------------------------------- the source model
@@ -137,8 +154,9 @@ class ExpertStats:
     gate_mass         sum of its routing weights over all tokens, divided by the number of tokens
     mean_output_norm  mean L2 norm of the down_proj output over its tokens
     saliency          mean of routing weight x output norm over its tokens (REAP, arXiv:2510.13999)
-    loss              bits -> mean over all tokens of |weight x (output - quantised output)|^2,
-                      the output error that plain rounding to that width makes
+    loss              bits -> mean over all tokens of |weight x (output - quantised output)|^2 / |h|^2,
+                      h the token's residual after the layer: the error that rounding the expert to
+                      that width (activation-weighted scales, no GPTQ) puts into the stream
     """
 
     layer: int
@@ -165,10 +183,10 @@ class LayerStats:
 
     peak, position, channel, token_id   the largest |h| over all tokens and where it stands
     median       median |h| over tokens and channels
-    rise         peak minus the peak after the previous layer (or the embedding)
+    rise, fall   most that the layer adds to, takes from, any |h| (per token and channel)
     massive      Sun et al. (arXiv:2402.17762): peak > 100 and peak >= 1000 x median
     forming      the layer makes massive activations: see `profiler.forming_layers`
-    cancelling   the layer removes at least half of a massive activation
+    cancelling   the layer takes away most of a massive activation: `profiler.cancelling_layers`
     mlp_peak     max |down_proj output| of the dense MLP; None in a MoE layer
     sink_mass    per head, mean attention that queries at position >= 8 pay to position 0
     sink_rate    Gu et al. (arXiv:2410.10781): share of heads whose position-0 attention, averaged
@@ -183,6 +201,7 @@ class LayerStats:
     token_id: int
     median: float
     rise: float
+    fall: float
     massive: bool
     forming: bool
     cancelling: bool
@@ -237,7 +256,7 @@ class OutlierExpert:
     peak: float
     channel: int
     position: int
-    reason: Literal["cancels", "layer forms no massive activation", "model has none"]
+    reason: OutlierReason
 
     @property
     def id(self) -> ExpertId:
@@ -298,7 +317,7 @@ class ExpertDecision:
 class CompressionPlan:
     """plan.json: readable, editable, handed back with `--plan`.
 
-    bits_per_weight   over all weights of routed and shared experts, scales and indices included
+    bits_per_weight   over all weights of the routed experts, scales and indices included
     size_bytes        all tensor data of the checkpoint as the export will write it
     other_bits        attention, dense MLP and shared experts that have no line of their own
     protected         experts that must not be lowered, pruned or merged away

@@ -9,9 +9,7 @@ tensor has to be in memory.
 import json
 import mmap
 import os
-import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +17,8 @@ from torch import Tensor
 
 from se_compress.artifacts import TensorInfo
 from se_compress.errors import ResourceError, SourceError
-from se_compress.source import INDEX_FILE, ITEM_BYTES
+from se_compress.headers import INDEX_FILE, header_bytes
+from se_compress.quant.packing import PackedGptq, unpack_gptq
 
 Reader = Callable[[str], Tensor]
 
@@ -28,6 +27,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+COPY_BYTES = 2**24
 
 
 def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
@@ -63,6 +63,39 @@ def _view(buffer: mmap.mmap, info: TensorInfo) -> Tensor:
     return raw.view(dtype).reshape(info.shape)
 
 
+def open_result(found: Mapping[str, TensorInfo], source: Mapping[str, TensorInfo]) -> Reader:
+    """A reader of a compressed checkpoint by the names of its source: packed weights come back
+    dequantised, float32 [rows, columns], everything else as it is on disk.
+
+    found, source   headers of the compressed checkpoint and of its source
+    """
+    read_stored = open_tensors(found)
+
+    def read(name: str) -> Tensor:
+        stem = name.removesuffix(".weight")
+        if name in found or f"{stem}.qweight" not in found:
+            return read_stored(name)
+        packed = PackedGptq(*(read_stored(f"{stem}.{part}") for part in PackedGptq._fields))
+        bits = 32 * packed.qweight.shape[0] // source[name].shape[1]
+        codes, scales, zeros = unpack_gptq(packed, bits=bits)
+        columns = packed.g_idx.long()
+        return (codes.float() - zeros.float()[:, columns]) * scales.float()[:, columns]
+
+    return read
+
+
+def copy_tensor(info: TensorInfo, slot: TensorInfo) -> None:
+    """Copy the bytes of a tensor to its place in the result, whatever its dtype."""
+    with open(info.file, "rb") as stream, open(slot.file, "r+b") as target:
+        stream.seek(info.begin)
+        target.seek(slot.begin)
+        remaining = info.size_bytes
+        while remaining:
+            data = stream.read(min(remaining, COPY_BYTES))
+            target.write(data)
+            remaining -= len(data)
+
+
 def check_finite(name: str, tensor: Tensor) -> Tensor:
     """The same tensor. Raises SourceError if it holds NaN or infinity."""
     if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
@@ -73,66 +106,6 @@ def check_finite(name: str, tensor: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------- writing
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What a tensor of the result will be: name, safetensors dtype, shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        items = 1
-        for extent in self.shape:
-            items *= extent
-        return items * ITEM_BYTES[self.dtype]
-
-
-def lay_out(slots: Iterable[Slot], directory: Path, max_shard_bytes: int) -> dict[str, TensorInfo]:
-    """Give every tensor its file and byte range, in the order of `slots`, shards filled up to
-    `max_shard_bytes` (a larger single tensor gets a shard of its own)."""
-    shards: list[list[Slot]] = [[]]
-    filled = 0
-    for slot in slots:
-        if shards[-1] and filled + slot.size_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(slot)
-        filled += slot.size_bytes
-    count = len(shards)
-    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    if count == 1:
-        names = ["model.safetensors"]
-    placed: dict[str, TensorInfo] = {}
-    for name, shard in zip(names, shards, strict=True):
-        placed |= _place(shard, str(directory / name))
-    return placed
-
-
-def _place(shard: list[Slot], file: str) -> dict[str, TensorInfo]:
-    # Wide dtypes first keeps every tensor aligned to its item size, as safetensors' own writer does.
-    ordered = sorted(shard, key=lambda slot: -ITEM_BYTES[slot.dtype])
-    begin = 0
-    relative = []
-    for slot in ordered:
-        end = begin + slot.size_bytes
-        relative.append(TensorInfo(slot.name, slot.dtype, slot.shape, file, begin, end))
-        begin = end
-    start = len(_header(relative, 0))
-    return {i.name: replace(i, begin=i.begin + start, end=i.end + start) for i in relative}
-
-
-def _header(tensors: Iterable[TensorInfo], data_start: int) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for info in tensors:
-        offsets = [info.begin - data_start, info.end - data_start]
-        entries[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def allocate(layout: Mapping[str, TensorInfo]) -> None:
@@ -146,7 +119,7 @@ def allocate(layout: Mapping[str, TensorInfo]) -> None:
         files.setdefault(info.file, []).append(info)
     for file, tensors in files.items():
         start = min(info.begin for info in tensors)
-        _allocate_file(Path(file), _header(tensors, start), max(info.end for info in tensors))
+        _allocate_file(Path(file), header_bytes(tensors, start), max(info.end for info in tensors))
     if len(files) > 1:
         directory = Path(next(iter(files))).parent
         total = sum(info.size_bytes for info in layout.values())
@@ -196,7 +169,8 @@ def write_tensors(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor
 def _write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
     if tensor.numel() == 0:
         return
-    data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data = memoryview(flat.numpy().data)
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written

@@ -107,7 +107,7 @@ class Policy(_Section):
         widths = list(value) if isinstance(value, list | tuple) else [value]
         if not widths:
             raise ValueError("at least one width is needed, for instance [4]")
-        return tuple(sorted(set(widths))) if all(type(w) is int for w in widths) else tuple(widths)
+        return tuple(dict.fromkeys(widths))
 
     @field_validator("size", mode="before")
     @classmethod
@@ -159,11 +159,15 @@ class Validation(_Text):
 
 
 class Recipe(_Section):
-    """Everything that determines the result."""
+    """Everything that determines the result.
+
+    compute_dtype   of weights and hidden states while the model runs; statistics are float32
+    """
 
     model: Annotated[str, Field(min_length=1)]
     output: Annotated[str, Field(min_length=1)]
     target: Target = "transformers"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     calibration: Calibration
     super_experts: SuperExperts = SuperExperts()
     policy: Policy = Policy()

@@ -1,14 +1,8 @@
-"""Open a model: config, headers, and the account of every tensor. No weight is read, torch not needed.
-
-Format of a safetensors file (https://github.com/huggingface/safetensors, README "Format"): eight bytes,
-little-endian, the length of the header; a JSON header of name -> {dtype, shape, data_offsets}; then
-the data, in the order of the offsets, without holes.
-"""
+"""Open a model: config, headers, and the account of every tensor. No weight is read, torch not needed."""
 
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +11,12 @@ from typing import Any
 from se_compress import families
 from se_compress.artifacts import ModelSource, TensorInfo
 from se_compress.errors import SourceError
+from se_compress.headers import read_headers
 
-ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
-    "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-INDEX_FILE = "model.safetensors.index.json"
 # What a loader may want beside the weights; pickles are left where they are.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LARGEST_HEADER_BYTES = 100_000_000
 
 
 def open_source(model: str) -> ModelSource:
@@ -100,87 +89,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SourceError(f"{file}: is not a JSON object")
     return config
-
-
-def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint directory, single file or sharded, from the headers alone."""
-    index = path / INDEX_FILE
-    if index.exists():
-        return _read_sharded(path, index)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise SourceError(_why_no_safetensors(path))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:3])
-        raise SourceError(f"{path}: several weight files ({names} ...) but no {INDEX_FILE}")
-    return {info.name: info for info in read_header(files[0])}
-
-
-def _read_sharded(path: Path, index: Path) -> dict[str, TensorInfo]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{index}: cannot be read as an index ({error!r})") from None
-    tensors: dict[str, TensorInfo] = {}
-    for name in sorted(set(weight_map.values())):
-        file = path / name
-        if not file.exists():
-            raise SourceError(f"{index} names {name}, which is missing")
-        tensors |= {info.name: info for info in read_header(file)}
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise SourceError(f"{index} places {name} in {shard}, which does not hold it")
-    return tensors
-
-
-def _why_no_safetensors(path: Path) -> str:
-    pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
-    if pickles:
-        return (
-            f"{path}: the weights are pickles ({pickles[0].name}), which can run code when loaded; "
-            "convert them to safetensors first"
-        )
-    return f"{path}: holds no .safetensors file"
-
-
-def read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file. Raises SourceError if the file is not what it claims."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _LARGEST_HEADER_BYTES):
-            raise SourceError(f"{file}: is truncated or not a safetensors file")
-        text = stream.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = [_tensor_info(name, entry, file, 8 + length) for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SourceError(f"{file}: has a corrupt safetensors header") from None
-    end = max((info.end for info in tensors), default=8 + length)
-    if end != size:
-        raise SourceError(f"{file}: is {size} bytes long, but its header describes {end}; truncated?")
-    for info in tensors:
-        _check_extent(info)
-    return tensors
-
-
-def _tensor_info(name: str, entry: Mapping[str, Any], file: Path, data_start: int) -> TensorInfo:
-    begin, end = (int(offset) + data_start for offset in entry["data_offsets"])
-    shape = tuple(int(extent) for extent in entry["shape"])
-    return TensorInfo(name, str(entry["dtype"]), shape, str(file), begin, end)
-
-
-def _check_extent(info: TensorInfo) -> None:
-    items = 1
-    for extent in info.shape:
-        items *= extent
-    if info.dtype in ITEM_BYTES and items * ITEM_BYTES[info.dtype] != info.size_bytes:
-        raise SourceError(
-            f"{info.file}: {info.name} is {info.dtype} {list(info.shape)} but has "
-            f"{info.size_bytes} bytes"
-        )
 
 
 def _check_keys(config: Mapping[str, Any], family: families.Family, path: Path) -> None:

@@ -16,13 +16,15 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from se_compress.artifacts import ROLES, ModelSource
+from se_compress.artifacts import ROLES, ExpertId, ExpertIndex, ModelSource
 from se_compress.checkpoint import Reader, check_finite
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES, Family
@@ -40,17 +42,20 @@ class Observer:
 
     batch: int = 0
     wants_attention = False
-    silenced: frozenset[int] = frozenset()
+    silenced: frozenset[ExpertIndex] = frozenset()
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
         """Input of the routed experts [N, H], chosen experts [N, k] and their weights [N, k];
         N = sequences x length, row = sequence * length + position."""
 
     def expert(
-        self, expert: int, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
+        self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
     ) -> None:
-        """One routed expert: its rows [n], input [n, I] and output [n, H] of down_proj, before the
-        routing weights [n]."""
+        """One expert: its rows [n], input [n, I] and output [n, H] of down_proj, and the weights [n]
+        with which the output enters the sum (the shared expert's: its gate, or 1)."""
+
+    def dense(self, inner: Tensor, output: Tensor) -> None:
+        """Input [N, I] and output [N, H] of a dense layer's down_proj."""
 
     def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
         """Attention probabilities on position 0, [B, heads, T] per query, and the mean that each
@@ -100,6 +105,28 @@ def experts_forward(
         weighted[chosen] = (output * weights[:, None]).to(weighted.dtype)
         start += count
     return weighted.view(-1, slots, hidden.shape[-1]).sum(dim=1)
+
+
+def _dense_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    observer = cast(Observer, module.observer)
+    observer.dense(inputs[0].flatten(0, -2), output.flatten(0, -2))
+
+
+def _shared_hook(gate: nn.Module | None, down: str) -> Callable[..., Tensor]:
+    """A hook on the shared expert: reports it, and silences it if asked to."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        observer = cast(Observer, module.observer)
+        hidden = inputs[0].flatten(0, -2)
+        flat = output.flatten(0, -2)
+        if "shared" in observer.silenced:
+            return torch.zeros_like(output)
+        inner = module.act_fn(module.gate_proj(hidden)) * module.up_proj(hidden)  # type: ignore[operator]
+        weights = torch.sigmoid(gate(hidden))[:, 0] if gate else hidden.new_ones(len(hidden))
+        observer.expert("shared", torch.arange(len(hidden)), inner, flat, weights)
+        return output
+
+    return hook
 
 
 def attention_forward(
@@ -218,7 +245,7 @@ class StreamedModel:
         config = AutoConfig.from_pretrained(self.source.path)
         config._attn_implementation = IMPLEMENTATION
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=self.dtype, attn_implementation=IMPLEMENTATION
             )
         model.set_experts_implementation(IMPLEMENTATION)
@@ -286,6 +313,11 @@ class StreamedModel:
             return "model.embed_tokens.weight"  # tied
         return name
 
+    def experts_module(self, module: nn.Module) -> Any:
+        """The fused routed experts of a loaded MoE layer: gate_up_proj [E, 2I, H], down_proj
+        [E, H, I], and what lies between them."""
+        return next(m for m in module.modules() if hasattr(m, "gate_up_proj"))
+
     # -- running
 
     @torch.no_grad()
@@ -303,16 +335,32 @@ class StreamedModel:
         observer: Observer | None = None,
     ) -> list[Tensor]:
         """The hidden states after `module`, for each batch. The input is not changed."""
-        if observer is not None:
-            for child in module.modules():
-                child.observer = observer  # type: ignore[assignment]
+        observer = observer or Observer()
+        hooks = self._attach(layer, module, observer)
         results = []
         for index, states in enumerate(hidden):
-            if observer is not None:
-                observer.batch = index
+            observer.batch = index
             call = self._call(layer, states)
             results.append(cast(Tensor, module(states, *call.args, **call.kwargs)))
+        for hook in hooks:
+            hook.remove()
         return results
+
+    def _attach(self, layer: int, module: nn.Module, observer: Observer) -> list[RemovableHandle]:
+        """Tell the experts and the attention of a layer whom to report to; the plain MLPs (shared
+        experts, dense layers) have no interface for that and get a hook on their down_proj."""
+        for child in module.modules():
+            child.observer = observer  # type: ignore[assignment]
+        down = self.family.projections[2]
+        if layer not in self.source.moe_layers:
+            return [module.get_submodule(f"mlp.{down}").register_forward_hook(_dense_hook)]
+        if ExpertId(layer, "shared") not in self.source.experts:
+            return []
+        path = self.family.shared.removeprefix("model.layers.{layer}.").partition(".{projection}")[0]
+        gate = self.family.shared_gate.removeprefix("model.layers.{layer}.").removesuffix(".weight")
+        shared = module.get_submodule(path)
+        hook = _shared_hook(module.get_submodule(gate) if gate else None, down)
+        return [shared.register_forward_hook(hook)]
 
     def _call(self, layer: int, states: Tensor) -> _Call:
         shape = (states.shape[0], states.shape[1])
@@ -368,6 +416,59 @@ class StreamedModel:
         finally:
             decoder.layers = nn.ModuleList(self.layers)
         return torch.cat(chosen, dim=1)
+
+
+def batches_of(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Tensor]:
+    """Batches [B, T] of neighbouring sequences of equal length, at most `batch_tokens` tokens each
+    (but at least one sequence)."""
+    batches: list[list[Sequence[int]]] = []
+    for sequence in tokens:
+        full = batches and (len(batches[-1]) + 1) * len(sequence) > batch_tokens
+        if not batches or full or len(batches[-1][0]) != len(sequence):
+            batches.append([])
+        batches[-1].append(sequence)
+    return [torch.tensor(batch) for batch in batches]
+
+
+def kl_divergence(source: Tensor, result: Tensor) -> Tensor:
+    """KL(source || result) in nats for each position, from logits [..., V]."""
+    source, result = source.log_softmax(-1), result.log_softmax(-1)
+    return (source.exp() * (source - result)).sum(-1)
+
+
+class RoutingCapture(Observer):
+    """Keeps the input of a layer's routed experts and the routing, over all batches.
+
+    After the run: `hidden` [N, H], `experts` [N, k], `weights` [N, k], rows in the order of the batches.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
+        self._parts.append((hidden.detach(), experts, weights))
+
+    @property
+    def saw_experts(self) -> bool:
+        """False for a dense layer."""
+        return bool(self._parts)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        return torch.cat([part[0] for part in self._parts])
+
+    @cached_property
+    def experts(self) -> Tensor:
+        return torch.cat([part[1] for part in self._parts])
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return torch.cat([part[2] for part in self._parts])
+
+    def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Rows [n] routed to `expert`, ascending, and their routing weights [n]."""
+        rows, slots = torch.nonzero(self.experts == expert, as_tuple=True)
+        return rows, self.weights[rows, slots]
 
 
 def sink_mass(first_key: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Everything of the result that is not a tensor: config, the engine's quantisation settings, tokenizer."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource, write_atomically
+from se_compress.families import FAMILIES
+from se_compress.headers import INDEX_FILE
+
+# Weights in any format are not copied: the result has its own.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+REPLACED_FILES = ("config.json", "quantize_config.json", "README.md", INDEX_FILE)
+
+
+def export_config(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
+    """Write config.json (and the engine's own settings) and copy every other file of the source that
+    a loader may want: tokenizer, generation config, licence."""
+    for file in sorted(source.path.iterdir()):
+        if file.is_file() and _is_auxiliary(file):
+            shutil.copyfile(file, directory / file.name)
+    config = dict(source.config)
+    settings = quantization_config(source, plan)
+    if settings:
+        config["quantization_config"] = settings
+        write_atomically(directory / "quantize_config.json", _pretty(settings))
+    write_atomically(directory / "config.json", _pretty(config))
+
+
+def _is_auxiliary(file: Path) -> bool:
+    weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+    return not weights and file.name not in REPLACED_FILES and not file.name.startswith(".")
+
+
+def _pretty(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
+    """The `quantization_config` of config.json; empty for a plan that quantises nothing.
+
+    GPTQ v1 as GPTQModel 7.6 reads it (quantization/config.py). The base width is the commonest one;
+    `dynamic` maps patterns of module names to what differs: "-:pattern" leaves a module in 16 bits,
+    "+:pattern" gives it another width.
+    """
+    quantized = [d for d in plan.experts if d.action == "quantize"]
+    if not quantized:
+        return {}
+    widths = [d.bits for d in quantized]
+    base = max(set(widths), key=lambda bits: (widths.count(bits), bits))
+    return {
+        "quant_method": "gptq",
+        "format": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": base,
+        "group_size": plan.group_size,
+        "sym": plan.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": _dynamic(source, plan, base),
+        "meta": {"quantizer": ["se-compress"]},
+    }
+
+
+def _dynamic(
+    source: ModelSource, plan: CompressionPlan, base: int | None
+) -> dict[str, dict[str, int]]:
+    """Patterns for all modules that are not experts of the base width, the special ones first."""
+    rules: dict[str, dict[str, int]] = {}
+    for decision in plan.experts:
+        if decision.expert == "shared" or decision.bits == base:
+            continue
+        pattern = _module_pattern(source, decision)
+        if decision.bits == 16:
+            rules[f"-:{pattern}"] = {}
+        elif decision.bits is not None:
+            rules[f"+:{pattern}"] = {"bits": decision.bits, "group_size": plan.group_size}
+    # Everything that is not a routed expert stays in 16 bits.
+    return rules | {r"-:^(?!.*\.experts\.\d+\.).*$": {}}
+
+
+def _module_pattern(source: ModelSource, decision: ExpertDecision) -> str:
+    template = FAMILIES[source.family].expert
+    stem = template.partition("{projection}")[0]
+    return "^" + re.escape(stem.format(layer=decision.layer, expert=decision.expert))

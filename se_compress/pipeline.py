@@ -1,0 +1,420 @@
+"""The one file that knows the order of things: recipe in, published or rejected checkpoint out.
+
+    OUTPUT.partial/    progress: run.json, profile.json, plan.json, saved states, and checkpoint/ being made
+    OUTPUT/            only ever a checkpoint that passed its gates; renamed into place in one step
+    OUTPUT.rejected/   one that did not, with its report
+
+Started again, a run goes on after the last finished layer. What may be reused is decided by digests of
+everything that went in; a changed setting or source is named, and what depends on it is made anew.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from se_compress.artifacts import (
+    CompressionPlan,
+    ExpertProfile,
+    LayerRecord,
+    ModelSource,
+    RunOptions,
+    TensorInfo,
+    ValidationReport,
+    digest_of,
+    from_json,
+    to_json,
+    write_atomically,
+)
+from se_compress.errors import RecipeError, ResourceError, SeCompressError
+from se_compress.headers import lay_out
+from se_compress.policy import check_plan, make_plan
+from se_compress.recipe import Recipe, flatten
+from se_compress.source import open_source
+from se_compress.targets import result_slots
+
+OURS = "se_compress"
+MAX_SHARD_BYTES = 5 * 10**9
+# Memory beside one layer and the hidden states: the stacks and Hessians of execute.STACK_ELEMENTS with
+# the solver's working copies, and what torch and transformers themselves take.
+STATED_CONSTANT_BYTES = 6 * 2**30
+
+Notice = Callable[[str], None]
+Tokens = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    recipe_text   the recipe file, verbatim
+    plan_file     a plan to use in place of a fresh one
+    fresh         ignore saved progress and an existing result
+    notice        called with a sentence when something is reused, redone or given up
+    """
+
+    recipe: Recipe
+    recipe_text: str
+    options: RunOptions = RunOptions()
+    plan_file: Path | None = None
+    fresh: bool = False
+    notice: Notice = lambda sentence: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the checkpoint is, and what was found out. `published` is false if it was rejected."""
+
+    directory: Path
+    published: bool
+    profile: ExpertProfile
+    plan: CompressionPlan
+    validation: ValidationReport
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a dry run can tell without reading a weight."""
+
+    source: ModelSource
+    plan: CompressionPlan
+    profile: ExpertProfile | None
+
+
+def preview(request: Request) -> Preview:
+    """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
+    source = open_source(request.recipe.model)
+    output = Path(request.recipe.output)
+    _check_output(output)
+    candidates = [_partial(output) / "profile.json", output / OURS / "profile.json"]
+    profile = next((p for p in map(_load_profile, candidates) if p), None)
+    if profile is not None and profile.source_digest != source.digest:
+        profile = None
+    plan = _plan(source, profile, request)
+    _check_disk(plan, output)
+    return Preview(source, plan, profile)
+
+
+def run(request: Request) -> Outcome:
+    """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
+    from se_compress.calibrate import draw_sequences
+
+    recipe, output = request.recipe, Path(request.recipe.output)
+    source = open_source(recipe.model)
+    _check_output(output)
+    _plan(source, None, request)  # what can be refused without a profile is refused now
+    calibration = draw_sequences(recipe.calibration, source.path, "calibration")
+    held_out = draw_sequences(recipe.validation, source.path, "validation")
+    settings = _settings(request, source, calibration, held_out)
+    if not request.fresh and (finished := _finished(output, settings)):
+        request.notice(f"{output} is up to date: nothing in the recipe, the model or the data changed")
+        return finished
+    with _locked(_partial(output)) as work:
+        _prepare(work, settings, request)
+        profile = _profile(source, calibration, work, output, request)
+        plan = _plan(source, profile, request)
+        write_atomically(work / "plan.json", to_json(plan))
+        _check_disk(plan, output)
+        staged = work / "checkpoint"
+        layout = lay_out(result_slots(source, plan), staged, MAX_SHARD_BYTES)
+        records = _compress(source, plan, calibration, layout, work, request)
+        validation = _validate(source, plan, staged, held_out, records, request)
+        _write_reports(source, staged, profile, plan, validation, request)
+        write_atomically(staged / OURS / "run.json", _pretty(settings))
+        published = validation.passed
+        directory = output if published else _rejected(output)
+        _publish(staged, directory)
+    shutil.rmtree(work, ignore_errors=True)
+    return Outcome(directory, published, profile, plan, validation)
+
+
+# ------------------------------------------------------------------------------------------- stages
+
+
+def _profile(
+    source: ModelSource, tokens: Tokens, work: Path, output: Path, request: Request
+) -> ExpertProfile:
+    from se_compress.profiler import profile_digest, profile_experts
+
+    wanted = profile_digest(source, tokens, request.recipe)
+    for file in (work / "profile.json", output / OURS / "profile.json"):
+        profile = None if request.fresh else _load_profile(file)
+        if profile is not None and profile.digest == wanted:
+            request.notice(f"profile reused from {file}")
+            break
+    else:
+        profile = profile_experts(source, tokens, request.recipe, _with_work(request, work))
+    write_atomically(work / "profile.json", to_json(profile))
+    return profile
+
+
+def _plan(
+    source: ModelSource, profile: ExpertProfile | None, request: Request
+) -> CompressionPlan:
+    if request.plan_file is None:
+        return make_plan(source, profile, request.recipe)
+    try:
+        text = request.plan_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--plan {request.plan_file}: cannot be read ({error.strerror})") from None
+    plan = from_json(CompressionPlan, text, str(request.plan_file))
+    plan = check_plan(plan, source, str(request.plan_file))
+    wanted = {"target": request.recipe.target, "method": request.recipe.quantization.method}
+    for key, value in wanted.items():
+        if getattr(plan, key) != value:
+            raise RecipeError(
+                f"{request.plan_file}: {key} is {getattr(plan, key)}, but the recipe says {value}"
+            )
+    return plan
+
+
+def _compress(
+    source: ModelSource,
+    plan: CompressionPlan,
+    tokens: Tokens,
+    layout: dict[str, TensorInfo],
+    work: Path,
+    request: Request,
+) -> tuple[LayerRecord, ...]:
+    from se_compress.checkpoint import allocate
+    from se_compress.execute import compress
+    from se_compress.export import export_config
+
+    _check_memory(source, request.recipe, len(tokens) * len(tokens[0]))
+    (work / "checkpoint").mkdir(exist_ok=True)
+    allocate(layout)
+    options = _with_work(request, work)
+    records = compress(source, plan, tokens, request.recipe, layout, options)
+    export_config(source, plan, work / "checkpoint")
+    return records
+
+
+def _validate(
+    source: ModelSource,
+    plan: CompressionPlan,
+    staged: Path,
+    tokens: Tokens,
+    records: Sequence[LayerRecord],
+    request: Request,
+) -> ValidationReport:
+    from se_compress.validate import validate
+
+    return validate(source, plan, staged, tokens, records, request.recipe, request.options)
+
+
+def _write_reports(
+    source: ModelSource,
+    staged: Path,
+    profile: ExpertProfile,
+    plan: CompressionPlan,
+    validation: ValidationReport,
+    request: Request,
+) -> None:
+    from se_compress.report import render_model_card, render_report
+
+    files = {
+        f"{OURS}/recipe.yaml": request.recipe_text,
+        f"{OURS}/profile.json": to_json(profile),
+        f"{OURS}/plan.json": to_json(plan),
+        f"{OURS}/validation.json": to_json(validation),
+        f"{OURS}/report.html": render_report(request.recipe, profile, plan, validation),
+        "README.md": render_model_card(
+            request.recipe, _licence(source), profile, plan, validation
+        ),
+    }
+    for name, text in files.items():
+        write_atomically(staged / name, text)
+
+
+def _licence(source: ModelSource) -> str | None:
+    """`license:` of the source's model card, if it has one."""
+    import yaml
+
+    card = source.path / "README.md"
+    if not card.exists():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    licence = front.get("license") if isinstance(front, dict) else None
+    return str(licence) if licence else None
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+def _settings(
+    request: Request, source: ModelSource, calibration: Tokens, held_out: Tokens
+) -> dict[str, object]:
+    """Everything that decides the result, by name, so that a change can be named."""
+    settings = {k: v for k, v in flatten(request.recipe).items() if k not in ("output", "model")}
+    plan = request.plan_file.read_text(encoding="utf-8") if request.plan_file else ""
+    return settings | {
+        "the model's files": source.digest,
+        "the calibration text": digest_of(calibration),
+        "the validation text": digest_of(held_out),
+        "the plan file": digest_of(plan),
+    }
+
+
+def _finished(output: Path, settings: dict[str, object]) -> Outcome | None:
+    """The published result, if it was made from exactly these settings."""
+    ours = output / OURS
+    if _load_settings(ours / "run.json") != settings:
+        return None
+    texts = {n: (ours / n).read_text(encoding="utf-8") for n in
+             ("profile.json", "plan.json", "validation.json")}  # fmt: skip
+    return Outcome(
+        output,
+        True,
+        from_json(ExpertProfile, texts["profile.json"], str(ours / "profile.json")),
+        from_json(CompressionPlan, texts["plan.json"], str(ours / "plan.json")),
+        from_json(ValidationReport, texts["validation.json"], str(ours / "validation.json")),
+    )
+
+
+def _prepare(work: Path, settings: dict[str, object], request: Request) -> None:
+    """Keep the saved progress if it was made from these settings; otherwise name what changed and
+    drop it (the finished profile has a digest of its own and may survive)."""
+    saved = _load_settings(work / "run.json")
+    if saved is not None and saved != settings:
+        for key in settings:
+            if saved.get(key) != settings[key]:
+                change = f": {saved.get(key)} -> {settings[key]}" if "the " not in key else ""
+                request.notice(f"{key} changed{change}")
+    if saved != settings or request.fresh:
+        for entry in work.iterdir():
+            if entry.name == "profile.json" and not request.fresh:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+    elif any(work.glob("*-states.safetensors")):
+        request.notice(f"continuing from {work}")
+    write_atomically(work / "run.json", _pretty(settings))
+
+
+def _load_settings(file: Path) -> dict[str, object] | None:
+    if not file.exists():
+        return None
+    settings: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
+
+
+def _load_profile(file: Path) -> ExpertProfile | None:
+    """A saved profile; None if there is none or if an older version of the tool wrote it."""
+    if not file.exists():
+        return None
+    try:
+        return from_json(ExpertProfile, file.read_text(encoding="utf-8"), str(file))
+    except SeCompressError:
+        return None
+
+
+def _with_work(request: Request, work: Path) -> RunOptions:
+    from dataclasses import replace
+
+    return replace(request.options, work=work)
+
+
+def _pretty(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------------------------- directories
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _rejected(output: Path) -> Path:
+    return output.with_name(output.name + ".rejected")
+
+
+def _check_output(output: Path) -> None:
+    """An output that exists must be one of ours: nothing else is ever overwritten."""
+    for directory in (output, _rejected(output), _partial(output)):
+        if not directory.exists():
+            continue
+        if not directory.is_dir():
+            raise RecipeError(f"output {directory} exists and is not a directory")
+        ours = (directory / OURS / "run.json").exists() or (directory / "lock").exists()
+        if any(directory.iterdir()) and not ours:
+            raise RecipeError(
+                f"output {directory} exists and was not made by se-compress; "
+                "choose another name or move it away"
+            )
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[Path]:
+    """The work directory, held by this process alone."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+    except OSError as error:
+        raise RecipeError(f"output {work}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"output {work}: another se-compress is working on it") from None
+        yield work
+
+
+def _publish(staged: Path, directory: Path) -> None:
+    """Rename a finished checkpoint into place; what was there (ours) goes only afterwards."""
+    old = directory.with_name(directory.name + ".replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    staged.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------- pre-flight
+
+
+def _check_disk(plan: CompressionPlan, output: Path) -> None:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    allocated = sum(f.stat().st_size for f in _partial(output).glob("checkpoint/*.safetensors"))
+    free = shutil.disk_usage(parent).free + allocated
+    if plan.size_bytes > free:
+        raise ResourceError(
+            f"{parent}: the result takes {plan.size_bytes / 1e9:.2f} GB, "
+            f"but only {free / 1e9:.2f} GB are free"
+        )
+
+
+def _check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
+    import psutil
+
+    item_bytes = 4 if recipe.compute_dtype == "float32" else 2
+    weights: dict[int | None, int] = {}
+    for info in source.tensors.values():
+        count = 1
+        for extent in info.shape:
+            count *= extent
+        weights[info.layer] = weights.get(info.layer, 0) + count
+    layer = max(count for index, count in weights.items() if index is not None) * item_bytes
+    # Both streams before and after a layer, and the kept input of its experts.
+    hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
+    needed = layer + hidden
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ResourceError(
+            f"the largest layer takes {layer / 1e9:.1f} GB and the hidden states of {tokens} "
+            f"calibration tokens {hidden / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory are "
+            "available; lower calibration.samples or set compute_dtype: bfloat16"
+        )

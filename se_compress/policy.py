@@ -1,0 +1,247 @@
+"""Decide what becomes of every expert. Pure Python on numbers: no torch, deterministic.
+
+Protection comes first: a super expert keeps `protected_bits`, whatever the budget. Every other routed
+expert gets the widest of the allowed widths with which the whole stays within the budget. What the target
+cannot load is refused here, before any weight is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from se_compress.artifacts import (
+    Action,
+    CompressionPlan,
+    ExpertDecision,
+    ExpertId,
+    ExpertProfile,
+    ModelSource,
+)
+from se_compress.errors import RecipeError
+from se_compress.recipe import ExpertName, Recipe
+from se_compress.targets import TARGETS, TargetRules, check_shapes, check_target, expert_bytes
+
+
+def make_plan(
+    source: ModelSource, profile: ExpertProfile | None, recipe: Recipe
+) -> CompressionPlan:
+    """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
+    is known; the plan then says so. Raises RecipeError for what cannot be planned."""
+    method = recipe.quantization.method
+    rules = check_target(recipe.target, method)
+    if method == "none":
+        return _assemble(source, profile, recipe, {}, 16, ())
+    check_shapes(source, rules, recipe.quantization.group_size)
+    protected, reasons = _protected(source, profile, recipe)
+    width, notes = _uniform_width(source, protected, recipe)
+    return _assemble(source, profile, recipe, reasons, width, notes)
+
+
+def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> CompressionPlan:
+    """A plan from a file, held to the same rules as a fresh one, with its sizes computed anew.
+
+    Raises RecipeError naming `where` and the expert.
+    """
+    if plan.target not in TARGETS:
+        raise RecipeError(f"{where}: target {plan.target!r} is not one of {', '.join(TARGETS)}")
+    rules = check_target(plan.target, plan.method)
+    if any(decision.action == "quantize" for decision in plan.experts):
+        check_shapes(source, rules, plan.group_size)
+    if len(plan.by_id) != len(plan.experts):
+        raise RecipeError(f"{where}: an expert is listed twice")
+    for identity in source.experts:
+        if identity not in plan.by_id:
+            raise RecipeError(f"{where}: expert {identity} of the model has no line")
+    for decision in plan.experts:
+        _check_decision(plan, decision, source, rules, where)
+    widths = {d.id: d.bits for d in plan.experts if d.expert != "shared" and d.bits is not None}
+    return replace(
+        plan,
+        bits_per_weight=bits_per_weight(source, widths, plan.group_size),
+        size_bytes=_size_bytes(source, widths, plan.group_size),
+        source_size_bytes=source.size_bytes,
+    )
+
+
+def _check_decision(
+    plan: CompressionPlan,
+    decision: ExpertDecision,
+    source: ModelSource,
+    rules: TargetRules,
+    where: str,
+) -> None:
+    identity = decision.id
+    if identity not in source.experts:
+        raise RecipeError(f"{where}: the model has no expert {identity}")
+    if decision.action not in ("keep", "quantize"):
+        raise RecipeError(f"{where}: expert {identity}: action {decision.action} cannot be done yet")
+    accepted = (16,) if decision.action == "keep" else rules.widths
+    if identity.expert == "shared":
+        accepted = (16,)
+    if decision.bits not in accepted:
+        raise RecipeError(
+            f"{where}: expert {identity} has {decision.bits} bits; for action {decision.action} and "
+            f"target {plan.target} accepted are {', '.join(map(str, accepted)) or 'none'}"
+        )
+    if identity in plan.protected and (decision.bits or 0) < 8:
+        raise RecipeError(f"{where}: expert {identity} is protected but has {decision.bits} bits")
+
+
+def bits_per_weight(source: ModelSource, widths: Mapping[ExpertId, int], group_size: int) -> float:
+    """Stored bits per weight over all routed experts; scales, zero points and indices count."""
+    size = weights = 0
+    for identity, roles in source.experts.items():
+        if identity.expert != "shared":
+            size += expert_bytes(roles, widths.get(identity, 16), group_size)
+            weights += sum(info.shape[0] * info.shape[1] for info in roles.values())
+    return 8 * size / weights
+
+
+def _protected(
+    source: ModelSource, profile: ExpertProfile | None, recipe: Recipe
+) -> tuple[frozenset[ExpertId], dict[ExpertId, str]]:
+    """The protected experts and why."""
+    protect, bits = recipe.policy.protect, recipe.policy.protected_bits
+    reasons: dict[ExpertId, str] = {}
+    if isinstance(protect, tuple):
+        reasons = {i: f"protected at {bits} bits: listed in policy.protect"
+                   for i in _listed(source, protect)}  # fmt: skip
+    elif protect == "super-experts" and profile is not None:
+        for expert in profile.super_experts:
+            state = {True: "confirmed", False: "not confirmed", None: "not asked to confirm"}
+            reasons[expert.id] = (
+                f"protected at {bits} bits: super expert, peak {expert.peak:.0f} on channel "
+                f"{expert.channel} at position {expert.position}, {state[expert.confirmed]}"
+            )
+    return frozenset(reasons), reasons
+
+
+def _listed(source: ModelSource, names: Sequence[ExpertName]) -> list[ExpertId]:
+    identities = []
+    for i, name in enumerate(names):
+        identity = ExpertId(name.layer, name.expert)
+        if identity not in source.experts:
+            layers = source.moe_layers
+            raise RecipeError(
+                f"policy.protect.{i}: there is no expert {identity}; expert layers are {layers[0]} "
+                f"to {layers[-1]}, experts 0 to {source.expert_count - 1}"
+            )
+        identities.append(identity)
+    return identities
+
+
+def _uniform_width(
+    source: ModelSource, protected: frozenset[ExpertId], recipe: Recipe
+) -> tuple[int, tuple[str, ...]]:
+    policy, widths = recipe.policy, sorted(recipe.policy.bits)
+    if policy.bits_per_weight is None and policy.size is None:
+        if len(widths) > 1:
+            raise RecipeError(
+                f"policy.bits lists the widths {widths}: a budget is needed to choose, "
+                "policy.bits_per_weight or policy.size"
+            )
+        return widths[0], ()
+    measured = {width: _measure(source, protected, recipe, width) for width in widths}
+    budget = policy.size if policy.size is not None else policy.bits_per_weight
+    fitting = [width for width in widths if budget is not None and measured[width] <= budget]
+    if not fitting:
+        raise RecipeError(_impossible(recipe, min(measured.values()), widths[0], len(protected)))
+    return fitting[-1], (f"{fitting[-1]} bits is the widest of {widths} within the budget",)
+
+
+def _measure(
+    source: ModelSource, protected: frozenset[ExpertId], recipe: Recipe, width: int
+) -> float:
+    """What the budget counts: bytes of the whole checkpoint, or bits per routed expert weight."""
+    widths = _widths(source, protected, recipe, width)
+    if recipe.policy.size is not None:
+        return _size_bytes(source, widths, recipe.quantization.group_size)
+    return bits_per_weight(source, widths, recipe.quantization.group_size)
+
+
+def _impossible(recipe: Recipe, least: float, width: int, protected: int) -> str:
+    policy = recipe.policy
+    kept = f"{protected} protected experts at {policy.protected_bits} bits and " if protected else ""
+    if policy.size is not None:
+        return (
+            f"policy.size is {policy.size / 1e9:.3f} GB, but {least / 1e9:.3f} GB is the least "
+            f"possible: {kept}all other experts at {width} bits, the rest of the model unchanged"
+        )
+    return (
+        f"policy.bits_per_weight is {policy.bits_per_weight}, but {least:.3f} is the least possible: "
+        f"{kept}all other experts at {width} bits, with scales in groups of "
+        f"{recipe.quantization.group_size}"
+    )
+
+
+def _widths(
+    source: ModelSource, protected: frozenset[ExpertId], recipe: Recipe, width: int
+) -> dict[ExpertId, int]:
+    return {
+        identity: recipe.policy.protected_bits if identity in protected else width
+        for identity in source.experts
+        if identity.expert != "shared"
+    }
+
+
+def _size_bytes(source: ModelSource, widths: Mapping[ExpertId, int], group_size: int) -> int:
+    changed = sum(
+        expert_bytes(roles, widths.get(identity, 16), group_size) - expert_bytes(roles, 16, 0)
+        for identity, roles in source.experts.items()
+    )
+    return source.size_bytes + changed
+
+
+def _assemble(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    recipe: Recipe,
+    reasons: Mapping[ExpertId, str],
+    width: int,
+    notes: tuple[str, ...],
+) -> CompressionPlan:
+    protected = frozenset(reasons)
+    group_size = recipe.quantization.group_size
+    widths = _widths(source, protected, recipe, width)
+    decisions = tuple(_decide(i, widths, reasons, recipe) for i in source.experts)
+    return CompressionPlan(
+        target=recipe.target,
+        method=recipe.quantization.method,
+        group_size=group_size,
+        symmetric=recipe.quantization.symmetric,
+        bits_per_weight=bits_per_weight(source, widths, group_size),
+        size_bytes=_size_bytes(source, widths, group_size),
+        source_size_bytes=source.size_bytes,
+        other_bits=recipe.policy.other_bits,
+        protected=tuple(sorted(protected)),
+        profile_digest=profile.digest if profile else "",
+        notes=notes + _notes(profile, recipe),
+        experts=decisions,
+    )
+
+
+def _decide(
+    identity: ExpertId,
+    widths: Mapping[ExpertId, int],
+    reasons: Mapping[ExpertId, str],
+    recipe: Recipe,
+) -> ExpertDecision:
+    bits = widths.get(identity, 16)
+    reason = reasons.get(identity)
+    if identity.expert == "shared":
+        reason = reason or "shared expert: every token passes it, policy.other_bits is 16"
+    elif recipe.quantization.method == "none":
+        reason = reason or "quantization.method is none"
+    action: Action = "keep" if bits == 16 else "quantize"
+    return ExpertDecision(
+        identity.layer, identity.expert, action, bits, reason or f"uniform width {bits}"
+    )
+
+
+def _notes(profile: ExpertProfile | None, recipe: Recipe) -> tuple[str, ...]:
+    if recipe.policy.protect == "none":
+        return ("policy.protect is none: super experts are treated like any other expert",)
+    if recipe.policy.protect == "super-experts" and profile is None:
+        return ("no profile yet: super experts are not known, so none is protected in this estimate",)
+    if recipe.policy.protect == "super-experts" and profile and not profile.super_experts:
+        return ("the profile found no super expert, so none is protected",)
+    return ()

@@ -1,0 +1,654 @@
+"""Measure the experts, find the super experts, and confirm them.
+
+Published criterion (arXiv:2507.23279, eq. 6): an expert is a super expert if its peak |down_proj output|
+exceeds both the 99.5th percentile of all experts' peaks and a tenth of the greatest, and its layer is one
+of those that form the massive activations. Three things are stricter here than in the published code:
+
+* the peak is taken over all tokens and all experts of all layers, before the routing weight;
+* the forming layers are measured (see `forming_layers`), not the first 75 %;
+* if the model has no massive activation, it has no super expert, however uneven the peaks are.
+
+The criterion is relative and only proposes. What confirms is the cause: with the expert's output set to
+zero, the massive activation has to vanish, and with another expert of the layer it has to stay.
+"""
+
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from se_compress.artifacts import (
+    Ablation,
+    ExpertId,
+    ExpertIndex,
+    ExpertProfile,
+    ExpertStats,
+    LayerStats,
+    ModelSource,
+    OutlierExpert,
+    OutlierReason,
+    RunOptions,
+    SuperExpert,
+    digest_of,
+    from_json,
+    to_json,
+    write_atomically,
+)
+from se_compress.checkpoint import open_tensors
+from se_compress.quant.grid import Grid, dequantize, rtn
+from se_compress.recipe import Recipe, SuperExperts
+from se_compress.streaming import (
+    Observer,
+    RoutingCapture,
+    StreamedModel,
+    batches_of,
+    kl_divergence,
+    load_states,
+    save_states,
+    sink_mass,
+)
+
+# Sun et al. (arXiv:2402.17762): a massive activation exceeds 100 and a thousand medians.
+MASSIVE_PEAK = 100.0
+MASSIVE_RATIO = 1000.0
+# A layer forms massive activations if it adds at least this share of the largest addition of any layer.
+# Half of the criterion's own tenth, as the residual sees an expert only after its routing weight.
+FORMING_SHARE = 0.05
+CANCELLING_SHARE = 0.5
+SINK_RATE_THRESHOLD = 0.3  # Gu et al. (arXiv:2410.10781)
+# A candidate is confirmed if zeroing it takes away this share of its layer's rise, and its control less.
+# Not more, because several experts of one layer may share the work (DeepSeek-R1, layer 14: two).
+CONFIRMING_SHARE = 0.25
+CONFIRM_SEQUENCES = 8
+# Tokens per expert on which the loss of rounding is measured; the strongest ones are always among them.
+LOSS_TOKENS = 512
+LOSS_STRONGEST = 32
+LOSS_STACK_ELEMENTS = 2**26
+
+
+def profile_experts(
+    source: ModelSource, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
+) -> ExpertProfile:
+    """Run the calibration tokens through the model and measure every expert and every layer.
+
+    tokens   sequences of token ids, all of one length
+    options  with a work directory, progress is saved after every layer and taken up again
+    """
+    model = _open(source, recipe, options)
+    measured = _measure_layers(model, tokens, recipe, options)
+    layers = _mark_layers([layer for layer, _ in measured])
+    experts = tuple(sorted((e for _, part in measured for e in part), key=lambda e: e.id))
+    _assert_all_seen(source, experts)
+    found = _select(layers, experts, recipe.super_experts)
+    if recipe.super_experts.confirm and found.super_experts:
+        confirmed = _confirm(model, tokens[:CONFIRM_SEQUENCES], found.super_experts, recipe, options)
+        found = replace(found, super_experts=confirmed, notes=found.notes + _doubts(confirmed))
+    return ExpertProfile(
+        model=source.name,
+        digest=profile_digest(source, tokens, recipe),
+        source_digest=source.digest,
+        tokens_digest=digest_of(tokens),
+        samples=len(tokens),
+        sequence_length=len(tokens[0]),
+        threshold=max(found.percentile_value, found.fraction_value),
+        percentile_value=found.percentile_value,
+        fraction_value=found.fraction_value,
+        massive=any(layer.massive for layer in layers),
+        super_experts=found.super_experts,
+        outliers=found.outliers,
+        notes=found.notes,
+        layers=layers,
+        experts=experts,
+    )
+
+
+def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe: Recipe) -> str:
+    """Equal if a profile made from these inputs would be equal."""
+    grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
+    criterion = recipe.super_experts.model_dump()
+    return digest_of("profile-1", source.digest, tokens, criterion, grid, recipe.compute_dtype)
+
+
+def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedModel:
+    return StreamedModel(
+        source,
+        open_tensors(source.tensors),
+        torch.device(options.device),
+        getattr(torch, recipe.compute_dtype),
+    )
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One layer's part of the profile, as it is saved while the profile is being made."""
+
+    layer: LayerStats
+    experts: tuple[ExpertStats, ...]
+
+
+def _measure_layers(
+    model: StreamedModel, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
+) -> list[tuple[LayerStats, tuple[ExpertStats, ...]]]:
+    batches = batches_of(tokens, options.batch_tokens)
+    measured: list[tuple[LayerStats, tuple[ExpertStats, ...]]] = []
+    done, streams = -1, dict[str, list[Tensor]]()
+    states_file = options.work / "profile-states.safetensors" if options.work else None
+    if states_file:
+        done, streams = load_states(states_file, model.device)
+    hidden = streams.get("source") or model.embed(batches)
+    for layer in range(model.source.layer_count):
+        options.progress("profile", layer, model.source.layer_count)
+        record = options.work / f"profile-layer-{layer:05}.json" if options.work else None
+        if record and layer <= done:
+            part = from_json(_Measured, record.read_text(encoding="utf-8"), str(record))
+        else:
+            part, hidden = _measure_layer(model, layer, hidden, batches, recipe)
+            if record and states_file:
+                write_atomically(record, to_json(part))
+                save_states(states_file, layer, {"source": hidden})
+        measured.append((part.layer, part.experts))
+    options.progress("profile", model.source.layer_count, model.source.layer_count)
+    if states_file:
+        states_file.unlink(missing_ok=True)
+    return measured
+
+
+def _measure_layer(
+    model: StreamedModel,
+    layer: int,
+    hidden: list[Tensor],
+    batches: Sequence[Tensor],
+    recipe: Recipe,
+) -> tuple[_Measured, list[Tensor]]:
+    module = model.load_layer(layer)
+    watch = _Watch(batches)
+    after = model.run_layer(layer, module, hidden, watch)
+    stats = _layer_stats(model.source, layer, hidden, after, watch, batches)
+    grids = [
+        Grid(bits, recipe.quantization.group_size, recipe.quantization.symmetric)
+        for bits in (2, 3, 4, 8)
+    ]
+    losses = _rounding_losses(model, layer, module, watch, after, grids)
+    total = sum(batch.numel() for batch in batches)
+    experts = tuple(
+        watch.stats(ExpertId(layer, expert), total, losses.get(expert, {}))
+        for identity in model.source.experts
+        if identity.layer == layer
+        for expert in [identity.expert]
+    )
+    return _Measured(stats, experts), after
+
+
+@dataclass
+class _Peak:
+    """Running maximum of |output| and its place, and sums for the means."""
+
+    value: float = 0.0
+    weighted: float = 0.0
+    channel: int = -1
+    position: int = -1
+    token_id: int = -1
+    tokens: int = 0
+    weight_sum: float = 0.0
+    norm_sum: float = 0.0
+    saliency_sum: float = 0.0
+
+
+class _Watch(RoutingCapture):
+    """Observes one layer over all batches: experts, dense MLP, attention to the sink."""
+
+    wants_attention = True
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.batches = batches
+        self.peaks: dict[ExpertIndex, _Peak] = {}
+        self.dense_peak: float | None = None
+        self.mass: list[tuple[int, Tensor]] = []
+        self.received: list[tuple[int, Tensor]] = []
+        self.shared_norms: list[Tensor] = []
+
+    def expert(
+        self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
+    ) -> None:
+        size = output.float().abs()
+        strength, norms = size.amax(dim=1), output.float().norm(dim=1)
+        peak = self.peaks.setdefault(expert, _Peak())
+        at = int(strength.argmax())
+        if float(strength[at]) > peak.value:
+            token_ids = self.batches[self.batch]
+            row = int(rows[at])
+            peak.value, peak.channel = float(strength[at]), int(size[at].argmax())
+            peak.position = row % token_ids.shape[1]
+            peak.token_id = int(token_ids.reshape(-1)[row])
+        peak.weighted = max(peak.weighted, float((strength * weights.float()).max()))
+        peak.tokens += len(rows)
+        peak.weight_sum += float(weights.sum(dtype=torch.float64))
+        peak.norm_sum += float(norms.sum(dtype=torch.float64))
+        peak.saliency_sum += float((norms * weights.float()).sum(dtype=torch.float64))
+
+    def dense(self, inner: Tensor, output: Tensor) -> None:
+        self.dense_peak = max(self.dense_peak or 0.0, float(output.float().abs().max()))
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        sequences = first_key.shape[0]
+        self.mass.append((sequences, sink_mass(first_key).cpu()))
+        self.received.append((sequences, mean_received[..., 0].mean(dim=0).cpu()))
+
+    def stats(self, identity: ExpertId, total: int, loss: Mapping[int, float]) -> ExpertStats:
+        peak = self.peaks.get(identity.expert, _Peak())
+        tokens = max(peak.tokens, 1)
+        return ExpertStats(
+            layer=identity.layer,
+            expert=identity.expert,
+            peak=peak.value,
+            weighted_peak=peak.weighted,
+            channel=peak.channel,
+            position=peak.position,
+            token_id=peak.token_id,
+            tokens=peak.tokens,
+            gate_mass=peak.weight_sum / total,
+            mean_output_norm=peak.norm_sum / tokens,
+            saliency=peak.saliency_sum / tokens,
+            loss=loss,
+        )
+
+
+def _mean_over_sequences(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
+    total = sum(count for count, _ in parts)
+    return torch.stack([count * value for count, value in parts]).sum(dim=0) / total
+
+
+def _layer_stats(
+    source: ModelSource,
+    layer: int,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    watch: _Watch,
+    batches: Sequence[Tensor],
+) -> LayerStats:
+    peak, place = 0.0, (0, 0, 0, 0)
+    rise = fall = 0.0
+    medians: list[float] = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        size = new.float().abs()
+        change = size - old.float().abs()
+        rise, fall = max(rise, float(change.max())), max(fall, float(-change.min()))
+        medians += size.flatten(1).median(dim=1).values.tolist()
+        if float(size.max()) > peak:
+            peak = float(size.max())
+            at = torch.unravel_index(size.argmax(), size.shape)
+            place = (index, int(at[0]), int(at[1]), int(at[2]))
+    index, sequence, position, channel = place
+    median = sum(medians) / len(medians)
+    received = _mean_over_sequences(watch.received)
+    return LayerStats(
+        layer=layer,
+        moe=layer in source.moe_layers,
+        peak=peak,
+        position=position,
+        channel=channel,
+        token_id=int(batches[index][sequence, position]),
+        median=median,
+        rise=rise,
+        fall=fall,
+        massive=peak > MASSIVE_PEAK and peak >= MASSIVE_RATIO * median,
+        forming=False,
+        cancelling=False,
+        mlp_peak=watch.dense_peak,
+        sink_mass=tuple(_mean_over_sequences(watch.mass).tolist()),
+        sink_rate=float((received > SINK_RATE_THRESHOLD).float().mean()),
+    )
+
+
+def _rounding_losses(
+    model: StreamedModel,
+    layer: int,
+    module: nn.Module,
+    watch: _Watch,
+    after: Sequence[Tensor],
+    grids: Sequence[Grid],
+) -> dict[ExpertIndex, dict[int, float]]:
+    """Expert -> bits -> loss, see ExpertStats.loss. The shared expert's is not measured here."""
+    if layer not in model.source.moe_layers:
+        return {}
+    experts = model.experts_module(module)
+    residual = torch.cat([states.float().flatten(0, 1).norm(dim=1) for states in after])
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    chunk = max(1, LOSS_STACK_ELEMENTS // gate_up[0].numel())
+    losses: dict[ExpertIndex, dict[int, float]] = {}
+    for start in range(0, gate_up.shape[0], chunk):
+        stop = min(start + chunk, gate_up.shape[0])
+        samples = [_sample(experts, expert, watch, residual) for expert in range(start, stop)]
+        hidden_power = torch.stack([_mean_square(s.hidden) for s in samples])
+        inner_power = torch.stack([_mean_square(s.inner) for s in samples])
+        for grid in grids:
+            rounded_in = dequantize(rtn(gate_up[start:stop].float(), grid, hidden_power))
+            rounded_out = dequantize(rtn(down[start:stop].float(), grid, inner_power))
+            for i, sample in enumerate(samples):
+                inner = experts._apply_gate(sample.hidden.float() @ rounded_in[i].T)
+                error = (inner @ rounded_out[i].T - sample.output.float()).square().sum(dim=1)
+                loss = float((error * sample.factor).sum() / len(residual))
+                losses.setdefault(start + i, {})[grid.bits] = loss
+    return losses
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Tokens of one expert: inputs [n, H] and [n, I], output [n, H], and what a squared error of
+    the output counts, [n]: (weight / residual norm)^2 x how many tokens this one stands for."""
+
+    hidden: Tensor
+    inner: Tensor
+    output: Tensor
+    factor: Tensor
+
+
+def _sample(experts: nn.Module, expert: int, watch: _Watch, residual: Tensor) -> _Sample:
+    rows, weights = watch.rows_of(expert)
+    importance = (weights.float() / residual[rows].clamp(min=1e-12)).square()
+    stands_for = torch.ones_like(importance)
+    if len(rows) > LOSS_TOKENS:
+        strongest = importance.topk(LOSS_STRONGEST).indices
+        rest = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        rest[strongest] = False
+        others = rest.nonzero()[:, 0]
+        step = len(others) / (LOSS_TOKENS - LOSS_STRONGEST)
+        picked = (torch.arange(LOSS_TOKENS - LOSS_STRONGEST, device=rows.device) * step).long()
+        keep = torch.cat([strongest, others[picked]])
+        stands_for = torch.cat(
+            [stands_for[:LOSS_STRONGEST], torch.full((len(picked),), step, device=rows.device)]
+        )
+        rows, importance = rows[keep], importance[keep]
+    hidden = watch.hidden[rows]
+    inner = experts._apply_gate(nn.functional.linear(hidden, experts.gate_up_proj[expert]))  # type: ignore
+    output = nn.functional.linear(inner, experts.down_proj[expert])  # type: ignore[index]
+    return _Sample(hidden, inner, output, importance * stands_for)
+
+
+def _mean_square(inputs: Tensor) -> Tensor:
+    """Per column; zero for an expert that saw no token."""
+    return inputs.float().square().sum(dim=0) / max(1, len(inputs))
+
+
+def _assert_all_seen(source: ModelSource, experts: Iterable[ExpertStats]) -> None:
+    """Every MoE layer must have recorded something: fused experts have fooled many a hook."""
+    seen = {stats.layer for stats in experts if stats.tokens}
+    missing = [layer for layer in source.moe_layers if layer not in seen]
+    if missing:
+        raise RuntimeError(f"no expert was observed in layers {missing}; this is a bug")
+
+
+# ------------------------------------------------------------------------------------ the criterion
+
+
+@dataclass(frozen=True)
+class _Selection:
+    super_experts: tuple[SuperExpert, ...]
+    outliers: tuple[OutlierExpert, ...]
+    percentile_value: float
+    fraction_value: float
+    notes: tuple[str, ...] = ()
+
+
+def forming_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
+    """Layers that form massive activations.
+
+    After such a layer the residual stream is massive (Sun et al.), and the layer adds to some |h| at
+    least FORMING_SHARE of what any layer adds. What counts is the change of an element, not of the
+    maximum: super experts that build one activation up over several layers, or on several channels,
+    are all found; a layer that only carries or cancels it is not.
+    """
+    greatest = max((layer.rise for layer in layers if layer.massive), default=0.0)
+    return frozenset(
+        layer.layer for layer in layers if layer.massive and layer.rise >= FORMING_SHARE * greatest
+    )
+
+
+def cancelling_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
+    """Layers that take away at least half of the massive activation that reached them."""
+    return frozenset(
+        layer.layer
+        for before, layer in zip(layers, layers[1:], strict=False)
+        if before.massive and layer.fall >= CANCELLING_SHARE * before.peak
+    )
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    """Linear interpolation between order statistics, as numpy.percentile does by default."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100.0
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def over_thresholds(
+    peaks: Mapping[ExpertId, float], percent: float, fraction: float
+) -> tuple[list[ExpertId], float, float]:
+    """Experts whose peak exceeds both clauses of eq. 6, and the two values. All experts of the model
+    belong in `peaks`, never-routed ones with 0: leaving some out would shift the percentile."""
+    by_percentile = percentile(peaks.values(), percent)
+    by_fraction = fraction * max(peaks.values())
+    chosen = [e for e, peak in peaks.items() if peak > by_percentile and peak > by_fraction]
+    return sorted(chosen), by_percentile, by_fraction
+
+
+def select_super_experts(
+    peaks: Mapping[ExpertId, float],
+    forming: Collection[int],
+    percent: float = 99.5,
+    fraction: float = 0.1,
+) -> list[ExpertId]:
+    """The criterion as published: over both thresholds, and in a layer that forms massive
+    activations."""
+    chosen, _, _ = over_thresholds(peaks, percent, fraction)
+    return [identity for identity in chosen if identity.layer in forming]
+
+
+def _mark_layers(layers: Sequence[LayerStats]) -> tuple[LayerStats, ...]:
+    forming, cancelling = forming_layers(layers), cancelling_layers(layers)
+    return tuple(
+        replace(s, forming=s.layer in forming, cancelling=s.layer in cancelling) for s in layers
+    )
+
+
+def _select(
+    layers: Sequence[LayerStats], experts: Sequence[ExpertStats], rule: SuperExperts
+) -> _Selection:
+    stats = {expert.id: expert for expert in experts}
+    peaks = {identity: expert.peak for identity, expert in stats.items()}
+    chosen, by_percentile, by_fraction = over_thresholds(
+        peaks, rule.percentile, rule.fraction_of_max
+    )
+    marks = {layer.layer: layer for layer in layers}
+    supers, outliers = [], []
+    for identity in chosen:
+        e, layer = stats[identity], marks[identity.layer]
+        if layer.forming:
+            supers.append(
+                SuperExpert(e.layer, e.expert, e.peak, e.channel, e.position, e.token_id)
+            )
+            continue
+        outliers.append(
+            OutlierExpert(e.layer, e.expert, e.peak, e.channel, e.position, _why_not(layer, layers))
+        )
+    notes = _notes(layers, {e.layer for e in supers})
+    return _Selection(tuple(supers), tuple(outliers), by_percentile, by_fraction, notes)
+
+
+def _why_not(layer: LayerStats, layers: Sequence[LayerStats]) -> OutlierReason:
+    if not any(other.massive for other in layers):
+        return "model has none"
+    return "cancels" if layer.cancelling else "layer forms no massive activation"
+
+
+def _notes(layers: Sequence[LayerStats], with_super_experts: set[int]) -> tuple[str, ...]:
+    if not any(layer.massive for layer in layers):
+        best = max(layers, key=lambda layer: layer.peak / max(layer.median, 1e-12))
+        return (
+            f"no massive activation: the residual peaks at {best.peak:.1f} after layer {best.layer}, "
+            f"{best.peak / max(best.median, 1e-12):.0f} times the median, and more than "
+            f"{MASSIVE_PEAK:.0f} and {MASSIVE_RATIO:.0f} medians are needed; "
+            "so there is no super expert",
+        )
+    notes = []
+    for layer in layers:
+        if layer.forming and layer.layer not in with_super_experts:
+            source = f"its dense MLP (peak {layer.mlp_peak:.1f})" if not layer.moe else "no one expert"
+            notes.append(
+                f"layer {layer.layer} forms massive activations (adds {layer.rise:.1f}), "
+                f"by {source}: no super expert there"
+            )
+    return tuple(notes)
+
+
+# --------------------------------------------------------------------------------------- confirming
+
+
+@dataclass
+class _Variant:
+    """A copy of the stream in which one expert is silent."""
+
+    silent: ExpertId
+    hidden: list[Tensor] = field(default_factory=list)
+    rise_removed: float = 0.0
+    peaks: dict[int, float] = field(default_factory=dict)
+    sinks: dict[int, float] = field(default_factory=dict)
+    divergence: float = 0.0
+
+
+class _SinkWatch(Observer):
+    """Mean attention to the sink over heads and sequences, with some experts silent."""
+
+    wants_attention = True
+
+    def __init__(self, silent: Iterable[ExpertIndex] = ()) -> None:
+        self.silenced = frozenset(silent)
+        self.mass: list[tuple[int, Tensor]] = []
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        self.mass.append((first_key.shape[0], sink_mass(first_key).cpu()))
+
+    @property
+    def mean(self) -> float:
+        return float(_mean_over_sequences(self.mass).mean())
+
+
+def _confirm(
+    model: StreamedModel,
+    tokens: Sequence[Sequence[int]],
+    candidates: Sequence[SuperExpert],
+    recipe: Recipe,
+    options: RunOptions,
+) -> tuple[SuperExpert, ...]:
+    """Silence every candidate, and beside it a random expert of its layer, and watch the stream.
+
+    One pass: the source's stream and one copy for each silenced expert, forked at its layer.
+    """
+    candidate_ids = {candidate.id for candidate in candidates}
+    pairs = {c.id: _control_for(c.id, candidate_ids, model.source, recipe) for c in candidates}
+    variants = [_Variant(i) for pair in pairs.items() for i in pair if i is not None]
+    base = _Variant(ExpertId(-1, -1))
+    batches = batches_of(tokens, options.batch_tokens)
+    base.hidden = model.embed(batches)
+    for layer in range(model.source.layer_count):
+        options.progress("confirm", layer, model.source.layer_count)
+        _confirm_layer(model, layer, base, variants)
+    options.progress("confirm", model.source.layer_count, model.source.layer_count)
+    _measure_divergence(model, base, variants)
+    results = {variant.silent: _ablation(base, variant) for variant in variants}
+    return tuple(_with_evidence(c, results, pairs[c.id]) for c in candidates)
+
+
+def _control_for(
+    candidate: ExpertId, candidates: Collection[ExpertId], source: ModelSource, recipe: Recipe
+) -> ExpertId | None:
+    others = [ExpertId(candidate.layer, expert) for expert in range(source.expert_count)]
+    others = [identity for identity in others if identity not in candidates]
+    chooser = random.Random(f"{recipe.calibration.seed} {candidate}")
+    return chooser.choice(others) if others else None
+
+
+def _confirm_layer(
+    model: StreamedModel, layer: int, base: _Variant, variants: Sequence[_Variant]
+) -> None:
+    module = model.load_layer(layer)
+    before = base.hidden
+    watch = _SinkWatch()
+    base.hidden = model.run_layer(layer, module, before, watch)
+    base.peaks[layer], base.sinks[layer] = _peak(base.hidden), watch.mean
+    for variant in variants:
+        forks = variant.silent.layer == layer
+        if layer < variant.silent.layer:
+            continue
+        watch = _SinkWatch([variant.silent.expert] if forks else [])
+        variant.hidden = model.run_layer(layer, module, before if forks else variant.hidden, watch)
+        variant.peaks[layer], variant.sinks[layer] = _peak(variant.hidden), watch.mean
+        if forks:
+            variant.rise_removed = _rise_removed(before, base.hidden, variant.hidden)
+
+
+def _peak(hidden: Sequence[Tensor]) -> float:
+    return max(float(states.float().abs().max()) for states in hidden)
+
+
+def _rise_removed(
+    before: Sequence[Tensor], after: Sequence[Tensor], silenced: Sequence[Tensor]
+) -> float:
+    """1 - (rise with the expert silent) / (rise), at each sequence's element that rises most."""
+    rises = removed = 0.0
+    for old, new, silent in zip(before, after, silenced, strict=True):
+        rise = (new.float().abs() - old.float().abs()).flatten(1)
+        without = (silent.float().abs() - old.float().abs()).flatten(1)
+        at = rise.argmax(dim=1, keepdim=True)
+        rises += float(rise.gather(1, at).sum())
+        removed += float((rise - without).gather(1, at).sum())
+    return removed / rises if rises else 0.0
+
+
+def _measure_divergence(model: StreamedModel, base: _Variant, variants: Sequence[_Variant]) -> None:
+    tokens = sum(states.shape[0] * states.shape[1] for states in base.hidden)
+    for variant in variants:
+        pairs = zip(model.logits(base.hidden), model.logits(variant.hidden), strict=True)
+        total = sum(float(kl_divergence(source, result).sum()) for source, result in pairs)
+        variant.divergence = total / tokens
+
+
+def _ablation(base: _Variant, variant: _Variant) -> Ablation:
+    strongest = max(variant.peaks, key=lambda layer: base.peaks[layer])
+    later = [layer for layer in variant.sinks if layer > variant.silent.layer]
+    before = sum(base.sinks[layer] for layer in later)
+    return Ablation(
+        layer=variant.silent.layer,
+        expert=variant.silent.expert,
+        rise_removed=variant.rise_removed,
+        massive_activation=variant.peaks[strongest] / base.peaks[strongest],
+        sink_mass=sum(variant.sinks[layer] for layer in later) / before if before else 1.0,
+        kl_divergence=variant.divergence,
+    )
+
+
+def _with_evidence(
+    candidate: SuperExpert, results: Mapping[ExpertId, Ablation], control: ExpertId | None
+) -> SuperExpert:
+    zeroed = results[candidate.id]
+    beside = results[control] if control else None
+    confirmed = zeroed.rise_removed >= CONFIRMING_SHARE and (
+        beside is None or beside.rise_removed < CONFIRMING_SHARE
+    )
+    return replace(candidate, confirmed=confirmed, zeroed=zeroed, control=beside)
+
+
+def _doubts(candidates: Sequence[SuperExpert]) -> tuple[str, ...]:
+    return tuple(
+        f"expert {candidate.id} meets the criterion, but zeroing it takes away only "
+        f"{candidate.zeroed.rise_removed:.0%} of its layer's rise: it is protected, not confirmed"
+        for candidate in candidates
+        if candidate.zeroed and not candidate.confirmed
+    )

@@ -1,0 +1,1 @@
+"""Number formats: tensors in, tensors out, no files."""

@@ -1,0 +1,469 @@
+"""Sequences are what the recipe asks for, drawn alike everywhere, and each refusal is one line.
+
+The tokenizer is real and small: byte-level BPE with a handful of merges, so that most characters
+are one token and the expected ids do not depend on how some library trains.
+"""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets.arrow_writer import ArrowWriter
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers.decoders import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from se_compress.artifacts import digest_of
+from se_compress.calibrate import draw_sequences
+from se_compress.errors import RecipeError, SourceError
+from se_compress.recipe import Calibration, Validation
+
+BOS, EOS = 0, 1
+SPACES = 16  # characters of the longest token, a run of spaces
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+NUMBERS = " ".join(f"{n:05d}" for n in range(2000))  # every piece stands in one place only
+CHAT = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Good day"}]
+
+
+def save_tokenizer(
+    directory: Path, *, bos: bool = False, eos: bool = False, template: str = ""
+) -> Path:
+    runs = ["Ġ" * n for n in (1, 2, 4, 8)]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), *zip(runs, runs, strict=True)]
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single=("<s> " if bos else "") + "$A" + (" </s>" if eos else ""),
+        special_tokens=[("<s>", BOS), ("</s>", EOS)],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=32
+    )
+    tokenizer.chat_template = template or None
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("bos"), bos=True)
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("chat"), bos=True, template="<s>" + TEMPLATE)
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    return write(tmp_path / "numbers.txt", NUMBERS)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def draw(
+    model: Path, data: object, samples: int = 4, length: int = 16, **settings: object
+) -> tuple[tuple[int, ...], ...]:
+    if isinstance(data, Path):
+        data = str(data)
+    text = {"data": data, "samples": samples, "sequence_length": length, **settings}
+    return draw_sequences(Calibration.model_validate(text), model, "calibration")
+
+
+def decoded(model: Path, sequences: tuple[tuple[int, ...], ...]) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer.decode(list(ids)) for ids in sequences]
+
+
+def refusal(model: Path, data: object, **settings: object) -> str:
+    with pytest.raises(SourceError) as caught:
+        draw(model, data, **settings)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------ what is drawn
+
+
+def test_shape_and_type(plain: Path, numbers: Path) -> None:
+    sequences = draw(plain, numbers, samples=7, length=33)
+    assert [len(ids) for ids in sequences] == [33] * 7
+    assert type(sequences) is tuple
+    assert {type(ids) for ids in sequences} == {tuple}
+    assert {type(i) for ids in sequences for i in ids} == {int}
+
+
+def test_held_out_text_is_drawn_alike(plain: Path, numbers: Path) -> None:
+    text = Validation(data=[str(numbers)], samples=4, sequence_length=16)  # type: ignore[arg-type]
+    assert draw_sequences(text, plain, "validation") == draw(plain, numbers)
+
+
+def test_the_seed_gives_the_same_tokens_everywhere(with_bos: Path, tmp_path: Path) -> None:
+    text = "".join(f"In the {n}th year the café \N{SNOWMAN} lost {n * n}.\n\n" for n in range(400))
+    sequences = draw(with_bos, write(tmp_path / "a.txt", text), samples=8, length=32, seed=3)
+    assert decoded(with_bos, sequences)[0] == "<s>☃ lost 961.\n\nIn the 32th year the ca"
+    assert digest_of(sequences) == "acaebdedcbb7f7dc"
+    moved = write(tmp_path / "b.txt", text)
+    assert draw(with_bos, moved, samples=8, length=32, seed=3) == sequences
+    assert draw(with_bos, moved, samples=8, length=32, seed=4) != sequences
+
+
+@pytest.mark.parametrize("length", [16, 17, 100, 2999])
+@pytest.mark.parametrize("samples", [1, 3, 4])
+def test_sequences_are_pieces_in_order_without_overlap(
+    plain: Path, numbers: Path, samples: int, length: int
+) -> None:
+    end = 0
+    for piece in decoded(plain, draw(plain, numbers, samples=samples, length=length, seed=length)):
+        begin = NUMBERS.index(piece, end)
+        end = begin + len(piece)
+
+
+def test_a_sequence_begins_at_a_word(plain: Path, numbers: Path) -> None:
+    for seed in range(5):
+        pieces = decoded(plain, draw(plain, numbers, samples=20, seed=seed))
+        assert all(re.match(r" ?\d{5}( |$)", piece) for piece in pieces)
+
+
+def test_every_part_of_the_text_is_visited(plain: Path, numbers: Path) -> None:
+    pieces = decoded(plain, draw(plain, numbers, samples=20))
+    strata = [NUMBERS.index(piece) * 20 // len(NUMBERS) for piece in pieces]
+    assert strata == list(range(20))
+
+
+def test_a_character_of_several_tokens_is_not_cut_in_front(plain: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "\N{SNOWMAN} \N{CLOUD} \N{UMBRELLA} " * 300)
+    for piece in decoded(plain, draw(plain, path, samples=40)):
+        assert not piece.startswith("\N{REPLACEMENT CHARACTER}")
+
+
+# ------------------------------------------------------------------------------- too little text
+
+
+def test_text_that_just_suffices_is_used_up(with_bos: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", NUMBERS[: 4 * 15])  # each of the four brings its own BOS
+    pieces = decoded(with_bos, draw(with_bos, path))
+    assert "".join(piece.removeprefix("<s>") for piece in pieces) == NUMBERS[: 4 * 15]
+
+
+def test_one_token_less_does_not_suffice(with_bos: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", NUMBERS[: 4 * 15 - 1])
+    assert refusal(with_bos, path) == (
+        f"calibration.data: {path} has about 59 tokens, but 4 sequences of 16 take 60 of it; "
+        "lower calibration.samples or calibration.sequence_length, or give more text"
+    )
+
+
+def test_shorter_than_one_sequence(plain: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "too short")
+    assert refusal(plain, path, samples=1) == (
+        f"calibration.data: {path} has 9 tokens, shorter than one sequence of 16; "
+        "lower calibration.sequence_length or give more text"
+    )
+
+
+def test_uneven_text_is_divided_by_tokens(plain: Path, tmp_path: Path) -> None:
+    words = NUMBERS[:100]
+    path = write(tmp_path / "a.txt", " " * SPACES * 40 + words)  # a stratum of spaces: 10 tokens
+    pieces = decoded(plain, draw(plain, path, samples=4, length=30))
+    assert pieces[0] == " " * SPACES * 30
+    assert pieces[-1] in words
+
+
+def test_a_window_grows_until_it_holds_a_sequence(plain: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", " " * SPACES * 400 + "end")
+    assert decoded(plain, draw(plain, path, samples=1))[0].startswith(" " * SPACES * 10)
+
+
+# --------------------------------------------------------------------------------- special tokens
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_special_tokens(tmp_path: Path, numbers: Path, bos: bool, eos: bool) -> None:
+    model = save_tokenizer(tmp_path / "model", bos=bos, eos=eos)
+    for ids in draw(model, numbers):
+        assert len(ids) == 16
+        assert (ids[0] == BOS) is bos
+        assert not {BOS, EOS} & set(ids[1:])
+
+
+# ----------------------------------------------------------------------------------------- sources
+
+
+def test_formats_agree(plain: Path, tmp_path: Path) -> None:
+    documents = ["One  two\n\nthree", NUMBERS[:300], NUMBERS[300:900]]
+    rows: list[dict[str, object]] = [{"id": i, "text": d} for i, d in enumerate(documents)]
+    paths = (
+        write(tmp_path / "a.TXT", "\ufeff" + "\n\n".join(documents)),
+        write_jsonl(
+            tmp_path / "a[1]*.jsonl", [*rows[:1], {"text": None}, {"text": " "}, *rows[1:]]
+        ),
+        tmp_path / "a.parquet",
+    )
+    write_jsonl(tmp_path / "a1.jsonl", [{"text": "not this one"}])
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), paths[2])
+    text, lines, table = (draw(plain, path, samples=20, length=40) for path in paths)
+    assert text == lines == table
+    assert decoded(plain, text)[0].endswith("  two\n\nthree\n\n00000 00001 00002 00003 0000")
+
+
+def test_column(plain: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "no", "body": NUMBERS}])
+    source = {"data": str(path), "column": "body"}
+    assert all(piece in NUMBERS for piece in decoded(plain, draw(plain, source)))
+
+
+def test_sources_take_turns(plain: Path, tmp_path: Path) -> None:
+    letters = ["a", "b", "c"]
+    paths = [str(write(tmp_path / f"{letter}.txt", letter * 999)) for letter in letters]
+    pieces = decoded(plain, draw(plain, paths, samples=8))
+    assert [piece[0] for piece in pieces] == [*letters, *letters, "a", "b"]
+
+
+def test_sources_of_the_same_text_are_drawn_apart(plain: Path, numbers: Path) -> None:
+    first, second = draw(plain, [str(numbers)] * 2, samples=2)
+    assert first != second
+
+
+def test_reading_stops_at_the_limit(plain: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": NUMBERS[: 64 * 16]}, {"text": 1}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert draw(plain, path, samples=1)
+    assert "has a int in column 'text', row 2" in refusal(plain, path, samples=2)
+
+
+def test_fewer_samples_than_sources(plain: Path, numbers: Path) -> None:
+    with pytest.raises(RecipeError, match=r"calibration\.samples is 1, but .* lists 2 sources"):
+        draw(plain, [str(numbers)] * 2, samples=1)
+
+
+# ----------------------------------------------------------------------------------- chat template
+
+
+def test_conversations_begin_sequences(chatty: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": CHAT}] * 20)
+    sequences = draw(chatty, path, samples=6, length=43, chat_template=True)
+    assert decoded(chatty, sequences) == ["<s><user> Hello there\n<assistant> Good day\n<user"] * 6
+    assert all(ids.count(BOS) == 1 for ids in sequences)
+
+
+def test_plain_rows_become_messages_of_the_user(chatty: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "Hello there"}, {"text": ""}] * 20
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    pieces = decoded(chatty, draw(chatty, path, length=22, chat_template=True))
+    assert pieces == ["<s><user> Hello there\n<user"] * 4
+
+
+def test_paragraphs_become_messages_of_the_user(chatty: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "Hello there\n\n" * 20)
+    pieces = decoded(chatty, draw(chatty, path, length=22, chat_template=True))
+    assert pieces == ["<s><user> Hello there\n<user"] * 4
+
+
+def test_a_conversation_longer_than_its_stratum_is_entered_at_a_word(
+    chatty: Path, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": NUMBERS}])
+    pieces = decoded(chatty, draw(chatty, path, chat_template=True))
+    assert all(re.match(r"<s> ?\d{5} ", piece) for piece in pieces[1:])
+
+
+def test_a_template_that_writes_the_date_is_told_a_fixed_one(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}.\n\n"
+    model = save_tokenizer(tmp_path / "model", template=template)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "Hello there"}] * 9)
+    pieces = decoded(model, draw(model, path, samples=1, length=24, chat_template=True))
+    assert pieces == ["01 Jan 2025: Hello there.\n0"]
+
+
+def test_no_chat_template(plain: Path, numbers: Path) -> None:
+    assert refusal(plain, numbers, chat_template=True) == (
+        f"calibration.chat_template is true, but the tokenizer in {plain} has no chat template"
+    )
+
+
+def test_messages_that_the_template_refuses(tmp_path: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    model = save_tokenizer(tmp_path / "model", template=template)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": CHAT}])
+    assert refusal(model, path, chat_template=True) == (
+        f"calibration.data: {path} has messages in column 'text', row 1, that the chat template "
+        "refuses: roles must alternate"
+    )
+
+
+def test_rows_that_are_no_messages(chatty: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": [{"from": "user", "value": "Hello"}]}])
+    assert "has a list in column 'text', row 1, where text or a list of {role, content}" in refusal(
+        chatty, path, chat_template=True
+    )
+
+
+def test_messages_without_the_setting(chatty: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": CHAT}])
+    assert refusal(chatty, path).endswith("set calibration.chat_template: true")
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "a/b/gone", "./gone", "gone.PARQUET"])
+def test_missing_file(plain: Path, name: str) -> None:
+    assert refusal(plain, name) == (
+        f"calibration.data: {name} does not exist; give a .txt, .jsonl or .parquet file, or the "
+        "name of a data set on the Hub"
+    )
+
+
+def test_the_source_at_fault_is_named(plain: Path, numbers: Path) -> None:
+    assert refusal(plain, [str(numbers), "gone.txt"]).startswith("calibration.data[1]: gone.txt")
+
+
+def test_not_a_text_file(plain: Path, tmp_path: Path) -> None:
+    assert " is a directory; give a .txt" in refusal(plain, tmp_path)
+    other = write(tmp_path / "a.csv", "text\nhello\n")
+    assert f"{other} is a file of another kind; give a .txt" in refusal(plain, other)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    message = refusal(plain, tmp_path / "binary.txt")
+    assert "cannot be read as .txt: 'utf-8' codec" in message
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_empty_file(plain: Path, tmp_path: Path, name: str) -> None:
+    assert " is empty; give" in refusal(plain, write(tmp_path / name, ""))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_blank_file(plain: Path, tmp_path: Path, name: str) -> None:
+    assert " holds no text; give" in refusal(plain, write(tmp_path / name, "\n\n"))
+
+
+def test_missing_column(plain: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "body": "x"}])
+    assert refusal(plain, path).endswith(f"{path} has no column 'text'; it has id, body")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("text", ["nonsense", '{"text": "one"}\n{"text":\n'])
+def test_invalid_file_prints_nothing(
+    plain: Path, tmp_path: Path, name: str, text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / name, text)
+    assert f"{path} cannot be read as {path.suffix}: " in refusal(plain, path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_tokenizer(tmp_path: Path, numbers: Path) -> None:
+    write(tmp_path / "config.json", '{"model_type": "mixtral"}')
+    assert refusal(tmp_path, numbers) == f"{tmp_path}: there is no tokenizer.json in it"
+    gone = tmp_path / "gone"
+    assert refusal(gone, numbers) == f"{gone}: there is no tokenizer.json in it"
+
+
+@pytest.mark.parametrize("text", ["{", '{"version": "1.0"}', "{}"])
+def test_broken_tokenizer(plain: Path, tmp_path: Path, numbers: Path, text: str) -> None:
+    model = shutil.copytree(plain, tmp_path / "model")
+    write(model / "tokenizer.json", text)
+    assert f"{model}: unusable tokenizer: " in refusal(model, numbers)
+
+
+# ----------------------------------------------------------------------------------------- the Hub
+
+
+@pytest.fixture
+def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The libraries' own offline mode, with an empty cache of data sets."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+@pytest.fixture
+def hub_name(offline_cache: Path) -> str:
+    """A data set as `datasets` keeps it after a download: user/name, config "long", split "dev"."""
+    directory = offline_cache / "user___name" / "long" / "0.0.0" / "abc123"
+    directory.mkdir(parents=True)
+    features = datasets.Features({"body": datasets.Value("string")})
+    with ArrowWriter(path=str(directory / "name-dev.arrow"), features=features) as writer:
+        writer.write({"body": NUMBERS[:3000]})
+        writer.write({"body": NUMBERS[3000:]})
+        rows, size = writer.finalize()
+    split = {"name": "dev", "num_bytes": size, "num_examples": rows, "dataset_name": "name"}
+    datasets.DatasetInfo(
+        features=features,
+        builder_name="parquet",
+        dataset_name="name",
+        config_name="long",
+        version="0.0.0",
+        splits=datasets.SplitDict.from_split_dict({"dev": split}),
+    ).write_to_directory(str(directory))
+    return "user/name"
+
+
+def test_hub_name_with_config_split_and_column(
+    plain: Path, hub_name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = {"data": hub_name, "config": "long", "split": "dev", "column": "body"}
+    same = write(tmp_path / "a.txt", NUMBERS[:3000] + "\n\n" + NUMBERS[3000:])
+    assert draw(plain, source, samples=32) == draw(plain, same, samples=32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_hub_names_that_do_not_fit(plain: Path, hub_name: str) -> None:
+    source = {"data": hub_name, "config": "long", "split": "dev", "column": "body"}
+    assert "has no column 'text'; it has body" in refusal(plain, {**source, "column": "text"})
+    assert "Bad split: train. Available splits: ['dev']" in refusal(
+        plain, {**source, "split": "train"}
+    )
+    assert "config 'short' Available configs in the cache: ['long']" in refusal(
+        plain, {**source, "config": "short"}
+    )
+
+
+@pytest.mark.parametrize("name", ["no/such", "text-file.tsv"])
+def test_unreachable_hub(plain: Path, offline_cache: Path, name: str) -> None:
+    assert refusal(plain, name) == (
+        f"calibration.data: {name} is no file here and cannot be read as a data set on the Hub: "
+        f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled); give a .txt, .jsonl or "
+        ".parquet file, or the name of a data set on the Hub"
+    )
+
+
+# ----------------------------------------------------------------------------------------- manners
+
+
+def test_nothing_is_printed_cached_or_left_changed(
+    chatty: Path, offline_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": NUMBERS}])
+    level = logging.getLogger("datasets").level
+    draw(chatty, path, samples=2, length=900)  # longer than model_max_length
+    assert capfd.readouterr() == ("", "")
+    assert not offline_cache.exists()
+    assert logging.getLogger("datasets").level == level
+    assert not datasets.utils.are_progress_bars_disabled()
