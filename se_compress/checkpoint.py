@@ -9,7 +9,7 @@ tensor has to be in memory.
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -155,7 +155,9 @@ def write_tensors(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor
         for name, tensor in tensors.items():
             info = layout[name]
             if tuple(tensor.shape) != info.shape or tensor.dtype != TORCH_DTYPES[info.dtype]:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as in {info}")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as in {info}"
+                )
             if info.file not in descriptors:
                 descriptors[info.file] = os.open(info.file, os.O_WRONLY)
             _write_at(descriptors[info.file], tensor, info.begin)

@@ -107,7 +107,9 @@ def main() -> None:
     except SeCompressError as error:
         _exit_with(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _exit_with("interrupted; the same command continues where it stopped", INTERRUPTED_EXIT_CODE)
+        _exit_with(
+            "interrupted; the same command continues where it stopped", INTERRUPTED_EXIT_CODE
+        )
     except Exception as error:
         foreseen = _foreseen(error)
         if foreseen is None:
@@ -211,7 +213,9 @@ class _Screen:
             counts[key] = counts.get(key, 0) + 1
         for key, count in counts.items():
             table.add_row(key, "", str(count))
-        known = "not profiled yet" if found.profile is None else str(len(found.profile.super_experts))
+        known = (
+            "not profiled yet" if found.profile is None else str(len(found.profile.super_experts))
+        )
         table.add_row("super experts", known, "")
         if not self.quiet:
             self.out.print(table)

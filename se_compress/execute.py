@@ -69,7 +69,9 @@ def compress(
     """
     _copy_outside_layers(source, layout)
     if not any(decision.action == "quantize" for decision in plan.experts):
-        return tuple(_copy_layer(source, plan, layer, layout) for layer in range(source.layer_count))
+        return tuple(
+            _copy_layer(source, plan, layer, layout) for layer in range(source.layer_count)
+        )
     model = StreamedModel(
         source,
         open_tensors(source.tensors),

@@ -26,7 +26,7 @@ class Family:
     per_expert     other tensors whose axis 0 runs over the experts
     shared         weight of the shared expert, "" if the family has none
     shared_gate    the gate of the shared expert's output, "" if there is none
-    count_key      config key of the number of routed experts
+    count_keys     config keys of the number of routed experts; the first that is there counts
     width_key      config key of the routed experts' intermediate width
     shared_width   config keys whose product is the shared expert's intermediate width
     renames        (on disk, in memory) name parts, where transformers' live module differs
@@ -40,7 +40,8 @@ class Family:
     per_expert: tuple[str, ...] = ()
     shared: str = ""
     shared_gate: str = ""
-    count_key: str = "num_experts"
+    # transformers 5 saves a Qwen3 config with num_local_experts; the published ones have num_experts.
+    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     width_key: str = "moe_intermediate_size"
     shared_width: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
@@ -53,7 +54,7 @@ _QWEN3_MOE = Family(
 _DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
     source="transformers, modeling_deepseek_v2.py; deepseek-ai/DeepSeek-V2-Lite",
-    count_key="n_routed_experts",
+    count_keys=("n_routed_experts",),
     shared="model.layers.{layer}.mlp.shared_experts.{projection}.weight",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
 )
@@ -81,7 +82,6 @@ FAMILIES: Mapping[str, Family] = {
             expert="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
             projections=("w1", "w3", "w2"),
             router="model.layers.{layer}.block_sparse_moe.gate.weight",
-            count_key="num_local_experts",
             width_key="intermediate_size",
             renames=(("block_sparse_moe.", "mlp."),),
         ),
@@ -110,6 +110,11 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     raise SourceError(f"{where}: model_type {model_type!r} is not supported; known are {known}")
 
 
+def count_key(family: Family, config: Mapping[str, Any]) -> str:
+    """The config key that holds the number of routed experts."""
+    return next((key for key in family.count_keys if key in config), family.count_keys[0])
+
+
 def layer_count(config: Mapping[str, Any]) -> int:
     """Decoder layers, dense ones counted; layers behind them (multi-token prediction) not."""
     return int(config["num_hidden_layers"])
@@ -136,7 +141,7 @@ def expected_experts(family: Family, config: Mapping[str, Any]) -> dict[str, tup
     hidden, width = int(config["hidden_size"]), int(config[family.width_key])
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in moe_layers(config):
-        for expert in range(int(config[family.count_key])):
+        for expert in range(int(config[count_key(family, config)])):
             for role, projection in zip(ROLES, family.projections, strict=True):
                 name = family.expert.format(layer=layer, expert=expert, projection=projection)
                 shapes[name] = (hidden, width) if role == "down" else (width, hidden)
@@ -184,7 +189,9 @@ def classify(info: TensorInfo, family: Family, config: Mapping[str, Any]) -> Ten
         role = roles[routed["projection"]]
         return replace(info, kind="expert", expert=int(routed["expert"]), role=role)
     if shared := _pattern(family.shared, family.projections).fullmatch(info.name):
-        return replace(info, kind="shared_expert", expert="shared", role=roles[shared["projection"]])
+        return replace(
+            info, kind="shared_expert", expert="shared", role=roles[shared["projection"]]
+        )
     if info.name in router_tensors(family, layer):
         return replace(info, kind="router")
     return replace(info, kind=_kind_within_layer(rest))

@@ -81,7 +81,9 @@ def read_header(file: Path) -> list[TensorInfo]:
         raise SourceError(f"{file}: has a corrupt safetensors header") from None
     end = max((info.end for info in tensors), default=8 + length)
     if end != size:
-        raise SourceError(f"{file}: is {size} bytes long, but its header describes {end}; truncated?")
+        raise SourceError(
+            f"{file}: is {size} bytes long, but its header describes {end}; truncated?"
+        )
     for info in tensors:
         _check_extent(info)
     return tensors

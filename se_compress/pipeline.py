@@ -110,7 +110,9 @@ def run(request: Request) -> Outcome:
     held_out = draw_sequences(recipe.validation, source.path, "validation")
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(output, settings)):
-        request.notice(f"{output} is up to date: nothing in the recipe, the model or the data changed")
+        request.notice(
+            f"{output} is up to date: nothing in the recipe, the model or the data changed"
+        )
         return finished
     with _locked(_partial(output)) as work:
         _prepare(work, settings, request)
@@ -151,15 +153,15 @@ def _profile(
     return profile
 
 
-def _plan(
-    source: ModelSource, profile: ExpertProfile | None, request: Request
-) -> CompressionPlan:
+def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
     if request.plan_file is None:
         return make_plan(source, profile, request.recipe)
     try:
         text = request.plan_file.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"--plan {request.plan_file}: cannot be read ({error.strerror})") from None
+        raise RecipeError(
+            f"--plan {request.plan_file}: cannot be read ({error.strerror})"
+        ) from None
     plan = from_json(CompressionPlan, text, str(request.plan_file))
     plan = check_plan(plan, source, str(request.plan_file))
     wanted = {"target": request.recipe.target, "method": request.recipe.quantization.method}
@@ -221,9 +223,7 @@ def _write_reports(
         f"{OURS}/plan.json": to_json(plan),
         f"{OURS}/validation.json": to_json(validation),
         f"{OURS}/report.html": render_report(request.recipe, profile, plan, validation),
-        "README.md": render_model_card(
-            request.recipe, _licence(source), profile, plan, validation
-        ),
+        "README.md": render_model_card(request.recipe, _licence(source), profile, plan, validation),
     }
     for name, text in files.items():
         write_atomically(staged / name, text)

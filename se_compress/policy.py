@@ -73,7 +73,9 @@ def _check_decision(
     if identity not in source.experts:
         raise RecipeError(f"{where}: the model has no expert {identity}")
     if decision.action not in ("keep", "quantize"):
-        raise RecipeError(f"{where}: expert {identity}: action {decision.action} cannot be done yet")
+        raise RecipeError(
+            f"{where}: expert {identity}: action {decision.action} cannot be done yet"
+        )
     accepted = (16,) if decision.action == "keep" else rules.widths
     if identity.expert == "shared":
         accepted = (16,)
@@ -160,7 +162,9 @@ def _measure(
 
 def _impossible(recipe: Recipe, least: float, width: int, protected: int) -> str:
     policy = recipe.policy
-    kept = f"{protected} protected experts at {policy.protected_bits} bits and " if protected else ""
+    kept = (
+        f"{protected} protected experts at {policy.protected_bits} bits and " if protected else ""
+    )
     if policy.size is not None:
         return (
             f"policy.size is {policy.size / 1e9:.3f} GB, but {least / 1e9:.3f} GB is the least "
@@ -241,7 +245,9 @@ def _notes(profile: ExpertProfile | None, recipe: Recipe) -> tuple[str, ...]:
     if recipe.policy.protect == "none":
         return ("policy.protect is none: super experts are treated like any other expert",)
     if recipe.policy.protect == "super-experts" and profile is None:
-        return ("no profile yet: super experts are not known, so none is protected in this estimate",)
+        return (
+            "no profile yet: super experts are not known, so none is protected in this estimate",
+        )
     if recipe.policy.protect == "super-experts" and profile and not profile.super_experts:
         return ("the profile found no super expert, so none is protected",)
     return ()

@@ -83,7 +83,9 @@ def profile_experts(
     _assert_all_seen(source, experts)
     found = _select(layers, experts, recipe.super_experts)
     if recipe.super_experts.confirm and found.super_experts:
-        confirmed = _confirm(model, tokens[:CONFIRM_SEQUENCES], found.super_experts, recipe, options)
+        confirmed = _confirm(
+            model, tokens[:CONFIRM_SEQUENCES], found.super_experts, recipe, options
+        )
         found = replace(found, super_experts=confirmed, notes=found.notes + _doubts(confirmed))
     return ExpertProfile(
         model=source.name,
@@ -471,9 +473,7 @@ def _select(
     for identity in chosen:
         e, layer = stats[identity], marks[identity.layer]
         if layer.forming:
-            supers.append(
-                SuperExpert(e.layer, e.expert, e.peak, e.channel, e.position, e.token_id)
-            )
+            supers.append(SuperExpert(e.layer, e.expert, e.peak, e.channel, e.position, e.token_id))
             continue
         outliers.append(
             OutlierExpert(e.layer, e.expert, e.peak, e.channel, e.position, _why_not(layer, layers))
@@ -500,7 +500,9 @@ def _notes(layers: Sequence[LayerStats], with_super_experts: set[int]) -> tuple[
     notes = []
     for layer in layers:
         if layer.forming and layer.layer not in with_super_experts:
-            source = f"its dense MLP (peak {layer.mlp_peak:.1f})" if not layer.moe else "no one expert"
+            source = (
+                f"its dense MLP (peak {layer.mlp_peak:.1f})" if not layer.moe else "no one expert"
+            )
             notes.append(
                 f"layer {layer.layer} forms massive activations (adds {layer.rise:.1f}), "
                 f"by {source}: no super expert there"

@@ -45,7 +45,7 @@ def open_source(model: str) -> ModelSource:
         tensors=tensors,
         layer_count=families.layer_count(config),
         moe_layers=families.moe_layers(config),
-        expert_count=int(config[family.count_key]),
+        expert_count=int(config[families.count_key(family, config)]),
         top_k=int(config["num_experts_per_tok"]),
         digest=_digest(path, config, tensors.values()),
     )
@@ -93,15 +93,20 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _check_keys(config: Mapping[str, Any], family: families.Family, path: Path) -> None:
     needed = ("num_hidden_layers", "hidden_size", "num_experts_per_tok")
-    for key in (*needed, family.count_key, family.width_key):
+    for key in (*needed, families.count_key(family, config), family.width_key):
         if not isinstance(config.get(key), int):
-            raise SourceError(f"{path}/config.json: {key} is {config.get(key)!r}; a number is needed")
+            raise SourceError(
+                f"{path}/config.json: {key} is {config.get(key)!r}; a number is needed"
+            )
     if not families.moe_layers(config):
         raise SourceError(f"{path}/config.json: no layer has experts, so there is nothing to do")
 
 
 def _check_experts(
-    tensors: Mapping[str, TensorInfo], family: families.Family, config: Mapping[str, Any], path: Path
+    tensors: Mapping[str, TensorInfo],
+    family: families.Family,
+    config: Mapping[str, Any],
+    path: Path,
 ) -> None:
     expected = families.expected_experts(family, config)
     for info in tensors.values():
@@ -130,7 +135,9 @@ def _digest(path: Path, config: Mapping[str, Any], tensors: Iterable[TensorInfo]
     files = set()
     for info in sorted(tensors, key=lambda info: info.name):
         plain = replace(info, file=Path(info.file).name)
-        digest.update(f"{plain.name} {plain.dtype} {plain.shape} {plain.file} {plain.begin}".encode())
+        digest.update(
+            f"{plain.name} {plain.dtype} {plain.shape} {plain.file} {plain.begin}".encode()
+        )
         files.add(info.file)
     for file in sorted(files):
         status = Path(file).stat()

@@ -356,7 +356,9 @@ class StreamedModel:
             return [module.get_submodule(f"mlp.{down}").register_forward_hook(_dense_hook)]
         if ExpertId(layer, "shared") not in self.source.experts:
             return []
-        path = self.family.shared.removeprefix("model.layers.{layer}.").partition(".{projection}")[0]
+        path = self.family.shared.removeprefix("model.layers.{layer}.").partition(".{projection}")[
+            0
+        ]
         gate = self.family.shared_gate.removeprefix("model.layers.{layer}.").removesuffix(".weight")
         shared = module.get_submodule(path)
         hook = _shared_hook(module.get_submodule(gate) if gate else None, down)

@@ -110,9 +110,7 @@ def expert_bytes(roles: Mapping[Role, TensorInfo], bits: int, group_size: int) -
     if bits == 16:
         return sum(info.size_bytes for info in roles.values())
     return sum(
-        slot.size_bytes
-        for info in roles.values()
-        for slot in packed_slots(info, bits, group_size)
+        slot.size_bytes for info in roles.values() for slot in packed_slots(info, bits, group_size)
     )
 
 

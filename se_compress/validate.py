@@ -61,7 +61,9 @@ from se_compress.targets import result_slots
 
 MASSIVE_PEAK, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al.
 SINK_HEAD_FLOOR = 0.05
-RELOAD_LIMIT = 0.05  # bf16 kernels of the engines sit at 0.01 to 0.026, re-initialised experts at 0.3
+RELOAD_LIMIT = (
+    0.05  # bf16 kernels of the engines sit at 0.01 to 0.026, re-initialised experts at 0.3
+)
 RELOAD_TOKENS = 64
 NGRAM = 4
 PACKAGES = ("torch", "transformers", "safetensors", "gptqmodel", "datasets", "se-compress")
@@ -131,7 +133,9 @@ def _report(
         size_bytes=sum(info.size_bytes for info in found.values()),
         source_size_bytes=source.size_bytes,
         expert_bytes=sum(i.size_bytes for i in found.values() if ".experts." in i.name),
-        source_expert_bytes=sum(i.size_bytes for i in source.tensors.values() if i.kind == "expert"),
+        source_expert_bytes=sum(
+            i.size_bytes for i in source.tensors.values() if i.kind == "expert"
+        ),
         layers=tuple(compared.layers),
         continuations=continuations,
         records=tuple(records),
@@ -325,7 +329,9 @@ def _compare_predictions(
         target = batch[:, 1:].to(source_logits.device)
         loss_source += _cross_entropy(source_logits, target)
         loss_result += _cross_entropy(result_logits, target)
-        divergence += float(kl_divergence(source_logits[:, :-1], result_logits[:, :-1]).double().sum())
+        divergence += float(
+            kl_divergence(source_logits[:, :-1], result_logits[:, :-1]).double().sum()
+        )
         compared.tokens += target.numel()
     compared.loss_source = loss_source / compared.tokens
     compared.loss_result = loss_result / compared.tokens
@@ -340,7 +346,9 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> float:
 def _massive_check(compared: _Compared, rule: Validation) -> Check:
     name, limit = "massive_activation_ratio", rule.massive_activation_ratio
     if not compared.retention:
-        return Check(name, None, limit, None, "not applicable: the source has no massive activation")
+        return Check(
+            name, None, limit, None, "not applicable: the source has no massive activation"
+        )
     layer = min(compared.retention, key=lambda layer: compared.retention[layer])
     return _at_least(name, compared.retention[layer], limit, f"least in layer {layer}")
 

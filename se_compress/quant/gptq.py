@@ -25,7 +25,6 @@ from se_compress.quant.grid import (
     choose_scales,
     dequantize,
     per_column,
-    round_to_grid,
 )
 
 BLOCK = 128

@@ -1,0 +1,218 @@
+"""Tiny random models of every family, built on the fly as ordinary Hugging Face directories.
+
+One entry in CONFIGS per row of families.py, with transformers' own config classes; VARIANTS bend one
+of them where a family has more than one shape. Weights are drawn at a scale where routing, attention
+and logits are far from uniform, so that a wrong role, slot or mask shows in the first digit.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers.decoders import ByteLevel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from se_compress.recipe import Recipe, parse_recipe
+
+BOS, EOS = 0, 1
+VOCABULARY = 288  # the tokenizer's 265 words, filled up to a multiple of 32
+HIDDEN = 64
+
+_COMMON: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 2,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "tie_word_embeddings": False,
+}
+_QWEN: Mapping[str, Any] = {
+    **_COMMON,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+}
+_DEEPSEEK: Mapping[str, Any] = {
+    **_COMMON,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "qwen3_moe": {**_QWEN, "head_dim": 16, "norm_topk_prob": True},
+    "olmoe": {**_COMMON, "intermediate_size": 32, "num_experts": 8, "num_key_value_heads": 4},
+    "mixtral": {**_COMMON, "intermediate_size": 64, "num_local_experts": 4},
+    "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 48, "n_group": 4, "topk_group": 2},
+}
+
+# Name -> the family, what differs, and the safetensors dtype of the weights.
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any], torch.dtype]] = {
+    **{family: (family, {}, torch.bfloat16) for family in CONFIGS},
+    "qwen2_moe-sparse-step": (
+        "qwen2_moe",
+        {"mlp_only_layers": [], "decoder_sparse_step": 2, "num_hidden_layers": 4},
+        torch.bfloat16,
+    ),
+    "qwen3_moe-tied": ("qwen3_moe", {"tie_word_embeddings": True}, torch.float32),
+    "mixtral-sliding": ("mixtral", {"sliding_window": 12}, torch.float32),
+    "deepseek_v2-grouped": (
+        "deepseek_v2",
+        {
+            "q_lora_rank": 48,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": _YARN,
+        },
+        torch.float32,
+    ),
+    "deepseek_v3-yarn": ("deepseek_v3", {"rope_parameters": _YARN}, torch.float32),
+    "deepseek_v3-next-token": ("deepseek_v3", {"num_nextn_predict_layers": 1}, torch.bfloat16),
+}
+
+
+def save_tokenizer(
+    directory: Path, *, bos: bool = False, eos: bool = False, template: str = ""
+) -> Path:
+    """Byte-level BPE with a handful of merges: most characters are one token."""
+    runs = ["Ġ" * n for n in (1, 2, 4, 8)]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), *zip(runs, runs, strict=True)]
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single=("<s> " if bos else "") + "$A" + (" </s>" if eos else ""),
+        special_tokens=[("<s>", BOS), ("</s>", EOS)],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=32
+    )
+    tokenizer.chat_template = template or None
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def build(directory: Path, name: str, **changes: Any) -> Path:
+    """Save the tiny model `name` (a family or a variant), tokenizer included; `changes` go to the
+    config. Equal calls give equal weights."""
+    family, differs, dtype = VARIANTS[name]
+    config = AutoConfig.for_model(family, **{**CONFIGS[family], **differs, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for part, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if "rotary" not in part:
+                weight.copy_(_draw(part, weight.shape, generator))
+    transformers_logging.disable_progress_bar()
+    model.to(dtype).save_pretrained(directory)
+    if config.tie_word_embeddings:
+        assert "lm_head.weight" not in load_file(directory / "model.safetensors")
+    if extra := config.to_dict().get("num_nextn_predict_layers", 0):
+        _append_next_token_layers(directory, config.num_hidden_layers, extra)
+    return save_tokenizer(directory)
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1.0 + 0.1 * noise
+    if len(shape) == 1:  # biases
+        return 0.2 * noise
+    if "embed" in name:
+        return noise
+    sharp = 3.0 if ".gate.weight" in name or "q_" in name or "lm_head" in name else 1.5
+    return noise * sharp / shape[-1] ** 0.5
+
+
+def _append_next_token_layers(directory: Path, layers: int, extra: int) -> None:
+    """Multi-token prediction as DeepSeek-V3 stores it: a copy of the last layer behind the decoder,
+    with tensors of its own."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for index in range(layers, layers + extra):
+        last = f"model.layers.{layers - 1}."
+        copies = {n.replace(last, f"model.layers.{index}."): t.clone() for n, t in tensors.items()
+                  if n.startswith(last)}  # fmt: skip
+        tensors |= copies
+        tensors[f"model.layers.{index}.eh_proj.weight"] = torch.ones(HIDDEN, 2 * HIDDEN)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_weights(directory: Path, changes: Mapping[str, Tensor | None]) -> None:
+    """Replace, add or (None) remove tensors of a single-file model."""
+    file = directory / "model.safetensors"
+    tensors = {**load_file(file), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    """Set keys of config.json; None removes a key."""
+    file = directory / "config.json"
+    config = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    kept = {key: value for key, value in config.items() if value is not None}
+    file.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def plain_model(directory: Path) -> Any:
+    """The model as transformers alone runs it: float32, eager, nothing missing."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def random_tokens(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Sequences of token ids, special tokens left out."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 265, (count, length), generator=generator)
+    return [[int(i) for i in row] for row in ids]
+
+
+def recipe(model: Path | str, output: Path | str = "out", **sections: Any) -> Recipe:
+    """A recipe for a tiny model; `sections` replace or add top-level keys."""
+    text = {"data": "unused.txt"}
+    data = {"model": str(model), "output": str(output), "calibration": text, "validation": text}
+    return parse_recipe({**data, **sections}, "test")
+
+
+def columns_of(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(rows)
