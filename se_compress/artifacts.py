@@ -154,9 +154,9 @@ class ExpertStats:
     gate_mass         sum of its routing weights over all tokens, divided by the number of tokens
     mean_output_norm  mean L2 norm of the down_proj output over its tokens
     saliency          mean of routing weight x output norm over its tokens (REAP, arXiv:2510.13999)
-    loss              bits -> mean over all tokens of |weight x (output - quantised output)|^2 / |h|^2,
-                      h the token's residual after the layer: the error that rounding the expert to
-                      that width (activation-weighted scales, no GPTQ) puts into the stream
+    loss              bits -> mean over all tokens of |weight x (output - quantised output)|^2 /
+                      |h|^2, h the token's residual after the layer: the error that rounding the
+                      expert to that width (no GPTQ) puts into the stream
     """
 
     layer: int
@@ -230,7 +230,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class SuperExpert:
-    """An expert that the criterion proposes; `confirmed` is what zeroing it showed (None: not asked)."""
+    """An expert that the criterion proposes; `confirmed` is what zeroing it showed."""
 
     layer: int
     expert: ExpertIndex
@@ -299,8 +299,8 @@ class ExpertProfile:
 
 @dataclass(frozen=True)
 class ExpertDecision:
-    """What becomes of one expert, and why. `bits` is None for a pruned expert; 16 keeps the source's
-    own precision, whatever that is."""
+    """What becomes of one expert, and why. `bits` is None for a pruned expert; 16 keeps the
+    source's own precision, whatever that is."""
 
     layer: int
     expert: ExpertIndex

@@ -1,9 +1,9 @@
 """Tensors on disk: read by name, and written into shards whose layout is known in advance.
 
-All names, dtypes and shapes of a result follow from its plan, so every shard is laid out and allocated
-before the first weight is read; a tensor is then written to its own place whenever it is ready. A full
-disk shows at once, a killed run goes on where it was, nothing is copied twice, and no more than one
-tensor has to be in memory.
+All names, dtypes and shapes of a result follow from its plan, so every shard is laid out and
+allocated before the first weight is read; a tensor is then written to its own place whenever it is
+ready. A full disk shows at once, a killed run goes on where it was, nothing is copied twice, and no
+more than one tensor has to be in memory.
 """
 
 import json
@@ -63,18 +63,24 @@ def _view(buffer: mmap.mmap, info: TensorInfo) -> Tensor:
     return raw.view(dtype).reshape(info.shape)
 
 
-def open_result(found: Mapping[str, TensorInfo], source: Mapping[str, TensorInfo]) -> Reader:
+def open_result(
+    found: Mapping[str, TensorInfo],
+    source: Mapping[str, TensorInfo],
+    result_name: Callable[[str], str] = lambda name: name,
+) -> Reader:
     """A reader of a compressed checkpoint by the names of its source: packed weights come back
     dequantised, float32 [rows, columns], everything else as it is on disk.
 
     found, source   headers of the compressed checkpoint and of its source
+    result_name     what the checkpoint calls a tensor of the source
     """
     read_stored = open_tensors(found)
 
     def read(name: str) -> Tensor:
-        stem = name.removesuffix(".weight")
-        if name in found or f"{stem}.qweight" not in found:
-            return read_stored(name)
+        stored = result_name(name)
+        stem = stored.removesuffix(".weight")
+        if stored in found or f"{stem}.qweight" not in found:
+            return read_stored(stored)
         packed = PackedGptq(*(read_stored(f"{stem}.{part}") for part in PackedGptq._fields))
         bits = 32 * packed.qweight.shape[0] // source[name].shape[1]
         codes, scales, zeros = unpack_gptq(packed, bits=bits)

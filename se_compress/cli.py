@@ -72,8 +72,9 @@ def _command(
 ) -> None:
     """Compress a Mixture-of-Experts checkpoint while its super experts stay provably intact.
 
-    Exit codes: 0 exported, all gates passed; 2 bad command line or recipe; 3 model or data cannot be read;
-    4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted, progress is kept.
+    Exit codes: 0 exported, all gates passed; 2 bad command line or recipe; 3 model or data cannot
+    be read; 4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted,
+    progress is kept.
     """
     overrides = [*(settings or []), *([f"output={output}"] if output else [])]
     checked = load_recipe(recipe, overrides)
@@ -98,15 +99,15 @@ def _command(
 
 def main() -> None:
     """Run the command and exit with the contract's code; every foreseen error is one line."""
-    # Spinning OpenMP threads waste most of their time when cores are shared with other work; this has
-    # to be set before torch is imported.
+    # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
+    # has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except SeCompressError as error:
         _exit_with(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _exit_with(
             "interrupted; the same command continues where it stopped", INTERRUPTED_EXIT_CODE
         )
@@ -130,8 +131,9 @@ def _foreseen(error: Exception) -> SeCompressError | None:
     exhausted = "can't allocate memory" in text or "CUDA out of memory" in text
     if isinstance(error, MemoryError) or exhausted:
         return ResourceError("memory is exhausted; lower calibration.samples; progress is kept")
+    # Typer's usage errors have no public base class, but they all can say what is wrong.
     format_message = getattr(error, "format_message", None)
-    if isinstance(error, typer.BadParameter.__mro__[2]) and format_message is not None:
+    if format_message is not None:
         return RecipeError(f"{format_message()} (--help tells what is accepted)")
     return None
 
@@ -261,7 +263,8 @@ def _result_line(outcome: Outcome) -> str:
 
 def _why_rejected(outcome: Outcome) -> str:
     failed = [
-        f"{check.name} is {_number(check.value)}, limit {_number(check.limit)} {check.detail}".strip()
+        f"{check.name} is {_number(check.value)}, limit {_number(check.limit)}"
+        + (f" ({check.detail})" if check.detail else "")
         for check in outcome.validation.checks
         if check.passed is False
     ]

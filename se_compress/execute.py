@@ -1,18 +1,20 @@
 """Compress the model, one layer at a time, into a checkpoint that has been laid out already.
 
-Two streams run side by side: the source's hidden states, and those of the model compressed so far. The
-second one is what later layers will really see, so it is what they are calibrated on.
+Two streams run side by side: the source's hidden states, and those of the model compressed so far.
+The second one is what later layers will really see, so it is what they are calibrated on.
 
-For each layer, the compressed stream shows the input of every expert. Gate and up of an expert see the
-same input and share one Hessian and one factorisation; down is calibrated on what the *quantised* gate and
-up let through. An expert that saw fewer tokens than its inputs have dimensions has a singular Hessian; it is
-filled up with the layer's own, see `_hessian`. Hessians are made for as many experts at a time as memory
-allows, from the layer's kept inputs: nothing grows with the number of experts.
+For each layer, the compressed stream shows the input of every expert. Gate and up of an expert see
+the same input and share one Hessian and one factorisation; down is calibrated on what the
+*quantised* gate and up let through. An expert that saw fewer tokens than its inputs have dimensions
+has a singular Hessian; it is filled up with the layer's own, see `_hessian`. Hessians are made for
+as many experts at a time as memory allows, from the layer's kept inputs: nothing grows with the
+number of experts.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,12 @@ from se_compress.streaming import (
     load_states,
     save_states,
 )
-from se_compress.targets import planned_bits
+from se_compress.targets import planned_bits, result_name
 
 # Float32 elements of all Hessians and stacks that are held at once: 1 GiB.
 STACK_ELEMENTS = 2**28
-# Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is calibrated.
+# Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
+# calibrated.
 LAYER_TOKENS = 4096
 
 
@@ -67,7 +70,7 @@ def compress(
     With a work directory, progress is saved after every layer and taken up again; the tensors that
     come out are the same, byte for byte.
     """
-    _copy_outside_layers(source, layout)
+    _copy_outside_layers(source, plan, layout)
     if not any(decision.action == "quantize" for decision in plan.experts):
         return tuple(
             _copy_layer(source, plan, layer, layout) for layer in range(source.layer_count)
@@ -124,10 +127,12 @@ def _load_record(options: RunOptions, layer: int) -> LayerRecord:
 # ------------------------------------------------------------------------------------------ copying
 
 
-def _copy_outside_layers(source: ModelSource, layout: Mapping[str, TensorInfo]) -> None:
+def _copy_outside_layers(
+    source: ModelSource, plan: CompressionPlan, layout: Mapping[str, TensorInfo]
+) -> None:
     for info in source.tensors.values():
         if info.layer is None:
-            copy_tensor(info, layout[info.name])
+            copy_tensor(info, layout[result_name(source, plan, info.name)])
 
 
 def _copy_unchanged(
@@ -135,7 +140,7 @@ def _copy_unchanged(
 ) -> None:
     for info in source.tensors.values():
         if info.layer == layer and planned_bits(plan, info) == 16:
-            copy_tensor(info, layout[info.name])
+            copy_tensor(info, layout[result_name(source, plan, info.name)])
 
 
 def _copy_layer(
@@ -169,7 +174,8 @@ def _compress_layer(
         model.run_layer(layer, module, streams["result"], capture)
     if decisions:
         tensors, records = _quantize_experts(model, module, capture, decisions, recipe)
-        write_tensors(layout, tensors)
+        named = {result_name(model.source, plan, n): tensor for n, tensor in tensors.items()}
+        write_tensors(layout, named)
     _copy_unchanged(model.source, plan, layer, layout)
     if decisions or not unchanged_so_far:
         result = model.run_layer(layer, module, streams["result"])
@@ -180,7 +186,7 @@ def _compress_layer(
 
 
 def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> float:
-    """|result - source| / |source|: the mean over tokens, so that a massive one counts like others."""
+    """|result - source| / |source|, mean over tokens: a massive one counts like any other."""
     ratios = [
         ((new.float() - old.float()).norm(dim=-1) / old.float().norm(dim=-1)).flatten()
         for new, old in zip(result, source, strict=True)
@@ -251,34 +257,31 @@ def _stacks(decisions: Sequence[ExpertDecision], experts: Any) -> Iterator[tuple
 
 
 def _gate_up_inputs(capture: RoutingCapture, members: Sequence[int]) -> _Inputs:
-    layer_tokens = capture.hidden
-    prior: Tensor | None = None
-    hessians, counts, shares = [], [], []
+    layer_mean = cache(lambda: _mean_outer(capture.hidden))
+    parts = []
     for expert in members:
         rows, _ = capture.rows_of(expert)
-        if len(rows) < layer_tokens.shape[1] and prior is None:
-            prior = _mean_outer(layer_tokens)
-        hessian, share = _hessian(layer_tokens[rows], prior)
-        hessians.append(hessian)
-        counts.append(len(rows))
-        shares.append(share)
-    return _Inputs(torch.stack(hessians), counts, shares)
+        parts.append(_hessian(capture.hidden[rows], layer_mean))
+    return _stack_inputs(parts)
 
 
 def _down_inputs(capture: RoutingCapture, experts: Any, members: Sequence[int]) -> _Inputs:
-    step = max(1, len(capture.hidden) // LAYER_TOKENS)
-    hessians, counts, shares = [], [], []
+    some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
+    parts = []
     for expert in members:
         rows, _ = capture.rows_of(expert)
         inner = _inner(experts, expert, capture.hidden[rows])
-        prior = None
-        if len(rows) < inner.shape[1]:
-            prior = _mean_outer(_inner(experts, expert, capture.hidden[::step]))
-        hessian, share = _hessian(inner, prior)
-        hessians.append(hessian)
-        counts.append(len(rows))
-        shares.append(share)
-    return _Inputs(torch.stack(hessians), counts, shares)
+        parts.append(_hessian(inner, partial(_down_prior, experts, expert, some)))
+    return _stack_inputs(parts)
+
+
+def _down_prior(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    return _mean_outer(_inner(experts, expert, hidden))
+
+
+def _stack_inputs(parts: Sequence[tuple[Tensor, int, float]]) -> _Inputs:
+    hessians, tokens, shares = zip(*parts, strict=True)
+    return _Inputs(torch.stack(hessians), list(tokens), list(shares))
 
 
 def _inner(experts: Any, expert: int, hidden: Tensor) -> Tensor:
@@ -291,17 +294,19 @@ def _mean_outer(inputs: Tensor) -> Tensor:
     return inputs.T @ inputs / max(1, len(inputs))
 
 
-def _hessian(inputs: Tensor, prior: Tensor | None) -> tuple[Tensor, float]:
-    """Mean of x x^T over an expert's own tokens [n, C], and the share of the prior in it.
+def _hessian(inputs: Tensor, prior: Callable[[], Tensor]) -> tuple[Tensor, int, float]:
+    """Mean of x x^T over an expert's own tokens [n, C], n, and the share of the prior in it.
 
     With n < C tokens the mean is singular: directions that happened not to occur would cost nothing
-    and be rounded away. The missing share (1 - n / C) comes from the prior, what the expert would see
-    if all tokens of the layer went to it. An expert that saw nothing gets the prior alone.
+    and be rounded away. The missing share, 1 - n / C, comes from the prior: what the expert would
+    see if all tokens of the layer went to it. An expert that saw nothing gets the prior alone.
     """
-    if prior is None:
-        return _mean_outer(inputs), 0.0
-    share = 1.0 - len(inputs) / inputs.shape[1]
-    return (1.0 - share) * _mean_outer(inputs) + share * prior, share
+    tokens, columns = inputs.shape
+    share = max(0.0, 1.0 - tokens / columns)
+    hessian = _mean_outer(inputs)
+    if share:
+        hessian = (1.0 - share) * hessian + share * prior()
+    return hessian, tokens, share
 
 
 def _solve(weight: Tensor, inputs: _Inputs, grid: Grid, rule: Quantization) -> _Solved:
@@ -336,7 +341,7 @@ def _relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> list[fl
 def _pack(
     roles: Mapping[Role, TensorInfo], gate_up: QuantizedStack, down: QuantizedStack, member: int
 ) -> dict[str, Tensor]:
-    """The packed tensors of one expert, by their names in the result."""
+    """The packed tensors of one expert, by the names of the weights that they stand for."""
     half = gate_up.codes.shape[1] // 2
     rows = {"gate": slice(0, half), "up": slice(half, 2 * half), "down": slice(None)}
     tensors: dict[str, Tensor] = {}

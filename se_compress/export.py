@@ -1,4 +1,4 @@
-"""Everything of the result that is not a tensor: config, the engine's quantisation settings, tokenizer."""
+"""All of the result that is not a tensor: config, the engine's settings, tokenizer, licence."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from typing import Any
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource, write_atomically
 from se_compress.families import FAMILIES
 from se_compress.headers import INDEX_FILE
+from se_compress.targets import result_name
 
 # Weights in any format are not copied: the result has its own.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -17,8 +18,8 @@ REPLACED_FILES = ("config.json", "quantize_config.json", "README.md", INDEX_FILE
 
 
 def export_config(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
-    """Write config.json (and the engine's own settings) and copy every other file of the source that
-    a loader may want: tokenizer, generation config, licence."""
+    """Write config.json (and the engine's own settings) and copy every other file of the source
+    that a loader may want: tokenizer, generation config, licence."""
     for file in sorted(source.path.iterdir()):
         if file.is_file() and _is_auxiliary(file):
             shutil.copyfile(file, directory / file.name)
@@ -74,7 +75,7 @@ def _dynamic(
     for decision in plan.experts:
         if decision.expert == "shared" or decision.bits == base:
             continue
-        pattern = _module_pattern(source, decision)
+        pattern = _module_pattern(source, plan, decision)
         if decision.bits == 16:
             rules[f"-:{pattern}"] = {}
         elif decision.bits is not None:
@@ -83,7 +84,7 @@ def _dynamic(
     return rules | {r"-:^(?!.*\.experts\.\d+\.).*$": {}}
 
 
-def _module_pattern(source: ModelSource, decision: ExpertDecision) -> str:
-    template = FAMILIES[source.family].expert
-    stem = template.partition("{projection}")[0]
-    return "^" + re.escape(stem.format(layer=decision.layer, expert=decision.expert))
+def _module_pattern(source: ModelSource, plan: CompressionPlan, decision: ExpertDecision) -> str:
+    template = FAMILIES[source.family].expert.partition("{projection}")[0]
+    stem = template.format(layer=decision.layer, expert=decision.expert)
+    return "^" + re.escape(result_name(source, plan, stem))

@@ -1,8 +1,9 @@
 """The facts about each model family, in one place. A new family is a new row, and no other line.
 
-Names are those of the checkpoint on disk. `{layer}` and `{expert}` stand for indices, `{projection}`
-for one of the three names in `projections`. Facts were read off the modelling and configuration files
-of transformers 5.17 and off the published checkpoints; each row names its source.
+Names are those of the checkpoint on disk. `{layer}` and `{expert}` stand for indices,
+`{projection}` for one of the three names in `projections`. Facts were read off the modelling and
+configuration files of transformers 5.17 and off the published checkpoints; each row names its
+source.
 """
 
 import re
@@ -40,7 +41,8 @@ class Family:
     per_expert: tuple[str, ...] = ()
     shared: str = ""
     shared_gate: str = ""
-    # transformers 5 saves a Qwen3 config with num_local_experts; the published ones have num_experts.
+    # transformers 5 saves a Qwen3 config with num_local_experts; the published ones have
+    # num_experts.
     count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     width_key: str = "moe_intermediate_size"
     shared_width: tuple[str, ...] = ()
@@ -105,7 +107,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     known = ", ".join(sorted(FAMILIES))
     if not any("expert" in key for key in config):
         raise SourceError(
-            f"{where}: model_type {model_type!r} is not a Mixture-of-Experts model; known are {known}"
+            f"{where}: model_type {model_type!r} is no Mixture-of-Experts model; known are {known}"
         )
     raise SourceError(f"{where}: model_type {model_type!r} is not supported; known are {known}")
 
@@ -195,6 +197,16 @@ def classify(info: TensorInfo, family: Family, config: Mapping[str, Any]) -> Ten
     if info.name in router_tensors(family, layer):
         return replace(info, kind="router")
     return replace(info, kind=_kind_within_layer(rest))
+
+
+def unfused_name(family: Family, name: str) -> str:
+    """What `name` (or a template of names) is called where every expert is a module of its own, below
+    the live model's own path, with projections gate_proj, up_proj and down_proj."""
+    for disk, memory in family.renames:
+        name = name.replace(disk, memory)
+    for own, common in zip(family.projections, Family.projections, strict=True):
+        name = name.replace(f".{own}.", f".{common}.")
+    return name
 
 
 def router_tensors(family: Family, layer: int) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The safetensors format: headers read, and shards laid out before anything is written.
 
-A file (https://github.com/huggingface/safetensors, README "Format") is eight bytes, little-endian, with
-the length of the header; a JSON header of name -> {dtype, shape, data_offsets}; then the data, in the
-order of the offsets, without holes. Standard library only.
+A file (https://github.com/huggingface/safetensors, README "Format") is eight bytes, little-endian,
+with the length of the header; a JSON header of name -> {dtype, shape, data_offsets}; then the data,
+in the order of the offsets, without holes. Standard library only.
 """
 
 import json
@@ -147,7 +147,8 @@ def lay_out(slots: Iterable[Slot], directory: Path, max_shard_bytes: int) -> dic
 
 
 def _place(shard: list[Slot], file: str) -> dict[str, TensorInfo]:
-    # Wide dtypes first keeps every tensor aligned to its item size, as safetensors' own writer does.
+    # Wide dtypes first keeps every tensor aligned to its item size, as safetensors' own writer
+    # does.
     ordered = sorted(shard, key=lambda slot: -ITEM_BYTES[slot.dtype])
     begin = 0
     relative = []
@@ -160,7 +161,7 @@ def _place(shard: list[Slot], file: str) -> dict[str, TensorInfo]:
 
 
 def header_bytes(tensors: Iterable[TensorInfo], data_start: int) -> bytes:
-    """The first bytes of a shard, up to its data; offsets in `tensors` are from the file's start."""
+    """The first bytes of a shard, up to its data; `tensors` count from the start of the file."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for info in tensors:
         offsets = [info.begin - data_start, info.end - data_start]

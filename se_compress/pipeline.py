@@ -1,11 +1,12 @@
 """The one file that knows the order of things: recipe in, published or rejected checkpoint out.
 
-    OUTPUT.partial/    progress: run.json, profile.json, plan.json, saved states, and checkpoint/ being made
+    OUTPUT.partial/    progress: run.json, profile.json, plan.json, saved states, and checkpoint/
     OUTPUT/            only ever a checkpoint that passed its gates; renamed into place in one step
     OUTPUT.rejected/   one that did not, with its report
 
-Started again, a run goes on after the last finished layer. What may be reused is decided by digests of
-everything that went in; a changed setting or source is named, and what depends on it is made anew.
+Started again, a run goes on after the last finished layer. What may be reused is decided by digests
+of everything that went in; a changed setting or source is named, and what depends on it is made
+anew.
 """
 
 import fcntl
@@ -38,8 +39,8 @@ from se_compress.targets import result_slots
 
 OURS = "se_compress"
 MAX_SHARD_BYTES = 5 * 10**9
-# Memory beside one layer and the hidden states: the stacks and Hessians of execute.STACK_ELEMENTS with
-# the solver's working copies, and what torch and transformers themselves take.
+# Memory beside one layer and the hidden states: the stacks and Hessians of execute.STACK_ELEMENTS
+# with the solver's working copies, and what torch and transformers themselves take.
 STATED_CONSTANT_BYTES = 6 * 2**30
 
 Notice = Callable[[str], None]
@@ -329,7 +330,8 @@ def _pretty(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-# ---------------------------------------------------------------------------------------- directories
+# ----------------------------------------------------------------------------------------
+# directories
 
 
 def _partial(output: Path) -> Path:
@@ -381,7 +383,8 @@ def _publish(staged: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------- pre-flight
+# ---------------------------------------------------------------------------------------- pre-
+# flight
 
 
 def _check_disk(plan: CompressionPlan, output: Path) -> None:

@@ -1,8 +1,8 @@
 """Decide what becomes of every expert. Pure Python on numbers: no torch, deterministic.
 
-Protection comes first: a super expert keeps `protected_bits`, whatever the budget. Every other routed
-expert gets the widest of the allowed widths with which the whole stays within the budget. What the target
-cannot load is refused here, before any weight is read.
+Protection comes first: a super expert keeps `protected_bits`, whatever the budget. Every other
+routed expert gets the widest of the allowed widths with which the whole stays within the budget.
+What the target cannot load is refused here, before any weight is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,8 +81,8 @@ def _check_decision(
         accepted = (16,)
     if decision.bits not in accepted:
         raise RecipeError(
-            f"{where}: expert {identity} has {decision.bits} bits; for action {decision.action} and "
-            f"target {plan.target} accepted are {', '.join(map(str, accepted)) or 'none'}"
+            f"{where}: expert {identity} has {decision.bits} bits; for action {decision.action} and"
+            f" target {plan.target} accepted are {', '.join(map(str, accepted)) or 'none'}"
         )
     if identity in plan.protected and (decision.bits or 0) < 8:
         raise RecipeError(f"{where}: expert {identity} is protected but has {decision.bits} bits")
@@ -171,8 +171,8 @@ def _impossible(recipe: Recipe, least: float, width: int, protected: int) -> str
             f"possible: {kept}all other experts at {width} bits, the rest of the model unchanged"
         )
     return (
-        f"policy.bits_per_weight is {policy.bits_per_weight}, but {least:.3f} is the least possible: "
-        f"{kept}all other experts at {width} bits, with scales in groups of "
+        f"policy.bits_per_weight is {policy.bits_per_weight}, but {least:.3f} is the least"
+        f" possible: {kept}all other experts at {width} bits, with scales in groups of "
         f"{recipe.quantization.group_size}"
     )
 

@@ -1,20 +1,23 @@
 """Measure the experts, find the super experts, and confirm them.
 
-Published criterion (arXiv:2507.23279, eq. 6): an expert is a super expert if its peak |down_proj output|
-exceeds both the 99.5th percentile of all experts' peaks and a tenth of the greatest, and its layer is one
-of those that form the massive activations. Three things are stricter here than in the published code:
+Published criterion (arXiv:2507.23279, eq. 6): an expert is a super expert if its peak |down_proj
+output| exceeds both the 99.5th percentile of all experts' peaks and a tenth of the greatest, and
+its layer is one of those that form the massive activations. Three things are stricter here than in
+the published code:
 
 * the peak is taken over all tokens and all experts of all layers, before the routing weight;
 * the forming layers are measured (see `forming_layers`), not the first 75 %;
 * if the model has no massive activation, it has no super expert, however uneven the peaks are.
 
-The criterion is relative and only proposes. What confirms is the cause: with the expert's output set to
-zero, the massive activation has to vanish, and with another expert of the layer it has to stay.
+The criterion is relative and only proposes. What confirms is the cause: with the expert's output
+set to zero, the massive activation has to vanish, and with another expert of the layer it has to
+stay.
 """
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +56,19 @@ from se_compress.streaming import (
 # Sun et al. (arXiv:2402.17762): a massive activation exceeds 100 and a thousand medians.
 MASSIVE_PEAK = 100.0
 MASSIVE_RATIO = 1000.0
-# A layer forms massive activations if it adds at least this share of the largest addition of any layer.
-# Half of the criterion's own tenth, as the residual sees an expert only after its routing weight.
+# A layer forms massive activations if it adds at least this share of the largest addition of any
+# layer. Half of the criterion's own tenth, as the residual sees an expert only after its routing
+# weight.
 FORMING_SHARE = 0.05
-CANCELLING_SHARE = 0.5
+CANCELLING_SHARE = 0.25
 SINK_RATE_THRESHOLD = 0.3  # Gu et al. (arXiv:2410.10781)
-# A candidate is confirmed if zeroing it takes away this share of its layer's rise, and its control less.
-# Not more, because several experts of one layer may share the work (DeepSeek-R1, layer 14: two).
+# A candidate is confirmed if zeroing it takes away this share of its layer's rise, and its control
+# less. Not more, because several experts of one layer may share the work (DeepSeek-R1, layer 14:
+# two).
 CONFIRMING_SHARE = 0.25
 CONFIRM_SEQUENCES = 8
-# Tokens per expert on which the loss of rounding is measured; the strongest ones are always among them.
+# Tokens per expert on which the loss of rounding is measured; the strongest ones are always among
+# them.
 LOSS_TOKENS = 512
 LOSS_STRONGEST = 32
 LOSS_STACK_ELEMENTS = 2**26
@@ -401,10 +407,10 @@ class _Selection:
 def forming_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
     """Layers that form massive activations.
 
-    After such a layer the residual stream is massive (Sun et al.), and the layer adds to some |h| at
-    least FORMING_SHARE of what any layer adds. What counts is the change of an element, not of the
-    maximum: super experts that build one activation up over several layers, or on several channels,
-    are all found; a layer that only carries or cancels it is not.
+    After such a layer the residual stream is massive (Sun et al.), and the layer adds to some |h|
+    at least FORMING_SHARE of what any layer adds. What counts is the change of an element, not of
+    the maximum: super experts that build one activation up over several layers, or on several
+    channels, are all found; a layer that only carries or cancels it is not.
     """
     greatest = max((layer.rise for layer in layers if layer.massive), default=0.0)
     return frozenset(
@@ -413,10 +419,10 @@ def forming_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
 
 
 def cancelling_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
-    """Layers that take away at least half of the massive activation that reached them."""
+    """Layers that take away at least a quarter of the massive activation that reached them."""
     return frozenset(
         layer.layer
-        for before, layer in zip(layers, layers[1:], strict=False)
+        for before, layer in pairwise(layers)
         if before.massive and layer.fall >= CANCELLING_SHARE * before.peak
     )
 
@@ -433,8 +439,9 @@ def percentile(values: Iterable[float], percent: float) -> float:
 def over_thresholds(
     peaks: Mapping[ExpertId, float], percent: float, fraction: float
 ) -> tuple[list[ExpertId], float, float]:
-    """Experts whose peak exceeds both clauses of eq. 6, and the two values. All experts of the model
-    belong in `peaks`, never-routed ones with 0: leaving some out would shift the percentile."""
+    """Experts whose peak exceeds both clauses of eq. 6, and the two values. All experts of the
+    model belong in `peaks`, never-routed ones with 0: leaving some out would shift the
+    percentile."""
     by_percentile = percentile(peaks.values(), percent)
     by_fraction = fraction * max(peaks.values())
     chosen = [e for e, peak in peaks.items() if peak > by_percentile and peak > by_fraction]
@@ -492,8 +499,8 @@ def _notes(layers: Sequence[LayerStats], with_super_experts: set[int]) -> tuple[
     if not any(layer.massive for layer in layers):
         best = max(layers, key=lambda layer: layer.peak / max(layer.median, 1e-12))
         return (
-            f"no massive activation: the residual peaks at {best.peak:.1f} after layer {best.layer}, "
-            f"{best.peak / max(best.median, 1e-12):.0f} times the median, and more than "
+            f"no massive activation: the residual peaks at {best.peak:.1f} after layer "
+            f"{best.layer}, {best.peak / max(best.median, 1e-12):.0f} times the median, and more than "
             f"{MASSIVE_PEAK:.0f} and {MASSIVE_RATIO:.0f} medians are needed; "
             "so there is no super expert",
         )

@@ -1,8 +1,9 @@
 """Load a finished checkpoint with its target engine and write down its logits: `python -m
-se_compress.reload DIRECTORY SCRATCH`. A process of its own, as GPTQModel patches torch, transformers and
-safetensors when it is imported, and as whatever it allocates is gone afterwards.
+se_compress.reload DIRECTORY SCRATCH`. A process of its own, as GPTQModel patches torch,
+transformers and safetensors when it is imported, and as whatever it allocates is gone afterwards.
 
-SCRATCH holds request.json ({"tokens": [...], "target": ...}); logits.safetensors is written beside it.
+SCRATCH holds request.json ({"tokens": [...], "target": ...}); logits.safetensors is written beside
+it.
 """
 
 import importlib.util

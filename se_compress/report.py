@@ -487,7 +487,7 @@ def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Fig
     layout["meta"] = {"scale": ["scale-low", "scale-mid", "scale-high"]}
     layout["coloraxis"] = {
         "cmin": 0,
-        "cmax": 1,
+        "cmax": 1.001,  # Plotly drops a tick at the very end
         "colorbar": _colorbar("attention to position 0", (0, 0.5, 1), ("0 %", "50 %", "100 %")),
     }
     trace = {
@@ -592,7 +592,7 @@ def _circles(axis: str, experts: Sequence[ExpertIndex], marked: Sequence[ExpertI
         "y": [identity.layer for identity in here],
         "text": [str(identity) for identity in here],
         "textposition": [
-            "middle right" if at < 0.2 else "middle left" if at > 0.8 else "top center"
+            "middle right" if at < 0.1 else "middle left" if at > 0.9 else "top center"
             for at in columns
         ],
         "textfont": {"size": 12},

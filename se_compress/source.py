@@ -1,4 +1,4 @@
-"""Open a model: config, headers, and the account of every tensor. No weight is read, torch not needed."""
+"""Open a model: config, headers, and the account of every tensor. No weight is read; no torch."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def open_source(model: str) -> ModelSource:
 
 
 def locate(model: str) -> Path:
-    """The directory of a model; one of the Hub is fetched into (or, offline, taken from) its cache."""
+    """The directory of a model; one of the Hub is fetched, or offline taken from its cache."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path

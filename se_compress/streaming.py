@@ -1,13 +1,14 @@
 """Run a causal language model one decoder layer at a time.
 
-transformers owns the mathematics of every family; this module owns the order of the work. The model is
-built on the meta device. One pass with recording stand-ins shows what each decoder layer is called with
-(masks, position embeddings). Then each real layer is loaded, run over all batches and dropped, so that
-memory holds one layer and the hidden states, whatever the size of the model.
+transformers owns the mathematics of every family; this module owns the order of the work. The model
+is built on the meta device. One pass with recording stand-ins shows what each decoder layer is
+called with (masks, position embeddings). Then each real layer is loaded, run over all batches and
+dropped, so that memory holds one layer and the hidden states, whatever the size of the model.
 
-transformers 5 fuses a layer's experts into two tensors, and hooks on expert modules see nothing. It does
-let one register an experts function and an attention function: ours compute the plain result and tell an
-observer what happens inside. Every family that uses these interfaces is instrumented that way.
+transformers 5 fuses a layer's experts into two tensors, and hooks on expert modules see nothing. It
+does let one register an experts function and an attention function: ours compute the plain result
+and tell an observer what happens inside. Every family that uses these interfaces is instrumented
+that way.
 
 Batches hold sequences of equal length and no padding, so a call depends on the batch's shape alone.
 """
@@ -30,7 +31,8 @@ from se_compress.errors import SourceError
 from se_compress.families import FAMILIES, Family
 
 IMPLEMENTATION = "se_compress"
-# Attention to the sink is averaged over queries from here on: the first few have nowhere else to look.
+# Attention to the sink is averaged over queries from here on: the first few have nowhere else to
+# look.
 FIRST_SINK_QUERY = 8
 
 
@@ -51,8 +53,8 @@ class Observer:
     def expert(
         self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
     ) -> None:
-        """One expert: its rows [n], input [n, I] and output [n, H] of down_proj, and the weights [n]
-        with which the output enters the sum (the shared expert's: its gate, or 1)."""
+        """One expert: its rows [n], input [n, I] and output [n, H] of down_proj, and the weights
+        [n] with which the output enters the sum (the shared expert's: its gate, or 1)."""
 
     def dense(self, inner: Tensor, output: Tensor) -> None:
         """Input [N, I] and output [N, H] of a dense layer's down_proj."""
@@ -180,7 +182,8 @@ def _register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
-# ----------------------------------------------------------------------------------------- the model
+# ----------------------------------------------------------------------------------------- the
+# model
 
 
 @dataclass(frozen=True)
@@ -256,13 +259,13 @@ class StreamedModel:
     # -- loading
 
     def load_layer(self, layer: int) -> nn.Module:
-        """Decoder layer `layer` with its weights, on the device. Raises SourceError for NaN weights."""
+        """Decoder layer `layer` with its weights, on the device. Raises SourceError for NaN."""
         module = copy.deepcopy(self.layers[layer])
         self._materialise(module, f"model.layers.{layer}.", skip=())
         return module
 
     def _materialise(self, module: nn.Module, prefix: str, skip: tuple[str, ...]) -> None:
-        """Give every meta parameter and buffer of `module` (but those under `skip`) its real value."""
+        """Give every meta parameter and buffer of `module`, but those under `skip`, its value."""
         persistent = set(module.state_dict().keys())
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
             if not name.startswith(skip) if skip else True:
@@ -396,8 +399,8 @@ class StreamedModel:
     def generate(
         self, prompts: Tensor, tokens: int, on_token: Callable[[], None] = lambda: None
     ) -> Tensor:
-        """Greedy continuations [B, tokens] of prompts [B, P] of equal length; every step loads every
-        layer once. No token ends a continuation early, so that models can be compared."""
+        """Greedy continuations [B, tokens] of prompts [B, P] of equal length; every step loads
+        every layer once. No token ends a continuation early, so that models can be compared."""
         from transformers import DynamicCache
 
         decoder = self.model.model
@@ -441,7 +444,8 @@ def kl_divergence(source: Tensor, result: Tensor) -> Tensor:
 class RoutingCapture(Observer):
     """Keeps the input of a layer's routed experts and the routing, over all batches.
 
-    After the run: `hidden` [N, H], `experts` [N, k], `weights` [N, k], rows in the order of the batches.
+    After the run: `hidden` [N, H], `experts` [N, k], `weights` [N, k], rows in the order of the
+    batches.
     """
 
     def __init__(self) -> None:

@@ -1,14 +1,15 @@
 """What each target engine loads, and what a plan therefore puts into the file. No torch.
 
-One row per engine, each fact with its source. The planner takes a row as its constraint; the layout of
-the result (`result_slots`) follows from plan and headers alone, exact to the byte.
+One row per engine, each fact with its source. The planner takes a row as its constraint; the layout
+of the result (`result_slots`) follows from plan and headers alone, exact to the byte.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from se_compress.artifacts import CompressionPlan, ExpertId, ModelSource, Role, TensorInfo
 from se_compress.errors import RecipeError
+from se_compress.families import FAMILIES, unfused_name
 from se_compress.headers import Slot
 
 TABLE_VERSION = "2026-11"
@@ -22,6 +23,7 @@ class TargetRules:
     widths        bits that experts may have, beside 16
     row_multiple  an expert matrix needs this many rows (or a multiple) to be packed
     column_multiple   and this many columns
+    unfused_names tensors go by the names of the live model with its experts unfused
     source        where the facts are from
     """
 
@@ -30,6 +32,7 @@ class TargetRules:
     widths: tuple[int, ...]
     row_multiple: int
     column_multiple: int
+    unfused_names: bool
     source: str
 
 
@@ -42,8 +45,9 @@ TARGETS: Mapping[str, TargetRules] = {
             widths=(2, 3, 4, 8),
             row_multiple=32,
             column_multiple=32,
-            source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and projection; "
-            "its qlinears pack whole int32 words along both axes",
+            unfused_names=True,
+            source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and"
+            " projection; its qlinears pack whole int32 words along both axes; Mixtral's w1, w3, w2 are not found",
         ),
         TargetRules(
             name="transformers",
@@ -51,8 +55,9 @@ TARGETS: Mapping[str, TargetRules] = {
             widths=(),
             row_multiple=1,
             column_multiple=1,
-            source="transformers 5.17: unquantised experts load through AutoModelForCausalLM; a GPTQ "
-            "file of experts would be re-initialised at random without an error",
+            unfused_names=False,
+            source="transformers 5.17: unquantised experts load through AutoModelForCausalLM; a"
+            " GPTQ file of experts would be re-initialised at random without an error",
         ),
     )
 }
@@ -78,8 +83,8 @@ def check_shapes(source: ModelSource, rules: TargetRules, group_size: int) -> No
             if group_size != -1 and columns % group_size:
                 fitting = [g for g in (256, 128, 64, 32, 16) if columns % g == 0]
                 raise RecipeError(
-                    f"quantization.group_size {group_size} does not divide the {columns} columns of "
-                    f"{info.name}; accepted there: {', '.join(map(str, [*fitting, -1]))}"
+                    f"quantization.group_size {group_size} does not divide the {columns} columns of"
+                    f" {info.name}; accepted there: {', '.join(map(str, [*fitting, -1]))}"
                 )
             if rows % rules.row_multiple or columns % rules.column_multiple:
                 raise RecipeError(
@@ -88,11 +93,18 @@ def check_shapes(source: ModelSource, rules: TargetRules, group_size: int) -> No
                 )
 
 
+def result_name(source: ModelSource, plan: CompressionPlan, name: str) -> str:
+    """The name by which the plan's target looks for a tensor of the source."""
+    if not TARGETS[plan.target].unfused_names:
+        return name
+    return unfused_name(FAMILIES[source.family], name)
+
+
 def packed_slots(info: TensorInfo, bits: int, group_size: int) -> tuple[Slot, ...]:
     """The four GPTQ v1 tensors that hold one [rows, columns] weight.
 
-    qweight int32 [columns * bits / 32, rows], qzeros int32 [groups, rows * bits / 32], scales float16
-    [groups, rows], g_idx int32 [columns] (GPTQModel, nn_modules/qlinear/__init__.py).
+    qweight int32 [columns * bits / 32, rows], qzeros int32 [groups, rows * bits / 32], scales
+    float16 [groups, rows], g_idx int32 [columns] (GPTQModel, nn_modules/qlinear/__init__.py).
     """
     rows, columns = info.shape
     groups = 1 if group_size == -1 else -(-columns // group_size)
@@ -118,6 +130,7 @@ def result_slots(source: ModelSource, plan: CompressionPlan) -> Iterator[Slot]:
     """Every tensor of the result, in the order in which the source holds them."""
     for info in sorted(source.tensors.values(), key=lambda i: (i.file, i.begin)):
         bits = planned_bits(plan, info)
+        info = replace(info, name=result_name(source, plan, info.name))
         if bits == 16:
             yield Slot(info.name, info.dtype, info.shape)
         else:

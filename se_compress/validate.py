@@ -6,18 +6,21 @@ Measures (T positions of a sequence, p attention probabilities, h residual strea
 
     perplexity_increase       exp(mean cross-entropy), result / source - 1
     kl_divergence             mean over positions of KL(source || result) of the next token, nats
-    massive_activation_ratio  in each layer that is massive in the source (Sun et al., arXiv:2402.17762)
-                              and each sequence, r = h_result / h_source at the source's largest |h|; mean
-                              over sequences of max(0, min(r, 1/r)); the least of the layers
-    sink_decay                1 - sum p_result / sum p_source of the attention to position 0 from queries
-                              at position >= 8, over all layers and the heads whose mean mass in the
-                              source is at least 0.05. The decay rate of arXiv:2507.23279, eq. 7, weighted
-                              by mass, so that heads with hardly any do not dominate
-    router_agreement          share of a token's top-k experts that both chose; mean over tokens, layers
+    massive_activation_ratio  in each layer that is massive in the source (Sun et al.,
+                              arXiv:2402.17762) and each sequence, r = h_result / h_source at the
+                              source's largest |h|; mean over sequences of max(0, min(r, 1/r)); the
+                              least of the layers
+    sink_decay                1 - sum p_result / sum p_source of the attention to position 0 from
+                              queries at position >= 8, over all layers and the heads whose mean
+                              mass in the source is at least 0.05. The decay rate of
+                              arXiv:2507.23279, eq. 7, weighted by mass, so that heads with hardly
+                              any do not dominate
+    router_agreement          share of a token's top-k experts that both chose; mean over tokens and
+                              layers
     repetition                share of 4-grams of a greedy continuation that occurred in it before;
                               result - source, mean over prompts
-    tensors_accounted         share of the source's tensors that are in the result, unchanged ones byte for
-                              byte, and nothing else is
+    tensors_accounted         share of the planned tensors that are in the result as planned,
+                              unchanged ones byte for byte, with nothing else beside them
     reload                    relative error of the logits after loading the result with its target
                               engine, against those that were validated here
 """
@@ -57,7 +60,7 @@ from se_compress.streaming import (
     kl_divergence,
     sink_mass,
 )
-from se_compress.targets import result_slots
+from se_compress.targets import result_name, result_slots
 
 MASSIVE_PEAK, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al.
 SINK_HEAD_FLOOR = 0.05
@@ -90,7 +93,8 @@ def validate(
     rule = recipe.validation
     device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
     original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
-    result = StreamedModel(source, open_result(found, source.tensors), device, dtype)
+    read = open_result(found, source.tensors, lambda name: result_name(source, plan, name))
+    result = StreamedModel(source, read, device, dtype)
     compared = _compare(original, result, batches_of(tokens, options.batch_tokens), options)
     continuations, repetition = _generate(original, result, tokens, rule, options)
     checks = [
@@ -157,9 +161,10 @@ def _versions() -> dict[str, str]:
 
 
 def _account(source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]) -> Check:
-    """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's own
-    bytes, and there is nothing else."""
+    """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
+    own bytes, and there is nothing else."""
     expected = {slot.name: slot for slot in result_slots(source, plan)}
+    originals = {result_name(source, plan, n): info for n, info in source.tensors.items()}
     problems = [f"{name} is not planned" for name in found if name not in expected]
     for name, slot in expected.items():
         info = found.get(name)
@@ -167,7 +172,7 @@ def _account(source: ModelSource, plan: CompressionPlan, found: Mapping[str, Ten
             problems.append(f"{name} is missing")
         elif Slot(name, info.dtype, info.shape) != slot:
             problems.append(f"{name} is {info.dtype} {list(info.shape)}")
-        elif name in source.tensors and not _same_bytes(source.tensors[name], info):
+        elif name in originals and not _same_bytes(originals[name], info):
             problems.append(f"{name} differs from the source")
     share = 1.0 - len(problems) / max(len(expected), 1)
     detail = "; ".join(problems[:3])
@@ -401,8 +406,8 @@ def _steps(stage: str, total: int, options: RunOptions) -> Iterator[None]:
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of the 4-grams of a continuation that occurred in it before: 0 for no repetition, near 1
-    for a loop."""
+    """Share of the 4-grams of a continuation that occurred in it before: 0 for no repetition, near
+    1 for a loop."""
     grams = Counter(tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1))
     total = sum(grams.values())
     return 1.0 - len(grams) / total if total else 0.0
@@ -431,7 +436,7 @@ def _reload(
     tokens: Sequence[int],
     options: RunOptions,
 ) -> Check:
-    """Load the checkpoint as a user would, in a process of its own: engines patch what they import."""
+    """Load the checkpoint as a user would, in its own process: engines patch what they import."""
     options.progress("reload", 0, 1)
     batch = torch.tensor([list(tokens)])
     states = result.embed([batch])

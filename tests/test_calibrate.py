@@ -16,41 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets.arrow_writer import ArrowWriter
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from tokenizers.decoders import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tiny import BOS, EOS, save_tokenizer
+from transformers import AutoTokenizer
 
 from se_compress.artifacts import digest_of
 from se_compress.calibrate import draw_sequences
 from se_compress.errors import RecipeError, SourceError
 from se_compress.recipe import Calibration, Validation
 
-BOS, EOS = 0, 1
 SPACES = 16  # characters of the longest token, a run of spaces
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
 NUMBERS = " ".join(f"{n:05d}" for n in range(2000))  # every piece stands in one place only
 CHAT = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Good day"}]
-
-
-def save_tokenizer(
-    directory: Path, *, bos: bool = False, eos: bool = False, template: str = ""
-) -> Path:
-    runs = ["Ġ" * n for n in (1, 2, 4, 8)]
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), *zip(runs, runs, strict=True)]
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(
-        single=("<s> " if bos else "") + "$A" + (" </s>" if eos else ""),
-        special_tokens=[("<s>", BOS), ("</s>", EOS)],
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=32
-    )
-    tokenizer.chat_template = template or None
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """Tiny random models of every family, built on the fly as ordinary Hugging Face directories.
 
-One entry in CONFIGS per row of families.py, with transformers' own config classes; VARIANTS bend one
-of them where a family has more than one shape. Weights are drawn at a scale where routing, attention
-and logits are far from uniform, so that a wrong role, slot or mask shows in the first digit.
+One entry in CONFIGS per row of families.py, with transformers' own config classes; VARIANTS bend
+one of them where a family has more than one shape. Weights are drawn at a scale where routing,
+attention and logits are far from uniform, so that a wrong role, slot or mask shows at once.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,15 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "olmoe": {**_COMMON, "intermediate_size": 32, "num_experts": 8, "num_key_value_heads": 4},
     "mixtral": {**_COMMON, "intermediate_size": 64, "num_local_experts": 4},
     "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
-    "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 48, "n_group": 4, "topk_group": 2},
+    "deepseek_v3": {
+        **_DEEPSEEK,
+        "q_lora_rank": 48,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_nextn_predict_layers": 0,
+    },
 }
 
-# Name -> the family, what differs, and the safetensors dtype of the weights.
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -77,6 +82,7 @@ _YARN = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
+# Name -> the family, what differs from its config, and the dtype in which the weights are saved.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any], torch.dtype]] = {
     **{family: (family, {}, torch.bfloat16) for family in CONFIGS},
     "qwen2_moe-sparse-step": (
@@ -212,7 +218,3 @@ def recipe(model: Path | str, output: Path | str = "out", **sections: Any) -> Re
     text = {"data": "unused.txt"}
     data = {"model": str(model), "output": str(output), "calibration": text, "validation": text}
     return parse_recipe({**data, **sections}, "test")
-
-
-def columns_of(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor(rows)
