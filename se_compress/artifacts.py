@@ -516,6 +516,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin is Mapping and isinstance(data, dict):
         key_kind, value_kind = arguments
+        if key_kind is int and not all(key.isdecimal() for key in data):
+            raise RecipeError(f"{where} has the keys {', '.join(data)}, but numbers are expected")
         return {key_kind(k): _decode(value_kind, v, f"{where}.{k}") for k, v in data.items()}
     if origin is Literal and data in arguments:
         return data
@@ -523,7 +525,12 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return float(data)
     if isinstance(kind, type) and type(data) is kind:
         return data
-    raise RecipeError(f"{where} is {json.dumps(data)[:60]}, but {_describe(kind)} is expected")
+    raise _mistyped(data, (kind,), where)
+
+
+def _mistyped(data: Any, kinds: tuple[Any, ...], where: str) -> RecipeError:
+    expected = " or ".join(map(_describe, kinds))
+    return RecipeError(f"{where} is {json.dumps(data)[:60]}, but {expected} is expected")
 
 
 def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
@@ -546,15 +553,18 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
 def _decode_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and type(None) in kinds:
         return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if len(kinds) == 1:
+        return _decode(kinds[0], data, where)
     for kind in kinds:
         try:
             return _decode(kind, data, where)
-        except RecipeError as error:
-            last = error
-    raise last
+        except RecipeError:
+            continue
+    raise _mistyped(data, kinds, where)
 
 
 def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(json.dumps(a) for a in typing.get_args(kind))
+        return " or ".join(json.dumps(a) for a in typing.get_args(kind))
     return getattr(kind, "__name__", str(kind))

@@ -36,7 +36,6 @@ def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
     The tensors share the map's pages and are read-only by convention: change a copy. Raises
     SourceError for an unknown name or a dtype that torch does not have.
     """
-    maps: dict[str, mmap.mmap] = {}
 
     def read(name: str) -> Tensor:
         info = tensors.get(name)
@@ -44,21 +43,25 @@ def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
             raise SourceError(f"{name}: the checkpoint has no such tensor")
         if info.dtype not in TORCH_DTYPES:
             raise SourceError(f"{name}: dtype {info.dtype} cannot be read")
-        if info.file not in maps:
-            with open(info.file, "rb") as stream:
-                # ACCESS_COPY: torch wants a writable buffer; nothing ever reaches the file.
-                maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        return _view(maps[info.file], info)
+        return _map(info)
 
     return read
 
 
-def _view(buffer: mmap.mmap, info: TensorInfo) -> Tensor:
+def _map(info: TensorInfo) -> Tensor:
     dtype = TORCH_DTYPES[info.dtype]
     if info.size_bytes == 0:
         return torch.empty(info.shape, dtype=dtype)
-    raw = torch.frombuffer(buffer, dtype=torch.uint8, count=info.size_bytes, offset=info.begin)
-    if info.begin % dtype.itemsize:  # some writers do not align their tensors
+    skipped = info.begin % mmap.ALLOCATIONGRANULARITY
+    length = skipped + info.size_bytes
+    with open(info.file, "rb") as stream:
+        # ACCESS_COPY: torch wants a writable buffer; nothing ever reaches the file. Of this tensor
+        # alone: the kernel refuses a writable map of a file that is larger than memory.
+        pages = mmap.mmap(
+            stream.fileno(), length, access=mmap.ACCESS_COPY, offset=info.begin - skipped
+        )
+    raw = torch.frombuffer(pages, dtype=torch.uint8, count=info.size_bytes, offset=skipped)
+    if skipped % dtype.itemsize:  # some writers do not align their tensors
         raw = raw.clone()
     return raw.view(dtype).reshape(info.shape)
 
@@ -98,6 +101,8 @@ def copy_tensor(info: TensorInfo, slot: TensorInfo) -> None:
         remaining = info.size_bytes
         while remaining:
             data = stream.read(min(remaining, COPY_BYTES))
+            if not data:
+                raise SourceError(f"{info.file}: ended within {info.name}; it has changed")
             target.write(data)
             remaining -= len(data)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,7 +105,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
     try:
-        sys.exit(command.main(standalone_mode=False) or 0)
+        code = command.main(standalone_mode=False)
+        if code == INTERRUPTED_EXIT_CODE:  # what typer makes of it
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except SeCompressError as error:
         _exit_with(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -126,8 +130,9 @@ def _exit_with(message: str, code: int) -> None:
 def _foreseen(error: Exception) -> SeCompressError | None:
     """What a library's error means to the user; None if it is a bug."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"the disk is full ({error.filename or text}); progress is kept")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or re.search(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\)", text):
+        return ResourceError(f"the disk is full ({text}); progress is kept")
     exhausted = "can't allocate memory" in text or "CUDA out of memory" in text
     if isinstance(error, MemoryError) or exhausted:
         return ResourceError("memory is exhausted; lower calibration.samples; progress is kept")
@@ -139,15 +144,18 @@ def _foreseen(error: Exception) -> SeCompressError | None:
 
 
 def _device(name: str) -> str:
+    if name == "cpu":
+        return name
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if match is None:
+        raise RecipeError(f"--device {name}: accepted are auto, cpu, cuda and cuda:N")
     import torch
 
+    count = torch.cuda.device_count()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise RecipeError(f"--device {name}: accepted are auto, cpu, cuda and cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+        return "cuda" if count else "cpu"
+    if int(match[1] or 0) >= count:
+        raise RecipeError(f"--device {name}: torch sees {count} CUDA devices")
     return name
 
 
@@ -189,17 +197,20 @@ class _Screen:
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=self.err,
-            disable=self.quiet,
+            disable=self.quiet or not self.err.is_terminal,
         )
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
+            bars.start()  # not before: it leaves an empty line behind if nothing was ever shown
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
-        with bars:
+        try:
             yield report
+        finally:
+            bars.stop()
 
     def show_preview(self, found: Preview) -> None:
         plan, source = found.plan, found.source

@@ -42,3 +42,5 @@ class ResourceError(SeCompressError):
 
 
 INTERRUPTED_EXIT_CODE = 130
+# Of `python -m se_compress.reload`: this machine cannot load the result, which says nothing of it.
+NOT_RUN_EXIT_CODE = 77

@@ -200,8 +200,8 @@ def classify(info: TensorInfo, family: Family, config: Mapping[str, Any]) -> Ten
 
 
 def unfused_name(family: Family, name: str) -> str:
-    """What `name` (or a template of names) is called where every expert is a module of its own, below
-    the live model's own path, with projections gate_proj, up_proj and down_proj."""
+    """What `name` (or a template of names) is called in a live model whose experts are modules of
+    their own, with gate_proj, up_proj and down_proj."""
     for disk, memory in family.renames:
         name = name.replace(disk, memory)
     for own, common in zip(family.projections, Family.projections, strict=True):

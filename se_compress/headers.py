@@ -39,18 +39,20 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
 
 def _read_sharded(path: Path, index: Path) -> dict[str, TensorInfo]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = {shard: path / shard for shard in sorted(set(weight_map.values()))}
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{index}: cannot be read as an index ({error!r})") from None
-    tensors: dict[str, TensorInfo] = {}
-    for name in sorted(set(weight_map.values())):
-        file = path / name
+    held: dict[str, dict[str, TensorInfo]] = {}
+    for shard, file in files.items():
         if not file.exists():
-            raise SourceError(f"{index} names {name}, which is missing")
-        tensors |= {info.name: info for info in read_header(file)}
+            raise SourceError(f"{index} names {shard}, which is missing")
+        held[shard] = {info.name: info for info in read_header(file)}
+    tensors = {name: info for infos in held.values() for name, info in infos.items()}
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in held[shard]:
             raise SourceError(f"{index} places {name} in {shard}, which does not hold it")
+        tensors[name] = held[shard][name]
     return tensors
 
 

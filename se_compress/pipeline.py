@@ -90,12 +90,10 @@ def preview(request: Request) -> Preview:
     source = open_source(request.recipe.model)
     output = Path(request.recipe.output)
     _check_output(output)
-    candidates = [_partial(output) / "profile.json", output / OURS / "profile.json"]
-    profile = next((p for p in map(_load_profile, candidates) if p), None)
-    if profile is not None and profile.source_digest != source.digest:
-        profile = None
+    profiles = filter(None, map(_load_profile, _profile_files(output)))
+    profile = next((p for p in profiles if p.source_digest == source.digest), None)
     plan = _plan(source, profile, request)
-    _check_disk(plan, output)
+    _check_disk(plan, source, request.recipe)
     return Preview(source, plan, profile)
 
 
@@ -106,7 +104,8 @@ def run(request: Request) -> Outcome:
     recipe, output = request.recipe, Path(request.recipe.output)
     source = open_source(recipe.model)
     _check_output(output)
-    _plan(source, None, request)  # what can be refused without a profile is refused now
+    # What can be refused without a profile is refused now, before the hours.
+    _check_disk(_plan(source, None, request), source, recipe)
     calibration = draw_sequences(recipe.calibration, source.path, "calibration")
     held_out = draw_sequences(recipe.validation, source.path, "validation")
     settings = _settings(request, source, calibration, held_out)
@@ -115,12 +114,13 @@ def run(request: Request) -> Outcome:
             f"{output} is up to date: nothing in the recipe, the model or the data changed"
         )
         return finished
+    _check_memory(source, recipe, len(calibration) * len(calibration[0]))
     with _locked(_partial(output)) as work:
         _prepare(work, settings, request)
         profile = _profile(source, calibration, work, output, request)
         plan = _plan(source, profile, request)
         write_atomically(work / "plan.json", to_json(plan))
-        _check_disk(plan, output)
+        _check_disk(plan, source, recipe)
         staged = work / "checkpoint"
         layout = lay_out(result_slots(source, plan), staged, MAX_SHARD_BYTES)
         records = _compress(source, plan, calibration, layout, work, request)
@@ -129,8 +129,8 @@ def run(request: Request) -> Outcome:
         write_atomically(staged / OURS / "run.json", _pretty(settings))
         published = validation.passed
         directory = output if published else _rejected(output)
-        _publish(staged, directory)
-    shutil.rmtree(work, ignore_errors=True)
+        _publish(staged, directory, work)
+        shutil.rmtree(work, ignore_errors=True)
     return Outcome(directory, published, profile, plan, validation)
 
 
@@ -143,7 +143,7 @@ def _profile(
     from se_compress.profiler import profile_digest, profile_experts
 
     wanted = profile_digest(source, tokens, request.recipe)
-    for file in (work / "profile.json", output / OURS / "profile.json"):
+    for file in _profile_files(output):
         profile = None if request.fresh else _load_profile(file)
         if profile is not None and profile.digest == wanted:
             request.notice(f"profile reused from {file}")
@@ -159,13 +159,18 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
         return make_plan(source, profile, request.recipe)
     try:
         text = request.plan_file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(
-            f"--plan {request.plan_file}: cannot be read ({error.strerror})"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise RecipeError(f"--plan {request.plan_file}: cannot be read ({reason})") from None
     plan = from_json(CompressionPlan, text, str(request.plan_file))
     plan = check_plan(plan, source, str(request.plan_file))
-    wanted = {"target": request.recipe.target, "method": request.recipe.quantization.method}
+    quantization = request.recipe.quantization
+    wanted: dict[str, object] = {
+        "target": request.recipe.target,
+        "method": quantization.method,
+        "group_size": quantization.group_size,
+        "symmetric": quantization.symmetric,
+    }
     for key, value in wanted.items():
         if getattr(plan, key) != value:
             raise RecipeError(
@@ -186,7 +191,6 @@ def _compress(
     from se_compress.execute import compress
     from se_compress.export import export_config
 
-    _check_memory(source, request.recipe, len(tokens) * len(tokens[0]))
     (work / "checkpoint").mkdir(exist_ok=True)
     allocate(layout)
     options = _with_work(request, work)
@@ -282,14 +286,16 @@ def _finished(output: Path, settings: dict[str, object]) -> Outcome | None:
 
 
 def _prepare(work: Path, settings: dict[str, object], request: Request) -> None:
-    """Keep the saved progress if it was made from these settings; otherwise name what changed and
-    drop it (the finished profile has a digest of its own and may survive)."""
+    """Keep the saved progress if it was made from these settings, otherwise drop it (the finished
+    profile has a digest of its own and may survive); name what changed since the last run."""
+    output = Path(request.recipe.output)
     saved = _load_settings(work / "run.json")
-    if saved is not None and saved != settings:
-        for key in settings:
-            if saved.get(key) != settings[key]:
-                change = f": {saved.get(key)} -> {settings[key]}" if "the " not in key else ""
-                request.notice(f"{key} changed{change}")
+    last = saved or _load_settings(output / OURS / "run.json")
+    last = last or _load_settings(_rejected(output) / OURS / "run.json") or settings
+    for key in settings:
+        if last.get(key) != settings[key]:
+            change = f": {last.get(key)} -> {settings[key]}" if "the " not in key else ""
+            request.notice(f"{key} changed{change}")
     if saved != settings or request.fresh:
         for entry in work.iterdir():
             if entry.name == "profile.json" and not request.fresh:
@@ -330,8 +336,7 @@ def _pretty(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-# ----------------------------------------------------------------------------------------
-# directories
+# ------------------------------------------------------------------------------------- directories
 
 
 def _partial(output: Path) -> Path:
@@ -342,15 +347,22 @@ def _rejected(output: Path) -> Path:
     return output.with_name(output.name + ".rejected")
 
 
+def _profile_files(output: Path) -> list[Path]:
+    """Where a profile may be, the latest first."""
+    finished = [directory / OURS / "profile.json" for directory in (output, _rejected(output))]
+    return [_partial(output) / "profile.json", *finished]
+
+
 def _check_output(output: Path) -> None:
     """An output that exists must be one of ours: nothing else is ever overwritten."""
-    for directory in (output, _rejected(output), _partial(output)):
+    marks = {output: f"{OURS}/run.json", _rejected(output): f"{OURS}/run.json"}
+    marks |= {_partial(output): "lock"}
+    for directory, mark in marks.items():
         if not directory.exists():
             continue
         if not directory.is_dir():
             raise RecipeError(f"output {directory} exists and is not a directory")
-        ours = (directory / OURS / "run.json").exists() or (directory / "lock").exists()
-        if any(directory.iterdir()) and not ours:
+        if any(directory.iterdir()) and not (directory / mark).exists():
             raise RecipeError(
                 f"output {directory} exists and was not made by se-compress; "
                 "choose another name or move it away"
@@ -373,37 +385,42 @@ def _locked(work: Path) -> Iterator[Path]:
         yield work
 
 
-def _publish(staged: Path, directory: Path) -> None:
-    """Rename a finished checkpoint into place; what was there (ours) goes only afterwards."""
-    old = directory.with_name(directory.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
+def _publish(staged: Path, directory: Path, work: Path) -> None:
+    """Rename a finished checkpoint into place; what was there (ours) is dropped with `work`."""
     if directory.exists():
-        directory.rename(old)
+        shutil.rmtree(work / "replaced", ignore_errors=True)
+        directory.rename(work / "replaced")
     staged.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------- pre-
-# flight
+# -------------------------------------------------------------------------------------- pre-flight
 
 
-def _check_disk(plan: CompressionPlan, output: Path) -> None:
+def _check_disk(plan: CompressionPlan, source: ModelSource, recipe: Recipe) -> None:
+    output = Path(recipe.output)
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    allocated = sum(f.stat().st_size for f in _partial(output).glob("checkpoint/*.safetensors"))
-    free = shutil.disk_usage(parent).free + allocated
-    if plan.size_bytes > free:
+    tokens = recipe.calibration.samples * recipe.calibration.sequence_length
+    # Two streams of hidden states, the last ones and those that are being written.
+    states = 4 * tokens * int(source.config["hidden_size"]) * _item_bytes(recipe)
+    there = sum(f.stat().st_size for f in _partial(output).glob("**/*.safetensors"))
+    free = shutil.disk_usage(parent).free + there
+    if plan.size_bytes + states > free:
         raise ResourceError(
-            f"{parent}: the result takes {plan.size_bytes / 1e9:.2f} GB, "
-            f"but only {free / 1e9:.2f} GB are free"
+            f"{parent}: the result takes {plan.size_bytes / 1e6:.1f} MB and saved progress "
+            f"{states / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
         )
+
+
+def _item_bytes(recipe: Recipe) -> int:
+    return 4 if recipe.compute_dtype == "float32" else 2
 
 
 def _check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
     import psutil
 
-    item_bytes = 4 if recipe.compute_dtype == "float32" else 2
+    item_bytes = _item_bytes(recipe)
     weights: dict[int | None, int] = {}
     for info in source.tensors.values():
         count = 1

@@ -7,6 +7,7 @@ What the target cannot load is refused here, before any weight is read.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 
 from se_compress.artifacts import (
     Action,
@@ -18,7 +19,7 @@ from se_compress.artifacts import (
 )
 from se_compress.errors import RecipeError
 from se_compress.recipe import ExpertName, Recipe
-from se_compress.targets import TARGETS, TargetRules, check_shapes, check_target, expert_bytes
+from se_compress.targets import TARGETS, TargetRules, check_grid, check_target, expert_bytes
 
 
 def make_plan(
@@ -26,12 +27,13 @@ def make_plan(
 ) -> CompressionPlan:
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
-    method = recipe.quantization.method
-    rules = check_target(recipe.target, method)
-    if method == "none":
-        return _assemble(source, profile, recipe, {}, 16, ())
-    check_shapes(source, rules, recipe.quantization.group_size)
+    quantization = recipe.quantization
+    rules = check_target(recipe.target, quantization.method)
     protected, reasons = _protected(source, profile, recipe)
+    if quantization.method == "none":
+        _check_unquantized_budget(source, recipe)
+        return _assemble(source, profile, recipe, {}, 16, ())
+    check_grid(source, rules, quantization.group_size, quantization.symmetric)
     width, notes = _uniform_width(source, protected, recipe)
     return _assemble(source, profile, recipe, reasons, width, notes)
 
@@ -43,14 +45,20 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
     """
     if plan.target not in TARGETS:
         raise RecipeError(f"{where}: target {plan.target!r} is not one of {', '.join(TARGETS)}")
-    rules = check_target(plan.target, plan.method)
-    if any(decision.action == "quantize" for decision in plan.experts):
-        check_shapes(source, rules, plan.group_size)
+    try:
+        rules = check_target(plan.target, plan.method)
+        if any(decision.action == "quantize" for decision in plan.experts):
+            check_grid(source, rules, plan.group_size, plan.symmetric)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
     if len(plan.by_id) != len(plan.experts):
         raise RecipeError(f"{where}: an expert is listed twice")
     for identity in source.experts:
         if identity not in plan.by_id:
             raise RecipeError(f"{where}: expert {identity} of the model has no line")
+    for identity in plan.protected:
+        if identity not in source.experts:
+            raise RecipeError(f"{where}: protected lists {identity}, which the model does not have")
     for decision in plan.experts:
         _check_decision(plan, decision, source, rules, where)
     widths = {d.id: d.bits for d in plan.experts if d.expert != "shared" and d.bits is not None}
@@ -76,16 +84,18 @@ def _check_decision(
         raise RecipeError(
             f"{where}: expert {identity}: action {decision.action} cannot be done yet"
         )
-    accepted = (16,) if decision.action == "keep" else rules.widths
-    if identity.expert == "shared":
-        accepted = (16,)
+    packable = rules.widths if identity.expert != "shared" else ()
+    accepted = (16,) if decision.action == "keep" else packable
     if decision.bits not in accepted:
         raise RecipeError(
             f"{where}: expert {identity} has {decision.bits} bits; for action {decision.action} and"
             f" target {plan.target} accepted are {', '.join(map(str, accepted)) or 'none'}"
         )
     if identity in plan.protected and (decision.bits or 0) < 8:
-        raise RecipeError(f"{where}: expert {identity} is protected but has {decision.bits} bits")
+        raise RecipeError(
+            f"{where}: expert {identity} is protected but has {decision.bits} bits; accepted are 8 "
+            "and 16, unless it is taken off the list of protected"
+        )
 
 
 def bits_per_weight(source: ModelSource, widths: Mapping[ExpertId, int], group_size: int) -> float:
@@ -105,8 +115,9 @@ def _protected(
     protect, bits = recipe.policy.protect, recipe.policy.protected_bits
     reasons: dict[ExpertId, str] = {}
     if isinstance(protect, tuple):
-        reasons = {i: f"protected at {bits} bits: listed in policy.protect"
-                   for i in _listed(source, protect)}  # fmt: skip
+        for identity in _listed(source, protect):
+            kept = 16 if identity.expert == "shared" else bits
+            reasons[identity] = f"protected at {kept} bits: listed in policy.protect"
     elif protect == "super-experts" and profile is not None:
         for expert in profile.super_experts:
             state = {True: "confirmed", False: "not confirmed", None: "not asked to confirm"}
@@ -134,8 +145,8 @@ def _listed(source: ModelSource, names: Sequence[ExpertName]) -> list[ExpertId]:
 def _uniform_width(
     source: ModelSource, protected: frozenset[ExpertId], recipe: Recipe
 ) -> tuple[int, tuple[str, ...]]:
-    policy, widths = recipe.policy, sorted(recipe.policy.bits)
-    if policy.bits_per_weight is None and policy.size is None:
+    budget, widths = _budget(recipe), sorted(recipe.policy.bits)
+    if budget is None:
         if len(widths) > 1:
             raise RecipeError(
                 f"policy.bits lists the widths {widths}: a budget is needed to choose, "
@@ -143,11 +154,26 @@ def _uniform_width(
             )
         return widths[0], ()
     measured = {width: _measure(source, protected, recipe, width) for width in widths}
-    budget = policy.size if policy.size is not None else policy.bits_per_weight
-    fitting = [width for width in widths if budget is not None and measured[width] <= budget]
+    fitting = [width for width in widths if measured[width] <= budget]
     if not fitting:
-        raise RecipeError(_impossible(recipe, min(measured.values()), widths[0], len(protected)))
+        kept = f"{len(protected)} protected at {recipe.policy.protected_bits} bits and all other "
+        why = (
+            f"{kept if protected else 'all '}experts at {widths[0]} bits, with scales in groups "
+            f"of {recipe.quantization.group_size}"
+        )
+        raise RecipeError(_impossible(recipe, min(measured.values()), why))
     return fitting[-1], (f"{fitting[-1]} bits is the widest of {widths} within the budget",)
+
+
+def _budget(recipe: Recipe) -> float | None:
+    """In the unit of `_measure`; None if the recipe sets none."""
+    return recipe.policy.size if recipe.policy.size is not None else recipe.policy.bits_per_weight
+
+
+def _check_unquantized_budget(source: ModelSource, recipe: Recipe) -> None:
+    budget, size = _budget(recipe), _measure(source, frozenset(), recipe, 16)
+    if budget is not None and size > budget:
+        raise RecipeError(_impossible(recipe, size, "quantization.method none keeps every weight"))
 
 
 def _measure(
@@ -160,20 +186,16 @@ def _measure(
     return bits_per_weight(source, widths, recipe.quantization.group_size)
 
 
-def _impossible(recipe: Recipe, least: float, width: int, protected: int) -> str:
-    policy = recipe.policy
-    kept = (
-        f"{protected} protected experts at {policy.protected_bits} bits and " if protected else ""
-    )
-    if policy.size is not None:
-        return (
-            f"policy.size is {policy.size / 1e9:.3f} GB, but {least / 1e9:.3f} GB is the least "
-            f"possible: {kept}all other experts at {width} bits, the rest of the model unchanged"
-        )
+def _impossible(recipe: Recipe, least: float, why: str) -> str:
+    """The least is rounded up, so that it is possible as it is written."""
+    if recipe.policy.size is None:
+        given, least_text = str(recipe.policy.bits_per_weight), f"{ceil(least * 1000) / 1000:.3f}"
+        return f"policy.bits_per_weight is {given}, but {least_text} is the least possible: {why}"
+    unit, scale = ("GB", 10**9) if least >= 10**9 else ("MB", 10**6)
+    least_text = f"{ceil(least * 10_000 / scale) / 10_000:.4f} {unit}"
     return (
-        f"policy.bits_per_weight is {policy.bits_per_weight}, but {least:.3f} is the least"
-        f" possible: {kept}all other experts at {width} bits, with scales in groups of "
-        f"{recipe.quantization.group_size}"
+        f"policy.size is {recipe.policy.size / scale:.4f} {unit}, but {least_text} is the least "
+        f"possible: {why}, the rest of the model unchanged"
     )
 
 

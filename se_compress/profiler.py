@@ -72,6 +72,7 @@ CONFIRM_SEQUENCES = 8
 LOSS_TOKENS = 512
 LOSS_STRONGEST = 32
 LOSS_STACK_ELEMENTS = 2**26
+STATES_FILE = "profile-states.safetensors"
 
 
 def profile_experts(
@@ -93,6 +94,8 @@ def profile_experts(
             model, tokens[:CONFIRM_SEQUENCES], found.super_experts, recipe, options
         )
         found = replace(found, super_experts=confirmed, notes=found.notes + _doubts(confirmed))
+    if options.work:
+        (options.work / STATES_FILE).unlink(missing_ok=True)
     return ExpertProfile(
         model=source.name,
         digest=profile_digest(source, tokens, recipe),
@@ -145,7 +148,7 @@ def _measure_layers(
     batches = batches_of(tokens, options.batch_tokens)
     measured: list[tuple[LayerStats, tuple[ExpertStats, ...]]] = []
     done, streams = -1, dict[str, list[Tensor]]()
-    states_file = options.work / "profile-states.safetensors" if options.work else None
+    states_file = options.work / STATES_FILE if options.work else None
     if states_file:
         done, streams = load_states(states_file, model.device)
     hidden = streams.get("source") or model.embed(batches)
@@ -161,8 +164,6 @@ def _measure_layers(
                 save_states(states_file, layer, {"source": hidden})
         measured.append((part.layer, part.experts))
     options.progress("profile", model.source.layer_count, model.source.layer_count)
-    if states_file:
-        states_file.unlink(missing_ok=True)
     return measured
 
 
@@ -657,7 +658,8 @@ def _with_evidence(
 def _doubts(candidates: Sequence[SuperExpert]) -> tuple[str, ...]:
     return tuple(
         f"expert {candidate.id} meets the criterion, but zeroing it takes away only "
-        f"{candidate.zeroed.rise_removed:.0%} of its layer's rise: it is protected, not confirmed"
+        f"{max(0.0, candidate.zeroed.rise_removed):.0%} of its layer's rise: it is protected, not "
+        "confirmed"
         for candidate in candidates
         if candidate.zeroed and not candidate.confirmed
     )

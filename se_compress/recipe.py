@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from se_compress.errors import RecipeError
 
@@ -45,7 +46,7 @@ class DataSource(_Section):
 
 
 class _Text(_Section):
-    data: tuple[DataSource, ...] = Field(min_length=1)
+    data: tuple[DataSource, ...]
     samples: Positive
     sequence_length: Annotated[int, Field(ge=16)]
     seed: Annotated[int, Field(ge=0)] = 0
@@ -55,6 +56,8 @@ class _Text(_Section):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         items = list(value) if isinstance(value, list | tuple) else [value]
+        if not items:
+            raise ValueError("at least one source of text is needed")
         return tuple({"data": item} if isinstance(item, str) else item for item in items)
 
 
@@ -93,13 +96,19 @@ class Policy(_Section):
     protected_bits: Literal[8, 16] = 16
     bits: tuple[Width, ...] = (4,)
     bits_per_weight: Annotated[float, Field(gt=0.0)] | None = None
-    size: int | None = None
+    size: Positive | None = None
     other_bits: Literal[16] = 16
 
     @field_validator("protect", mode="before")
     @classmethod
     def _list_of_experts(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+        if isinstance(value, list):
+            return tuple(value)
+        if value not in ("super-experts", "none") and not isinstance(value, tuple):
+            raise ValueError(
+                f"{value!r} is not super-experts, none or a list such as [{{layer: 1, expert: 68}}]"
+            )
+        return value
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -180,7 +189,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write for instance 9GB or 4.5GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -250,26 +259,39 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     """The first problem, in one line. Unknown keys come first: they often cause the others."""
-    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    problems = sorted(
+        error.errors(), key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"]))
+    )
     problem = problems[0]
-    path = ".".join(str(part) for part in problem["loc"] if _is_key(part)) or "the recipe"
+    path = _path(problem)
     if problem["type"] == "extra_forbidden":
         return _unknown_key(problem["loc"])
     if problem["type"] == "missing":
         return f"{path} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path} is {problem['input']!r}: {message[0].lower() + message[1:]}"
+        return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
+    if problem["type"] == "model_type":
+        return f"{path} is {problem['input']!r}: a mapping of keys is needed"
+    # A union has one problem for each of its branches.
+    accepted = [_lower_first(other["msg"]) for other in problems if _path(other) == path]
+    return f"{path} is {problem['input']!r}: {' or '.join(accepted)}"
+
+
+def _path(problem: ErrorDetails) -> str:
+    return ".".join(str(part) for part in problem["loc"] if _is_key(part)) or "the recipe"
+
+
+def _lower_first(text: str) -> str:
+    return text[0].lower() + text[1:]
 
 
 def _is_key(part: object) -> bool:
-    """Pydantic puts the branch of a union ("literal[...]", "tuple[...]") among the keys."""
-    return isinstance(part, int) or "[" not in str(part)
+    """Pydantic puts the branch of a union ("literal[...]", "constrained-int") among the keys."""
+    return isinstance(part, int) or not re.search(r"\[|^constrained-", str(part))
 
 
 def _unknown_key(location: tuple[int | str, ...]) -> str:
-    *parents, last = [part for part in location if _is_key(part)]
+    parents, last = [part for part in location[:-1] if _is_key(part)], location[-1]
     known = _known_keys([part for part in parents if isinstance(part, str)])
     near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
     path = ".".join(str(part) for part in [*parents, last])

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def open_source(model: str) -> ModelSource:
     path = locate(model)
     config = read_config(path)
     family = families.family_of(config, str(path))
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if settings := config.get("quantization_config"):
+        method = settings.get("quant_method", "unknown")
         raise SourceError(
             f"{path}: the model is already quantised ({method}); give the original checkpoint"
         )
@@ -65,14 +66,19 @@ def locate(model: str) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
+    from httpx import HTTPError, TransportError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=list(HUB_PATTERNS))
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        try:
+            return Path(fetch())
+        except (TransportError, ConnectionError):  # of itself it seeks no commit in the cache
+            return Path(fetch(local_files_only=True))
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached and its local cache does not hold it"
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
     raise SourceError(f"{name}: there is no such directory, and as a Hub id: {reason}")
 

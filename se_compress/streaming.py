@@ -160,16 +160,12 @@ def _report_attention(
     length = query.shape[2]
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
-    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     if mask is None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    elif mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask[..., :length], float("-inf"))
-    else:
-        scores = scores + mask[..., :length]
-    probabilities = scores.softmax(dim=-1)
-    queries = torch.arange(length, 0, -1, device=query.device)
-    observer.attention(probabilities[..., 0], probabilities.sum(dim=2) / queries)
+        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    else:  # boolean: `_register` asks for sdpa's masks
+        visible = mask[..., :length]
+    probabilities = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    observer.attention(probabilities[..., 0], probabilities.sum(dim=2) / visible.sum(dim=-2))
 
 
 def _register() -> None:
@@ -323,11 +319,16 @@ class StreamedModel:
 
     # -- running
 
+    @cached_property
+    def _embeddings(self) -> Tensor:
+        """[V, H], as on disk and checked: a map of the file that takes no memory of its own."""
+        name = "model.embed_tokens.weight"
+        return check_finite(name, self.read(name))
+
     @torch.no_grad()
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Embeddings [B, T, H] of each batch of token ids [B, T]."""
-        table = self.read("model.embed_tokens.weight")
-        return [table[batch].to(self.device, self.dtype) for batch in batches]
+        """Embeddings [B, T, H] of each batch of token ids [B, T]. Raises SourceError for NaN."""
+        return [self._embeddings[batch].to(self.device, self.dtype) for batch in batches]
 
     @torch.no_grad()
     def run_layer(
@@ -487,16 +488,21 @@ def sink_mass(first_key: Tensor) -> Tensor:
 
 
 def save_states(path: Path, layer: int, streams: dict[str, list[Tensor]]) -> None:
-    """Write the hidden states after `layer`, atomically: the file is the old one or the new one."""
+    """Write the hidden states after `layer`, atomically: the file is the old one or the new one.
+    Streams that are still one and the same list are written once, and come back as one."""
     from safetensors.torch import save_file
 
+    names = list(streams)
+    same_as = {name: next(n for n in names if streams[n] is streams[name]) for name in names}
     tensors = {
         f"{name}.{index}": states.contiguous()
         for name, batches in streams.items()
         for index, states in enumerate(batches)
+        if same_as[name] == name
     }
     partial = path.with_name(path.name + ".writing")
-    save_file(tensors, partial, metadata={"layer": str(layer)})
+    metadata = {"layer": str(layer), "same_as": json.dumps(same_as)}
+    save_file(tensors, partial, metadata=metadata)
     partial.replace(path)
 
 
@@ -511,4 +517,5 @@ def load_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[T
         metadata = cast(dict[str, str], file.metadata())
         for key in sorted(file.keys(), key=lambda k: (k.split(".")[0], int(k.split(".")[1]))):
             streams.setdefault(key.split(".")[0], []).append(file.get_tensor(key).to(device))
-    return json.loads(metadata["layer"]), streams
+    same_as = json.loads(metadata["same_as"])
+    return int(metadata["layer"]), {name: streams[first] for name, first in same_as.items()}

@@ -19,17 +19,21 @@ TABLE_VERSION = "2026-11"
 class TargetRules:
     """What one engine accepts.
 
-    methods       quantisation methods whose files it loads
-    widths        bits that experts may have, beside 16
-    row_multiple  an expert matrix needs this many rows (or a multiple) to be packed
-    column_multiple   and this many columns
-    unfused_names tensors go by the names of the live model with its experts unfused
-    source        where the facts are from
+    methods          quantisation methods whose files it loads
+    widths           bits that experts may have, beside 16
+    group_sizes      columns that may share a scale; -1 is a whole row
+    asymmetric       it loads groups with a zero point of their own
+    row_multiple     an expert matrix needs this many rows (or a multiple) to be packed
+    column_multiple  and this many columns
+    unfused_names    tensors go by their names in the live model with its experts unfused
+    source           where the facts are from
     """
 
     name: str
     methods: tuple[str, ...]
     widths: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    asymmetric: bool
     row_multiple: int
     column_multiple: int
     unfused_names: bool
@@ -43,16 +47,22 @@ TARGETS: Mapping[str, TargetRules] = {
             name="gptqmodel",
             methods=("gptq", "rtn"),
             widths=(2, 3, 4, 8),
+            group_sizes=(-1, 32, 64, 128, 256),
+            asymmetric=False,
             row_multiple=32,
             column_multiple=32,
             unfused_names=True,
             source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and"
-            " projection; its qlinears pack whole int32 words along both axes; Mixtral's w1, w3, w2 are not found",
+            " projection; its qlinears pack whole int32 words along both axes; a Mixtral file with"
+            " w1, w3, w2 is refused, and so is GPTQ v1 with sym false unless it claims to be"
+            " GPTQModel's own; 4 bits in groups of 16 load, and fail in its CPU kernel",
         ),
         TargetRules(
             name="transformers",
             methods=("none",),
             widths=(),
+            group_sizes=(),
+            asymmetric=False,
             row_multiple=1,
             column_multiple=1,
             unfused_names=False,
@@ -67,24 +77,33 @@ def check_target(target: str, method: str) -> TargetRules:
     """The rules of a target. Raises RecipeError if it cannot load files of `method`."""
     rules = TARGETS[target]
     if method not in rules.methods:
-        able = [name for name, other in TARGETS.items() if method in other.methods]
+        able = " or ".join(name for name, other in TARGETS.items() if method in other.methods)
         raise RecipeError(
-            f"target {target} does not load experts quantised with method {method}; "
-            f"it loads {', '.join(rules.methods)}, and {method} needs target {' or '.join(able)}"
+            f"target {target} does not load experts of method {method}; it loads "
+            f"{', '.join(rules.methods)}" + (f", and {method} needs target {able}" if able else "")
         )
     return rules
 
 
-def check_shapes(source: ModelSource, rules: TargetRules, group_size: int) -> None:
-    """Raises RecipeError if an expert matrix cannot be packed in groups of `group_size`."""
+def check_grid(source: ModelSource, rules: TargetRules, group_size: int, symmetric: bool) -> None:
+    """Raises RecipeError if the target does not load this grid or a matrix does not fit it."""
+    if group_size not in rules.group_sizes:
+        raise RecipeError(
+            f"quantization.group_size is {group_size}; target {rules.name} loads "
+            f"{', '.join(map(str, rules.group_sizes))}"
+        )
+    if not symmetric and not rules.asymmetric:
+        raise RecipeError(
+            f"quantization.symmetric is false; target {rules.name} loads symmetric groups only"
+        )
     for identity, roles in source.experts.items():
         for info in roles.values() if identity.expert != "shared" else ():
             rows, columns = info.shape
             if group_size != -1 and columns % group_size:
-                fitting = [g for g in (256, 128, 64, 32, 16) if columns % g == 0]
+                fitting = [g for g in rules.group_sizes if g == -1 or columns % g == 0]
                 raise RecipeError(
                     f"quantization.group_size {group_size} does not divide the {columns} columns of"
-                    f" {info.name}; accepted there: {', '.join(map(str, [*fitting, -1]))}"
+                    f" {info.name}; accepted there: {', '.join(map(str, fitting))}"
                 )
             if rows % rules.row_multiple or columns % rules.column_multiple:
                 raise RecipeError(

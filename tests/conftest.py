@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 import tiny
 
+from se_compress.streaming import StreamedModel
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name of a family or variant -> its directory, built once a session; change only copies."""
     root = tmp_path_factory.mktemp("tiny")
     return cache(lambda name: tiny.build(root / name, name))
+
+
+@pytest.fixture
+def layer_watch(monkeypatch: pytest.MonkeyPatch) -> tiny.LayerWatch:
+    """Sees every layer that is loaded during the test."""
+    watch = tiny.LayerWatch()
+    monkeypatch.setattr(StreamedModel, "load_layer", lambda model, at: watch.load_layer(model, at))
+    return watch

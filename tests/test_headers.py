@@ -82,6 +82,14 @@ def test_shards_are_read_through_the_index(tmp_path: Path) -> None:
     assert {name: Path(info.file).name for name, info in found.items()} == weight_map
 
 
+def test_the_index_decides_between_two_copies(tmp_path: Path) -> None:
+    for name in "one", "two":
+        save_file({"a": torch.ones(2), name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    weight_map = {"a": "one.safetensors", "one": "one.safetensors", "two": "two.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert Path(read_headers(tmp_path)["a"].file).name == "one.safetensors"
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 
@@ -160,6 +168,15 @@ def test_an_extent_that_does_not_fit_the_shape(
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(SourceError, match=rf"{INDEX_FILE}: cannot be read as an index"):
+        read_headers(tmp_path)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
+    for name in "one", "two":
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    weight_map = {"one": "two.safetensors", "two": "one.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(SourceError, match=r"places one in two\.safetensors, which does not hold"):
         read_headers(tmp_path)
 
 

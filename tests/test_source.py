@@ -1,4 +1,4 @@
-"""A model is opened from headers alone, every tensor is accounted for, and each refusal is one line."""
+"""A model is opened from headers alone, its tensors are accounted for, each refusal is one line."""
 
 import json
 import os
@@ -326,6 +326,16 @@ def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["owner/gone", "owner/gone@v1", "models/mistyped-directory"])
 def test_an_unreachable_hub(offline_cache: Path, name: str) -> None:
     refusal(name, r"there is no such directory, and as a Hub id: the Hub cannot be reached")
+
+
+def test_a_pinned_commit_when_the_network_is_down(
+    cached: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub asks the Hub for a commit's files without looking for it in the cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert open_source(f"{cached}@{'b' * 40}").config["note"] == "an older one"
+    refusal(f"{cached}@{'c' * 40}", r"the Hub cannot be reached and its local cache does not")
 
 
 @pytest.mark.parametrize("name", ["./gone", "../gone", "owner/-name-", "a--b/c", "owner/name.git"])

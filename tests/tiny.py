@@ -6,6 +6,7 @@ attention and logits are far from uniform, so that a wrong role, slot or mask sh
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from se_compress.artifacts import ExpertIndex
+from se_compress.families import FAMILIES
 from se_compress.recipe import Recipe, parse_recipe
+from se_compress.source import open_source
+from se_compress.streaming import StreamedModel
 
 BOS, EOS = 0, 1
 VOCABULARY = 288  # the tokenizer's 265 words, filled up to a multiple of 32
 HIDDEN = 64
+MARK, MASSIVE, CONSTANT = 3, 7, 11  # residual channels that `plant` and `starve` use
 
 _COMMON: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -192,6 +199,75 @@ def edit_config(directory: Path, **changes: object) -> None:
     file.write_text(json.dumps(kept), encoding="utf-8")
 
 
+def plant(
+    directory: Path,
+    layer: int,
+    expert: ExpertIndex | None,
+    *,
+    reads: int = MARK,
+    writes: int = MASSIVE,
+    size: float = 1e4,
+    weight: float = 1.0,
+) -> None:
+    """Let one expert (None: the dense MLP) answer channel `reads` with about `size` on `writes`.
+
+    Only BOS has anything on channel MARK, so that an expert which reads it writes at BOS alone. A
+    routed expert gets every token that has the channel, with a routing weight of about `weight`.
+    """
+    source = open_source(str(directory))
+    family = FAMILIES[source.family]
+    tensors = {n: t.float() for n, t in load_file(directory / "model.safetensors").items()}
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[:, MARK] = 0
+    embedding[BOS, MARK] = 20
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", f"{family.projections[2]}.weight")):
+            tensor[MARK] = 0
+        elif "norm" in name and len(tensor) == HIDDEN:
+            tensor[[MARK, reads]] = 1
+    stems = {
+        None: "model.layers.{layer}.mlp.{projection}.weight",
+        "shared": family.shared,
+    }
+    stem = stems.get(expert, family.expert)
+    gate, up, down = (
+        tensors[stem.format(layer=layer, expert=expert, projection=projection)]
+        for projection in family.projections
+    )
+    seen = 7.3 if reads == MARK else 8.0  # of the channel, behind the norm
+    for matrix in gate, up:
+        matrix[0] = 0
+        matrix[0, reads] = 4
+    down[:, 0] = 0
+    down[writes, 0] = size / (4 * seen) ** 2
+    if isinstance(expert, int):
+        router = tensors[family.router.format(layer=layer)]
+        router[expert] = 0
+        router[expert, reads] = 20 + math.log(weight) / seen
+    elif expert == "shared" and family.shared_gate:
+        tensors[family.shared_gate.format(layer=layer)][0, reads] = 4
+    edit_weights(directory, tensors)
+
+
+def starve(directory: Path, layer: int, expert: int) -> None:
+    """Let the router never choose an expert: a channel that is 10 for every token keeps it away."""
+    source = open_source(str(directory))
+    family = FAMILIES[source.family]
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, CONSTANT] = 10
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", f"{family.projections[2]}.weight")):
+            tensor[CONSTANT] = 0
+        elif "norm" in name and len(tensor) == HIDDEN:
+            tensor[CONSTANT] = 1
+    router = tensors[family.router.format(layer=layer)]
+    router[:, CONSTANT] = 0
+    router[expert, CONSTANT] = -100
+    for bias in family.per_expert:
+        tensors[bias.format(layer=layer)][expert] = -10
+    edit_weights(directory, tensors)
+
+
 def plain_model(directory: Path) -> Any:
     """The model as transformers alone runs it: float32, eager, nothing missing."""
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -218,3 +294,29 @@ def recipe(model: Path | str, output: Path | str = "out", **sections: Any) -> Re
     text = {"data": "unused.txt"}
     data = {"model": str(model), "output": str(output), "calibration": text, "validation": text}
     return parse_recipe({**data, **sections}, "test")
+
+
+class LayerWatch:
+    """Watches the layers that StreamedModel loads, by the storages of their weights.
+
+    loaded   indices in the order of loading
+    most     layers that were in memory at once, at the most
+    """
+
+    def __init__(self) -> None:
+        self.loaded: list[int] = []
+        self.most = 0
+        self._storages: list[list[StorageWeakRef]] = []
+        self._load = StreamedModel.load_layer
+
+    def alive(self) -> int:
+        return sum(any(not part.expired() for part in layer) for layer in self._storages)
+
+    def load_layer(self, model: StreamedModel, layer: int) -> nn.Module:
+        self.loaded.append(layer)
+        module = self._load(model, layer)
+        parts = [*module.parameters(), *module.buffers()]
+        assert not any(part.is_meta for part in parts)
+        self._storages.append([StorageWeakRef(part.untyped_storage()) for part in parts])
+        self.most = max(self.most, self.alive())
+        return module

@@ -1,1 +1,1 @@
-"""Number formats: tensors in, tensors out, no files."""
+"""Number formats and solvers: tensors in, tensors out, no files."""

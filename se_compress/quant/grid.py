@@ -2,28 +2,42 @@
 
 E experts, R rows (out features), C columns (in features), G groups.
 
-A weight is stored as a code of `bits` bits; its value is (code - zero) * scale, with one scale and
-one zero per row and group of `group_size` columns. Scales are exact float16 values and zeros
-integers, because that is what the files hold.
+A weight is stored as a code of `bits` bits and read as (code - zero) * scale, with one scale and
+one integer zero per row and group of `group_size` columns. Scales are exact float16 values, since
+that is what the files hold. Zeros lie in 1..2^bits-1, since GPTQ v1 stores zero - 1.
 
-Without activations the range of a group is its least and greatest weight. With them
-(`importance`, the diagonal of the Hessian) shrunk ranges compete, per row and group, for the least
-error weighted by importance.
+A symmetric grid has one level more below zero than above. A negative scale turns it over, which
+puts that level where it helps: 10 % less output error at 4 bits and 14 % at 2 bits on real experts.
+Readers multiply and never notice; AutoRound writes such files as well.
+
+Without activations the range of a group is that of its weights. With them (`importance`, the
+squared error that a column's rounding counts for) the codes of 17 ranges and two zeros or signs
+compete, each with the scale that fits its codes best in closed form. That is as good as trying 100
+scales as they are, at a third of the time: within 0.3 % on gate and up projections, and better where
+one column outweighs its group, as the massive activations of a super expert make it.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)
-SMALLEST_SCALE = 2.0**-14  # the least normal float16; a subnormal or zero scale loses whole groups
+SMALLEST_SCALE = 2.0**-14  # the least normal float16; engines may flush anything less to zero
 LARGEST_SCALE = 65504.0
+RANGES = 16
+
+# Elements that one step of the scale search holds, four temporaries each: measured best on the CPU,
+# where they fit the second-level cache; a GPU wants full waves.
+CHUNK = {"cpu": 2**18, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Width, columns per group (-1: one group per row; the last may be shorter), and zero point.
+    """Width, columns per group (-1: one group per row; the last may be shorter), kind of zero.
 
     Symmetric fixes the zero at the middle code; otherwise each group has its own.
     """
@@ -34,26 +48,27 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:
-            raise ValueError(f"bits is {self.bits}: accepted are {WIDTHS}")
+            raise ValueError(f"bits is {self.bits}: accepted are {', '.join(map(str, WIDTHS))}")
         if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size is {self.group_size}: accepted are -1 or at least 1")
+            raise ValueError(f"group_size is {self.group_size}: accepted are -1 and 1 or more")
 
     @property
     def top(self) -> int:
         """The greatest code."""
-        return int(2**self.bits - 1)
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
-        """The zero point of a symmetric grid."""
-        return int(2 ** (self.bits - 1))
+        """The zero of a symmetric grid."""
+        return 1 << (self.bits - 1)
 
     def width(self, columns: int) -> int:
-        """Columns in a full group of a matrix with so many columns."""
+        """Columns in a full group."""
         return columns if self.group_size == -1 else self.group_size
 
     def groups(self, columns: int) -> int:
-        return -(-columns // self.width(columns))
+        """Groups in a row of so many columns."""
+        return math.ceil(columns / self.width(columns))
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class QuantizedStack:
 
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedStack:
-    """Round a stack [E, R, C] to the nearest codes; see `choose_scales` for importance [E, C]."""
+    """Round a stack [E, R, C] to the nearest codes; importance as in `choose_scales`."""
     scales, zeros = choose_scales(weight, grid, importance)
     return QuantizedStack(round_to_grid(weight, scales, zeros, grid), scales, zeros, grid)
 
@@ -87,59 +102,125 @@ def dequantize(stack: QuantizedStack) -> Tensor:
 
 
 def per_column(grouped: Tensor, columns: int, grid: Grid) -> Tensor:
-    """[..., G] to [..., C]: each column its group's value."""
+    """[..., G] to [..., C]: each column has its group's value."""
     return grouped.repeat_interleave(grid.width(columns), -1)[..., :columns]
+
+
+def by_group(columns_last: Tensor, grid: Grid) -> Tensor:
+    """[..., C] to [..., G, group_size]; a shorter last group is filled up with zeros."""
+    columns = columns_last.shape[-1]
+    missing = grid.groups(columns) * grid.width(columns) - columns
+    if missing:
+        columns_last = torch.nn.functional.pad(columns_last, (0, missing))
+    return columns_last.reshape(*columns_last.shape[:-1], -1, grid.width(columns))
+
+
+def as_stored(scale: Tensor) -> Tensor:
+    """The nearest scale that float16 holds as a normal number, sign kept; 0 becomes the least."""
+    size = scale.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE)
+    return size.copysign_(scale).to(torch.float16).to(torch.float32)
 
 
 def choose_scales(weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scales float32 and zeros uint8, [E, R, G], for a stack [E, R, C] float32.
 
-    importance  [E, C], none negative: the weight of a column's squared error; a group where it is
-                all zero counts its columns alike. None takes the range of the weights as it is.
+    importance  [E, C], none negative: what a column's squared error counts; within a group where it
+                is all zero the columns count alike. None takes each group's whole range.
     """
-    groups = _grouped(weight, grid)
+    weights = by_group(weight, grid).permute(0, 2, 3, 1)  # [E, G, group_size, R]
     if importance is None:
-        return _min_max(groups, grid, 1.0)
-    cost = _grouped(importance[:, None], grid)
-    cost = torch.where(cost.sum(-1, keepdim=True) > 0, cost, torch.ones_like(cost))
-    best_scale, best_zero = _min_max(groups, grid, 1.0)
-    best = _error(groups, best_scale, best_zero, cost, grid)
-    for i in range(1, 80):
-        scale, zero = _min_max(groups, grid, 1 - i / 100)
-        error = _error(groups, scale, zero, cost, grid)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        low, high = _range(weights)
+        scales, zeros = _cover(low, high, grid)
+    else:
+        costs = _normalised(by_group(importance, grid))
+        scales, zeros = torch.empty_like(weights[:, :, 0]), torch.empty_like(weights[:, :, 0])
+        for part in _chunks(scales.shape, weights.shape[2], weight.device):
+            members, groups, rows = part
+            chosen = _search(weights[members, groups, :, rows], costs[members, groups], grid)
+            scales[part], zeros[part] = chosen
+    return scales.mT.contiguous(), zeros.mT.to(torch.uint8).contiguous()
 
 
-def _grouped(x: Tensor, grid: Grid) -> Tensor:
-    """[..., C] to [..., G, group_size]; the last group is filled up with zeros."""
-    columns = x.shape[-1]
-    width = grid.width(columns)
-    missing = grid.groups(columns) * width - columns
-    return torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, width))
+def _range(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest of each group, zero included: [..., group_size, R] to twice [..., R]."""
+    return weights.amin(-2).clamp_(max=0), weights.amax(-2).clamp_(min=0)
 
 
-def _min_max(groups: Tensor, grid: Grid, shrink: float) -> tuple[Tensor, Tensor]:
-    low = groups.amin(-1).clamp(max=0) * shrink
-    high = groups.amax(-1).clamp(min=0) * shrink
+def _cover(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero whose grid reaches from low to high, and no farther."""
     if grid.symmetric:
-        scale = torch.maximum(-low, high) / (grid.middle - 1)
-        return as_stored(scale), torch.full_like(scale, grid.middle, dtype=torch.uint8)
-    scale = as_stored((high - low) / grid.top)
-    zero = (-low / scale).round_().clamp_(1, grid.top)
-    return scale, zero.to(torch.uint8)
+        longer, shorter = torch.maximum(-low, high), torch.minimum(-low, high)
+        scale = torch.maximum(longer / grid.middle, shorter / (grid.middle - 1))
+        scale = as_stored(torch.where(high > -low, -scale, scale))
+        return scale, torch.full_like(scale, grid.middle)
+    scale = (high - low) / grid.top
+    zero = (-low / scale.clamp(min=SMALLEST_SCALE)).round_()
+    scale = torch.where(zero < 1, high / (grid.top - 1), scale)  # zero 1 leaves a level less above
+    return as_stored(scale), zero.clamp_(1, grid.top)
 
 
-def as_stored(scale: Tensor) -> Tensor:
-    """The nearest scale that float16 holds as a normal number."""
-    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
+def _normalised(importance: Tensor) -> Tensor:
+    """Importance [..., G, group_size] such that each group's sums to 1."""
+    total = importance.sum(-1, keepdim=True)
+    return torch.where(total > 0, importance / total, 1 / importance.shape[-1])
 
 
-def _error(groups: Tensor, scale: Tensor, zero: Tensor, cost: Tensor, grid: Grid) -> Tensor:
-    z = zero[..., None].float()
-    s = scale[..., None]
-    steps = torch.clamp(torch.round(groups / s), -z, grid.top - z)
-    return ((steps * s - groups).square() * cost).sum(-1)
+def _chunks(
+    shape: torch.Size, width: int, device: torch.device
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of members, groups and rows that hold about a CHUNK of weights each."""
+    members, groups, rows = shape
+    room = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // width)
+    r = min(rows, room)
+    g = min(groups, max(1, room // r))
+    e = min(members, max(1, room // (r * g)))
+    for i, j, k in product(range(0, members, e), range(0, groups, g), range(0, rows, r)):
+        yield slice(i, i + e), slice(j, j + g), slice(k, k + r)
+
+
+def _search(weights: Tensor, costs: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero [E, G, R] of least cost; weights [E, G, group_size, R], costs without the R.
+
+    Steps d = code - zero cost sum c (w - s d)^2, least at s = sum c w d / sum c d d, where it is
+    sum c w w - gain with gain = (sum c w d)^2 / sum c d d. The greatest gain wins.
+    """
+    low, high = _range(weights)
+    levels = grid.middle if grid.symmetric else grid.top
+    unit = (torch.maximum(-low, high) if grid.symmetric else high - low) / levels
+    unit.clamp_(min=1e-30)
+    weights = (weights / unit[:, :, None]).contiguous()
+    limits = [
+        (least[:, :, None], (least + grid.top)[:, :, None]) for least in _limits(low / unit, grid)
+    ]
+    nearest, steps, product = (torch.empty_like(weights) for _ in range(3))
+    best, best_scale, best_low = (torch.full_like(unit, -1) for _ in range(3))
+
+    def total(x: Tensor) -> Tensor:  # over each group's columns, by importance
+        return torch.matmul(costs[:, :, None], x)[:, :, 0]
+
+    # one range is a level wider than the weights: two-valued groups fit it exactly
+    for share in (levels / (levels - 1), *(i / RANGES for i in range(RANGES, 0, -1))):
+        torch.mul(weights, 1 / share, out=nearest).round_()
+        for least, most in limits:
+            torch.clamp(nearest, least, most, out=steps)
+            fit = total(torch.mul(weights, steps, out=product))
+            size = total(steps.square_()).clamp_(min=1e-30)
+            gain = fit.square().div_(size)
+            better = gain > best
+            best = torch.where(better, gain, best)
+            best_scale = torch.where(better, fit.div_(size), best_scale)
+            best_low = torch.where(better, least[:, :, 0], best_low)
+    if grid.symmetric:  # the mirror image is the grid under a negative scale
+        turned = torch.where(best_low > -grid.middle, -best_scale, best_scale)
+        return as_stored(turned * unit), torch.full_like(unit, grid.middle)
+    return as_stored(best_scale * unit), -best_low
+
+
+def _limits(low: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The least step that each of two grids allows; low is that of the weights, in steps.
+
+    Symmetric: the grid and its mirror image. Otherwise: the zero rounded down and up.
+    """
+    if grid.symmetric:
+        return torch.full_like(low, -grid.middle), torch.full_like(low, 1 - grid.middle)
+    return low.floor().clamp_(-grid.top, -1), low.ceil().clamp_(-grid.top, -1)

@@ -2,12 +2,13 @@
 
 R rows (out features), C columns (in features), G groups, b bits.
 
-Values lie in the words as one little-endian string of bits: value i of a run has bits i*b to
-(i+1)*b - 1, so 32 values fill b words whatever b is. For 2, 4 and 8 bits no value straddles a word;
-for 3 bits the 11th and 22nd of every 32 do, which is the 10-1-10-1-10 pattern of GPTQModel's packer.
-The weights run down the columns (one run per row of the matrix), the zeros run across the rows.
-A zero point is stored less one, the readers add one: zero 0 would borrow from its neighbour and is
-refused.
+Values lie in the words as one little-endian string of bits: value i of a run has the bits from i*b
+on, so 32 values fill b words whatever b is. At 2, 4 and 8 bits no value straddles two words; at 3
+bits the 11th and the 22nd of every 32 do, the 10-1-10-1-10 pattern of GPTQModel's packer. Weights
+are packed down the columns (a run belongs to one row of the matrix), zeros across the rows.
+
+A zero is stored less one, and readers add the one to the packed words: zero 0 would borrow from its
+neighbour, and is refused.
 """
 
 import math
@@ -64,14 +65,14 @@ def _group_of_column(columns: int, group_size: int, device: torch.device) -> Ten
 def _pack(values: Tensor, bits: int) -> Tensor:
     """uint8 [N, K] to int32 [N, K*bits/32], along the last axis."""
     run, words = _run(bits)
-    runs = values.to(torch.int64).unflatten(-1, (-1, run))
+    runs = values.to(torch.int64).reshape(len(values), -1, run)
     first = torch.arange(run, device=values.device) * bits
     packed = []
     for word in range(words):
         shift = first - word * WORD
         # int64 holds a straddling value whole: the left shift spills above bit 31 and is masked
         # off, the right shift drops the bits that went into the word before.
-        shifted = (runs << shift.clamp(min=0)) >> (-shift).clamp(min=0)
+        shifted = (runs << shift.clamp(min=0)) >> (-shift).clamp(min=0, max=bits)
         inside = (shift > -bits) & (shift < WORD)
         packed.append((shifted * inside).sum(-1) & (2**WORD - 1))
     return torch.stack(packed, -1).flatten(-2).to(torch.int32)
@@ -80,12 +81,12 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     """int32 [N, W] to uint8 [N, W*32/bits]."""
     run, words = _run(bits)
-    runs = (packed.to(torch.int64) & (2**WORD - 1)).unflatten(-1, (-1, words))
+    runs = (packed.to(torch.int64) & (2**WORD - 1)).reshape(len(packed), -1, words)
     first = torch.arange(run, device=packed.device) * bits
     word, shift = first // WORD, first % WORD
     after = (word + 1).clamp(max=words - 1)  # the last value of a run never straddles
-    values = (runs[..., word] | runs[..., after] << WORD) >> shift
-    return (values & (2**bits - 1)).flatten(-2).to(torch.uint8)
+    values = torch.bitwise_right_shift(runs[..., word] | runs[..., after] << WORD, shift)
+    return torch.bitwise_and(values, 2**bits - 1).flatten(-2).to(torch.uint8)
 
 
 def _run(bits: int) -> tuple[int, int]:
@@ -98,7 +99,8 @@ def _check_fills_words(what: str, count: int, bits: int) -> None:
     run, _ = _run(bits)
     if count % run:
         raise ValueError(
-            f"{count} {what} at {bits} bits do not fill 32-bit words: accepted are multiples of {run}"
+            f"{count} {what} of {bits} bits do not fill whole 32-bit words: "
+            f"a multiple of {run} would"
         )
 
 
@@ -108,5 +110,6 @@ def _check_range(what: str, values: Tensor, least: int, bits: int) -> None:
     low, high = int(values.min()), int(values.max())
     if low < least or high >= 2**bits:
         raise ValueError(
-            f"{what}s run from {low} to {high}: GPTQ v1 at {bits} bits holds {least} to {2**bits - 1}"
+            f"a {what} is {low if low < least else high}: "
+            f"GPTQ v1 at {bits} bits holds {least} to {2**bits - 1}"
         )

@@ -1,0 +1,544 @@
+"""Every tensor of the plan is written, what is kept is kept byte for byte, and every number of a
+record equals that of a slow twin: plain models whose experts are replaced layer by layer."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import (
+    CONFIGS,
+    LayerWatch,
+    build,
+    edit_weights,
+    plain_model,
+    random_tokens,
+    recipe,
+    starve,
+)
+from torch import Tensor, nn
+
+from se_compress import execute
+from se_compress.artifacts import (
+    ROLES,
+    CompressionPlan,
+    ExpertDecision,
+    ExpertId,
+    ExpertRecord,
+    LayerRecord,
+    ModelSource,
+    RunOptions,
+    TensorInfo,
+)
+from se_compress.checkpoint import allocate, open_result
+from se_compress.errors import SourceError
+from se_compress.execute import compress, relative_distance
+from se_compress.headers import lay_out, read_headers
+from se_compress.policy import make_plan
+from se_compress.recipe import Recipe
+from se_compress.source import open_source
+from se_compress.targets import planned_bits, result_name, result_slots
+
+TinyModel = Callable[[str], Path]
+
+TOKENS = random_tokens(12, 20)
+PROTECTED = 1  # this expert of the first expert layer
+
+
+@dataclass(frozen=True)
+class Made:
+    """One compressed checkpoint and everything that went into it."""
+
+    source: ModelSource
+    plan: CompressionPlan
+    recipe: Recipe
+    layout: Mapping[str, TensorInfo]
+    directory: Path
+    records: tuple[LayerRecord, ...]
+
+    @property
+    def experts(self) -> list[ExpertRecord]:
+        return [expert for record in self.records for expert in record.experts]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in sorted(self.directory.iterdir())}
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor of the result by its name in the source, as the safetensors library reads it."""
+        return self.tensors[result_name(self.source, self.plan, name)]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: t for f in self.directory.glob("*.safetensors") for n, t in load_file(f).items()}
+
+    def dequantised(self, info: TensorInfo) -> Tensor:
+        """(code - zero) x scale, from the bits of the packed tensors, a column at a time."""
+        bits, tensors = planned_bits(self.plan, info), self.tensors
+        stem = result_name(self.source, self.plan, info.name).removesuffix(".weight")
+        codes = unpacked(tensors[f"{stem}.qweight"].T, bits)
+        zeros = unpacked(tensors[f"{stem}.qzeros"], bits).T + 1
+        scales, group = tensors[f"{stem}.scales"].float().T, tensors[f"{stem}.g_idx"].tolist()
+        weight = torch.empty(info.shape)
+        for column, at in enumerate(group):
+            steps = torch.from_numpy(codes[:, column] - zeros[:, at])
+            weight[:, column] = steps.float() * scales[:, at]
+        return weight
+
+
+def unpacked(words: Tensor, bits: int) -> np.ndarray:
+    """Rows of int32 words as rows of codes: a little-endian string of bits, `bits` to a code."""
+    octets = np.ascontiguousarray(words.numpy()).view(np.uint8)
+    string = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words), -1, bits)
+    return (string.astype(np.int64) << np.arange(bits)).sum(axis=2)
+
+
+def run(
+    path: Path,
+    directory: Path,
+    method: str = "gptq",
+    *,
+    work: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    fill: int = 0,
+    widths: Mapping[int, int] | None = None,
+    shard_bytes: int = 150_000,
+    **quantization: Any,
+) -> Made:
+    """Compress into `directory`. `fill` is what every byte of the data holds beforehand; `widths`
+    maps experts (of any layer) to other widths than 4."""
+    source = open_source(str(path))
+    protect = {"layer": source.moe_layers[0], "expert": PROTECTED}
+    settings = recipe(
+        path,
+        target="transformers" if method == "none" else "gptqmodel",
+        policy={"bits": [4], "protect": [protect]},
+        quantization={"method": method, "group_size": 32},
+    )
+    plan = make_plan(source, None, settings)
+    plan = replace(plan, experts=tuple(widened(d, widths or {}) for d in plan.experts))
+    quantized = settings.quantization.model_copy(update=quantization)
+    settings = settings.model_copy(update={"quantization": quantized})
+    layout = lay_out(result_slots(source, plan), directory, shard_bytes)
+    allocate(layout)
+    if fill:
+        overwrite_data(layout, fill)
+    options = RunOptions(work=work, progress=progress)
+    records = compress(source, plan, TOKENS, settings, layout, options)
+    return Made(source, plan, settings, layout, directory, records)
+
+
+def widened(decision: ExpertDecision, widths: Mapping[int, int]) -> ExpertDecision:
+    if decision.action == "keep" or not isinstance(decision.expert, int):
+        return decision
+    return replace(decision, bits=widths.get(decision.expert, decision.bits))
+
+
+def overwrite_data(layout: Mapping[str, TensorInfo], fill: int) -> None:
+    for info in layout.values():
+        with open(info.file, "r+b") as stream:
+            stream.seek(info.begin)
+            stream.write(bytes([fill]) * info.size_bytes)
+
+
+@pytest.fixture(
+    scope="module", params=[(name, method) for name in CONFIGS for method in ("gptq", "rtn")]
+)
+def made(
+    request: pytest.FixtureRequest,
+    tiny_model: TinyModel,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    name, method = request.param
+    return run(tiny_model(name), tmp_path_factory.mktemp(name) / "result", method)
+
+
+# -------------------------------------------------------------------------------- what is written
+
+
+def test_every_byte_of_the_layout_is_written(made: Made, tmp_path: Path) -> None:
+    method = made.recipe.quantization.method
+    other = run(made.source.path, tmp_path / "result", method, fill=0xA5)
+    assert made.files == other.files
+    assert len(made.files) > 2
+
+
+def test_the_tensors_are_those_of_the_plan(made: Made) -> None:
+    slots = {slot.name: slot for slot in result_slots(made.source, made.plan)}
+    assert set(made.tensors) == set(slots)
+    for name, tensor in made.tensors.items():
+        assert tuple(tensor.shape) == slots[name].shape
+    packed = sum(name.endswith(".qweight") for name in slots)
+    count = made.source.expert_count * len(made.source.moe_layers)
+    assert packed == 3 * (count - 1)  # all but the protected one
+
+
+def test_what_is_kept_is_kept_byte_for_byte(made: Made) -> None:
+    kept = [i for i in made.source.tensors.values() if planned_bits(made.plan, i) == 16]
+    assert {i.kind for i in kept} >= {"attention", "norm", "router", "embedding", "expert"}
+    for info in kept:
+        assert raw(info) == raw(made.layout[result_name(made.source, made.plan, info.name)])
+    protected = ExpertId(made.source.moe_layers[0], PROTECTED)
+    assert all(info in kept for info in made.source.experts[protected].values())
+
+
+def raw(info: TensorInfo) -> bytes:
+    return Path(info.file).read_bytes()[info.begin : info.end]
+
+
+def test_the_result_is_read_as_an_independent_dequantisation_reads_it(made: Made) -> None:
+    read = open_result(
+        read_headers(made.directory),
+        made.source.tensors,
+        lambda name: result_name(made.source, made.plan, name),
+    )
+    original = load_file(made.source.path / "model.safetensors")
+    for info in made.source.tensors.values():
+        weight = original[info.name].float()
+        if planned_bits(made.plan, info) == 16:
+            assert torch.equal(read(info.name).float(), weight)
+            continue
+        expected = made.dequantised(info)
+        assert torch.equal(read(info.name), expected)
+        distance = float((expected - weight).norm() / weight.norm())
+        assert 0.01 < distance < 0.25  # four bits, and every row and column in its place
+
+
+# ----------------------------------------------------------------------------------- the slow twin
+
+
+class Twin:
+    """Two plain models: the source, and one whose experts become those of the result."""
+
+    def __init__(self, made: Made) -> None:
+        self.made = made
+        self.source, self.result = (plain_model(made.source.path) for _ in range(2))
+
+    def layer_outputs(self, model: Any, at: int) -> Tensor:
+        kept: list[Tensor] = []
+        hook = model.model.layers[at].register_forward_hook(
+            lambda module, inputs, output: kept.append(output)
+        )
+        self._forward(model)
+        hook.remove()
+        return kept[0].flatten(0, 1)
+
+    def routed(self, at: int) -> tuple[Tensor, Tensor]:
+        """Input [N, H] of the compressed model's experts and the experts chosen [N, k]."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        experts = self.result.model.layers[at].mlp.experts
+        hook = experts.register_forward_pre_hook(
+            lambda module, inputs: kept.append((inputs[0], inputs[1]))
+        )
+        self._forward(self.result)
+        hook.remove()
+        return kept[0]
+
+    def _forward(self, model: Any) -> None:
+        with torch.no_grad():
+            model(torch.tensor(TOKENS))
+
+    def weights(self, identity: ExpertId) -> tuple[Tensor, Tensor]:
+        """gate and up [2I, H], down [H, I] of the source, by the roles of the checkpoint."""
+        original = load_file(self.made.source.path / "model.safetensors")
+        roles = self.made.source.experts[identity]
+        gate, up, down = (original[roles[r].name].float() for r in ROLES)
+        return torch.cat([gate, up]), down
+
+    def replace_layer(self, at: int) -> None:
+        """Let the second model have the result's experts in this layer."""
+        experts = self.result.model.layers[at].mlp.experts
+        with torch.no_grad():
+            for identity in self.made.source.experts:
+                if identity.layer == at and isinstance(identity.expert, int):
+                    gate_up, down = self.rounded(identity)
+                    experts.gate_up_proj[identity.expert] = gate_up
+                    experts.down_proj[identity.expert] = down
+
+    def rounded(self, identity: ExpertId) -> tuple[Tensor, Tensor]:
+        if self.made.plan.by_id[identity].bits == 16:
+            return self.weights(identity)
+        roles = self.made.source.experts[identity]
+        gate, up, down = (self.made.dequantised(roles[r]) for r in ROLES)
+        return torch.cat([gate, up]), down
+
+
+def hessian(own: Tensor, everyone: Tensor) -> tuple[Tensor, float]:
+    """Mean of outer products, token by token; where there are fewer tokens than columns, the
+    missing share comes from everyone's tokens."""
+    share = max(0.0, 1 - len(own) / own.shape[1])
+    total = torch.zeros(own.shape[1], own.shape[1], dtype=torch.float64)
+    for token in own.double():
+        total += (1 - share) / len(own) * torch.outer(token, token)
+    for token in everyone.double() if share else ():
+        total += share / len(everyone) * torch.outer(token, token)
+    return total, share
+
+
+def relative_error(weight: Tensor, rounded: Tensor, second_moment: Tensor) -> float:
+    change, whole = (rounded - weight).double(), weight.double()
+    lost = torch.trace(change @ second_moment @ change.T)
+    return float((lost / torch.trace(whole @ second_moment @ whole.T)).sqrt())
+
+
+def test_records_equal_those_of_the_slow_twin(made: Made) -> None:
+    twin = Twin(made)
+    recorded = {record.id: record for record in made.experts}
+    quantized = {d.id for d in made.plan.experts if d.action == "quantize"}
+    assert set(recorded) == quantized
+    for at, record in enumerate(made.records):
+        assert record.layer == at
+        if at in made.source.moe_layers:
+            hidden, chosen = twin.routed(at)
+            for identity in quantized:
+                if identity.layer == at:
+                    assert_record(twin, recorded[identity], hidden, chosen)
+            twin.replace_layer(at)
+        result, source = (twin.layer_outputs(m, at) for m in (twin.result, twin.source))
+        ratios = [
+            float((new - old).norm() / old.norm()) for new, old in zip(result, source, strict=True)
+        ]
+        assert record.hidden_error == pytest.approx(float(np.mean(ratios)), rel=1e-3, abs=1e-6)
+    assert made.records[-1].hidden_error > 0.01
+
+
+def assert_record(twin: Twin, record: ExpertRecord, hidden: Tensor, chosen: Tensor) -> None:
+    own = hidden[(chosen == record.expert).any(dim=1)]
+    (gate_up, down), (new_gate_up, new_down) = twin.weights(record.id), twin.rounded(record.id)
+    second_moment, share = hessian(own, hidden)
+    inner, all_inner = swiglu(own, new_gate_up), swiglu(hidden, new_gate_up)
+    inner_moment, inner_share = hessian(inner, all_inner)
+    assert record.tokens == len(own)
+    assert record.shrinkage == pytest.approx(max(share, inner_share))
+    assert record.error_gate_up == pytest.approx(
+        relative_error(gate_up, new_gate_up, second_moment), rel=5e-3
+    )
+    assert record.error_down == pytest.approx(
+        relative_error(down, new_down, inner_moment), rel=5e-3
+    )
+    assert record.fallback == ""
+    assert record.bits == 4
+    gptq = twin.made.recipe.quantization.method == "gptq"
+    assert (record.damping >= 0.01) if gptq else (record.damping == 0)
+
+
+def swiglu(hidden: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = (hidden @ gate_up.T).chunk(2, dim=1)
+    return nn.functional.silu(gate) * up
+
+
+def test_gptq_loses_less_than_rounding(tiny_model: TinyModel, tmp_path: Path) -> None:
+    lost = {
+        method: [
+            (r.error_gate_up, r.error_down)
+            for r in run(tiny_model("qwen3_moe"), tmp_path / method, method).experts
+            if r.layer == 0  # behind it, the two see different inputs
+        ]
+        for method in ("gptq", "rtn")
+    }
+    for ours, theirs in zip(lost["gptq"], lost["rtn"], strict=True):
+        assert ours[0] < theirs[0]
+    assert sum(o[1] for o in lost["gptq"]) < sum(t[1] for t in lost["rtn"])
+
+
+def test_several_widths_in_one_layer(tiny_model: TinyModel, tmp_path: Path) -> None:
+    widths = {0: 2, 2: 3, 3: 8}
+    made = run(tiny_model("olmoe"), tmp_path / "result", "gptq", widths=widths, symmetric=False)
+    original = load_file(made.source.path / "model.safetensors")
+    distances: dict[int, list[float]] = {}
+    for record in made.experts:
+        assert record.bits == widths.get(int(record.expert), 4)
+        info = made.source.experts[record.id]["gate"]
+        weight = original[info.name].float()
+        distance = float((made.dequantised(info) - weight).norm() / weight.norm())
+        distances.setdefault(record.bits, []).append(distance)
+    means = [float(np.mean(distances[bits])) for bits in (2, 3, 4, 8)]
+    assert means == sorted(means, reverse=True)
+    assert means[0] < 0.6
+    assert means[3] < 0.01
+
+
+def test_as_many_at_a_time_as_memory_allows(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = run(tiny_model("mixtral"), tmp_path / "together")
+    monkeypatch.setattr(execute, "STACK_ELEMENTS", 1)
+    alone = run(tiny_model("mixtral"), tmp_path / "alone")
+    assert [e.id for e in alone.experts] == [e.id for e in together.experts]
+    for name, tensor in together.tensors.items():
+        same = (alone.tensors[name] == tensor).float().mean() if tensor.numel() else 1.0
+        assert same > 0.99, name  # sums in another order may tip a rounding
+
+
+# ---------------------------------------------------------------------------- rarely hit experts
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_an_expert_that_saw_nothing_is_shrunk_and_reported(
+    tiny_model: TinyModel, tmp_path: Path, name: str, method: str
+) -> None:
+    path = shutil.copytree(tiny_model(name), tmp_path / "model")
+    starve(path, 1, 3)
+    made = run(path, tmp_path / "result", method)
+    by_id = {record.id: record for record in made.experts}
+    rare = by_id[ExpertId(1, 3)]
+    assert (rare.tokens, rare.shrinkage, rare.fallback) == (0, 1.0, "")
+    assert 0 < rare.error_gate_up < 0.5
+    assert 0 < rare.error_down < 0.5
+    assert sum(r.tokens for r in made.experts if r.layer == 1) > 100  # the others had them
+    original = load_file(path / "model.safetensors")
+    for info in made.source.experts[rare.id].values():
+        weight, found = original[info.name].float(), made.dequantised(info)
+        assert float((found - weight).norm() / weight.norm()) < 0.25
+
+
+def test_shares_follow_the_number_of_tokens(made: Made) -> None:
+    for record in made.experts:
+        assert record.shrinkage == pytest.approx(max(0.0, 1 - record.tokens / 64))
+    shares = [record.shrinkage for record in made.experts]
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_some_experts_need_no_shrinkage_and_some_do(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Else the test above would say little."""
+    made = run(tiny_model("deepseek_v3"), tmp_path / "result", "rtn")
+    shares = [record.shrinkage for record in made.experts]
+    assert 0.0 in shares
+    assert any(0 < share < 1 for share in shares)
+
+
+# --------------------------------------------------------------------------------- nothing to do
+
+
+def test_without_quantisation_everything_is_copied(
+    tiny_model: TinyModel, tmp_path: Path, layer_watch: LayerWatch
+) -> None:
+    made = run(tiny_model("deepseek_v2"), tmp_path / "result", "none", fill=0xA5)
+    assert layer_watch.loaded == []
+    assert [record.layer for record in made.records] == [0, 1, 2]
+    assert made.experts == []
+    original = load_file(made.source.path / "model.safetensors")
+    assert set(made.tensors) == set(original)
+    for name, tensor in original.items():
+        assert made.tensors[name].dtype == tensor.dtype
+        assert torch.equal(made.tensors[name], tensor)
+
+
+def test_layers_behind_the_decoder_are_copied(tiny_model: TinyModel, tmp_path: Path) -> None:
+    made = run(tiny_model("deepseek_v3-next-token"), tmp_path / "result", "rtn")
+    original = load_file(made.source.path / "model.safetensors")
+    behind = [name for name in original if ".layers.3." in name]
+    assert len(behind) > 20
+    assert all(torch.equal(made.stored(name), original[name]) for name in behind)
+
+
+def test_relative_distance_counts_every_token_alike() -> None:
+    old = torch.tensor([[[1000.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 0.0]]])
+    new = torch.tensor([[[1100.0, 0.0], [0.0, 3.0]], [[3.0, 4.0], [1.0, 1.0]]])
+    expected = (0.1 + 0.5 + 0.0 + 1.0) / 4
+    assert relative_distance([new], [old]) == pytest.approx(expected)
+    assert relative_distance([*new[:, None]], [*old[:, None]]) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+class Stop(Exception):
+    """What a kill looks like from the inside."""
+
+
+def stop_at(step: int) -> Callable[[str, int, int], None]:
+    def progress(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("compress", step):
+            raise Stop
+
+    return progress
+
+
+def timeless(records: Sequence[LayerRecord]) -> list[LayerRecord]:
+    return [replace(record, seconds=0.0) for record in records]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("mixtral", 0), ("mixtral", 1), ("mixtral", 2), ("deepseek_v2", 1), ("deepseek_v2", 2)],
+)
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    tiny_model: TinyModel, tmp_path: Path, layer_watch: LayerWatch, name: str, step: int
+) -> None:
+    """deepseek_v2 begins with a dense layer, behind which both streams are still the same."""
+    whole = run(tiny_model(name), tmp_path / "whole")
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(Stop):
+        run(tiny_model(name), tmp_path / "parts", work=work, progress=stop_at(step))
+    layer_watch.loaded.clear()
+    parts = run(tiny_model(name), tmp_path / "parts", work=work)
+    assert parts.files == whole.files
+    assert timeless(parts.records) == timeless(whole.records)
+    assert layer_watch.loaded == list(range(step, 3))
+    layer_watch.loaded.clear()
+    again = run(tiny_model(name), tmp_path / "parts", work=work)
+    assert again.files == whole.files
+    assert timeless(again.records) == timeless(whole.records)
+    assert layer_watch.loaded == []
+
+
+@pytest.mark.parametrize("function", ["write_tensors", "copy_tensor", "save_states"])
+def test_killed_in_the_middle_of_a_layer(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    whole = run(tiny_model("qwen2_moe"), tmp_path / "whole", work=None)
+    work = tmp_path / "work"
+    work.mkdir()
+    original, calls = getattr(execute, function), []
+
+    def killed(*arguments: Any) -> None:
+        calls.append(arguments)
+        layer_of = {"write_tensors": 2, "copy_tensor": 25, "save_states": 2}[function]
+        if len(calls) < layer_of:
+            original(*arguments)
+        elif function == "write_tensors":  # half of it
+            layout, tensors = arguments
+            original(layout, dict(list(tensors.items())[: len(tensors) // 2]))
+            raise Stop
+        else:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, function, killed)
+        with pytest.raises(Stop):
+            run(tiny_model("qwen2_moe"), tmp_path / "parts", work=work)
+    parts = run(tiny_model("qwen2_moe"), tmp_path / "parts", work=work)
+    assert parts.files == whole.files
+    assert timeless(parts.records) == timeless(whole.records)
+
+
+def test_progress_is_told_in_order(tiny_model: TinyModel, tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    path = tiny_model("qwen2_moe")
+    run(path, tmp_path / "result", "rtn", progress=lambda *step: steps.append(step))
+    assert steps == [("compress", i, 3) for i in range(4)]
+
+
+def test_no_more_than_one_layer_is_in_memory(tmp_path: Path, layer_watch: LayerWatch) -> None:
+    path = build(tmp_path / "model", "deepseek_v2", num_hidden_layers=6)
+    run(path, tmp_path / "result")
+    assert layer_watch.loaded == list(range(6))
+    assert layer_watch.most == 1
+
+
+def test_a_bad_weight_is_named_when_its_layer_comes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_model("mixtral"), tmp_path / "model")
+    name = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    weight = load_file(path / "model.safetensors")[name].clone()
+    weight[5, 7] = float("nan")
+    edit_weights(path, {name: weight})
+    with pytest.raises(SourceError, match=rf"^{name}: 1 of {weight.numel()} values are NaN"):
+        run(path, tmp_path / "result", "rtn")

@@ -1,0 +1,178 @@
+"""What stands beside the tensors: settings that mean what the plan says, and the source's files."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
+from se_compress.export import export_config, quantization_config
+from se_compress.families import FAMILIES
+from se_compress.policy import make_plan
+from se_compress.source import open_source
+from se_compress.targets import result_name
+
+TinyModel = Callable[[str], Path]
+
+
+def plan_for(source: ModelSource, **policy: Any) -> CompressionPlan:
+    settings = {
+        "target": "gptqmodel",
+        "policy": {"bits": 4, **policy},
+        "quantization": {"method": "rtn", "group_size": 32},
+    }
+    return make_plan(source, None, tiny.recipe(source.name, **settings))
+
+
+def unquantised(source: ModelSource) -> CompressionPlan:
+    return make_plan(source, None, tiny.recipe(source.name, quantization={"method": "none"}))
+
+
+def bits_by_config(config: dict[str, Any], module: str) -> int:
+    """The width that GPTQModel gives a module: the first pattern that matches decides, "-:" leaves
+    it alone, "+:" overrides (quantization/config.py, dynamic_get)."""
+    for rule, override in config["dynamic"].items():
+        if re.match(rule[2:], module):
+            return 16 if rule.startswith("-:") else int(override["bits"])
+    return int(config["bits"])
+
+
+# -------------------------------------------------------------------------------------- settings
+
+
+def test_the_settings_are_those_of_gptq_v1(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    protect = [{"layer": 1, "expert": 2}]
+    assert quantization_config(source, plan_for(source, protect=protect)) == {
+        "quant_method": "gptq",
+        "format": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": {
+            r"-:^model\.layers\.1\.mlp\.experts\.2\.": {},
+            r"-:^(?!.*\.experts\.\d+\.).*$": {},
+        },
+        "meta": {"quantizer": ["se-compress"]},
+    }
+
+
+def test_an_unquantised_model_has_no_settings(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    assert quantization_config(source, unquantised(source)) == {}
+
+
+def mixed(decision: ExpertDecision) -> ExpertDecision:
+    """Every width: the commonest is 3."""
+    if decision.expert == "shared":
+        return decision
+    bits = (3, 3, 2, 3, 8, 16, 4, 3)[(decision.layer + decision.expert) % 8]
+    return replace(decision, bits=bits, action="keep" if bits == 16 else "quantize")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_patterns_give_every_module_what_the_plan_says(
+    tiny_model: TinyModel, family: str
+) -> None:
+    source = open_source(str(tiny_model(family)))
+    plan = plan_for(source)
+    plan = replace(plan, experts=tuple(map(mixed, plan.experts)))
+    config = quantization_config(source, plan)
+    assert config["bits"] == 3
+    planned = {(d.layer, d.expert): d.bits for d in plan.experts}
+    for info in source.tensors.values():
+        module = result_name(source, plan, info.name).removesuffix(".weight")
+        routed = info.kind == "expert"
+        wanted = planned[info.layer or 0, info.expert or 0] if routed else 16
+        assert bits_by_config(config, module) == wanted, module
+
+
+def test_expert_1_is_not_taken_for_expert_10(tmp_path: Path) -> None:
+    tiny.build(tmp_path, "qwen3_moe", num_experts=12)
+    source = open_source(str(tmp_path))
+    config = quantization_config(source, plan_for(source, protect=[{"layer": 1, "expert": 1}]))
+    kept = [
+        (layer, expert)
+        for layer in range(3)
+        for expert in range(12)
+        if bits_by_config(config, f"model.layers.{layer}.mlp.experts.{expert}.up_proj") == 16
+    ]
+    assert kept == [(1, 1)]
+
+
+def test_equally_common_widths_are_settled_alike(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    plan = plan_for(source)
+    halves = [replace(d, bits=2 if i % 2 else 8) for i, d in enumerate(plan.experts)]
+    configs = [
+        quantization_config(source, replace(plan, experts=tuple(rows)))["bits"]
+        for rows in (halves, halves[::-1])
+    ]
+    assert configs == [8, 8]
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.fixture
+def source(tiny_model: TinyModel, tmp_path: Path) -> ModelSource:
+    """A model with everything beside it that a download may hold."""
+    directory = tmp_path / "source"
+    shutil.copytree(tiny_model("qwen3_moe"), directory)
+    for name in ("LICENSE", "chat_template.jinja", "vocab.txt", "README.md", ".gitattributes",
+                 "pytorch_model.bin", "pytorch_model.bin.index.json", "model.onnx", "model.gguf",
+                 "quantize_config.json", "model.safetensors.index.json.bak"):  # fmt: skip
+        (directory / name).write_text(name, encoding="utf-8")
+    (directory / "onnx").mkdir()
+    (directory / "linked.txt").symlink_to(directory / "vocab.txt")
+    return open_source(str(directory))
+
+
+def export(source: ModelSource, plan: CompressionPlan, directory: Path) -> set[str]:
+    directory.mkdir()
+    export_config(source, plan, directory)
+    return {entry.name for entry in directory.iterdir()}
+
+
+KEPT = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE",
+    "chat_template.jinja", "vocab.txt", "linked.txt", "model.safetensors.index.json.bak",
+}  # fmt: skip
+
+
+def test_what_a_loader_may_want_is_copied_and_no_weights(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    assert export(source, unquantised(source), tmp_path / "out") == KEPT
+    copy = tmp_path / "out" / "tokenizer.json"
+    assert copy.read_bytes() == (source.path / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "linked.txt").is_symlink()
+
+
+def test_the_config_of_an_unquantised_model_is_the_source_s(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    export(source, unquantised(source), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config == source.config
+
+
+def test_the_settings_stand_in_both_files_that_loaders_read(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    plan = plan_for(source)
+    assert export(source, plan, tmp_path / "out") == KEPT | {"quantize_config.json"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text(encoding="utf-8"))
+    assert config == {**source.config, "quantization_config": settings}
+    assert settings == quantization_config(source, plan)

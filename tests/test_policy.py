@@ -1,0 +1,552 @@
+"""A plan follows from numbers alone: who is protected, which width fits, and what is refused.
+
+The models here are lists of tensor shapes, so that every size can be worked out by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import artefacts_example as example
+import pytest
+import tiny
+
+from se_compress.artifacts import (
+    ROLES,
+    CompressionPlan,
+    ExpertDecision,
+    ExpertId,
+    ExpertProfile,
+    ModelSource,
+    TensorInfo,
+    from_json,
+    to_json,
+)
+from se_compress.checkpoint import allocate
+from se_compress.errors import RecipeError
+from se_compress.headers import lay_out, read_headers
+from se_compress.policy import bits_per_weight, check_plan, make_plan
+from se_compress.recipe import Recipe, Width
+from se_compress.source import open_source
+from se_compress.targets import result_slots
+
+HIDDEN, WIDTH, SHARED = 64, 32, 96
+LAYERS, EXPERTS = 3, 4
+ROUTED = LAYERS * EXPERTS
+SUPER = ExpertId(1, 2)
+
+
+def model(*, layers: int = LAYERS, width: int = WIDTH) -> ModelSource:
+    """`layers` layers with a shared and four routed experts, in bf16, and an embedding."""
+    tensors: list[TensorInfo] = []
+
+    def add(name: str, *shape: int, **what: Any) -> None:
+        begin = tensors[-1].end if tensors else 0
+        end = begin + 2 * shape[0] * shape[1]
+        tensors.append(TensorInfo(name, "BF16", shape, "model.safetensors", begin, end, **what))
+
+    add("model.embed_tokens.weight", 100, HIDDEN, kind="embedding")
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        add(f"{prefix}.self_attn.q_proj.weight", HIDDEN, HIDDEN, kind="attention", layer=layer)
+        add(f"{prefix}.mlp.gate.weight", EXPERTS, HIDDEN, kind="router", layer=layer)
+        for expert in (*range(EXPERTS), "shared"):
+            shared = expert == "shared"
+            stem = "mlp.shared_expert" if shared else f"mlp.experts.{expert}"
+            rows = SHARED if shared else width
+            for role in ROLES:
+                add(
+                    f"{prefix}.{stem}.{role}_proj.weight",
+                    *((HIDDEN, rows) if role == "down" else (rows, HIDDEN)),
+                    kind="shared_expert" if shared else "expert",
+                    layer=layer,
+                    expert=expert,
+                    role=role,
+                )
+    return ModelSource(
+        path=Path("nowhere"),
+        name="hand/made",
+        family="qwen2_moe",
+        config={},
+        tensors={info.name: info for info in tensors},
+        layer_count=layers,
+        moe_layers=tuple(range(layers)),
+        expert_count=EXPERTS,
+        top_k=2,
+        digest="0123",
+    )
+
+
+SOURCE = model()
+
+
+def profile(*super_experts: ExpertId) -> ExpertProfile:
+    found = [
+        replace(example.example_profile().super_experts[0], layer=e.layer, expert=e.expert)
+        for e in super_experts
+    ]
+    return replace(example.example_profile(), super_experts=tuple(found))
+
+
+def recipe(target: str = "gptqmodel", **policy: Any) -> Recipe:
+    quantization = policy.pop("quantization", {})
+    quantization = {"method": "rtn", "group_size": 32, **quantization}
+    return tiny.recipe("m", target=target, policy=policy, quantization=quantization)
+
+
+def make(target: str = "gptqmodel", **policy: Any) -> CompressionPlan:
+    return make_plan(SOURCE, profile(SUPER), recipe(target, **policy))
+
+
+def refuse(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RecipeError, match="^" + re.escape(message) + "$"):
+        call()
+
+
+def packed(rows: int, columns: int, bits: int, group_size: int) -> float:
+    """Bytes of codes, zero points, float16 scales and int32 group indices of one matrix."""
+    groups = 1 if group_size == -1 else columns // group_size
+    codes, zeros = rows * columns * bits / 8, groups * rows * bits / 8
+    return codes + zeros + 2 * groups * rows + 4 * columns
+
+
+def expert_bytes(bits: int, group_size: int = 32) -> float:
+    shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+    if bits == 16:
+        return sum(2.0 * rows * columns for rows, columns in shapes)
+    return sum(packed(rows, columns, bits, group_size) for rows, columns in shapes)
+
+
+WEIGHTS = 3 * WIDTH * HIDDEN
+
+
+# --------------------------------------------------------------------------------------- widths
+
+
+def test_every_routed_expert_gets_the_one_width_and_the_rest_stays() -> None:
+    plan = make(protect="none", bits=3)
+    assert [d.id for d in plan.experts] == list(SOURCE.experts)
+    for decision in plan.experts:
+        shared = decision.expert == "shared"
+        assert (decision.action, decision.bits) == (("keep", 16) if shared else ("quantize", 3))
+    assert plan.by_id[ExpertId(0, 0)].reason == "uniform width 3"
+    assert "shared expert" in plan.by_id[ExpertId(0, "shared")].reason
+
+
+@pytest.mark.parametrize("bits", get_args(Width))
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_sizes_are_those_worked_out_by_hand(bits: int, group_size: int) -> None:
+    plan = make(bits=bits, quantization={"group_size": group_size})
+    saved = (ROUTED - 1) * (expert_bytes(16) - expert_bytes(bits, group_size))
+    assert plan.source_size_bytes == SOURCE.size_bytes
+    assert plan.size_bytes == SOURCE.size_bytes - saved
+    stored = (ROUTED - 1) * expert_bytes(bits, group_size) + expert_bytes(16)
+    assert plan.bits_per_weight == pytest.approx(8 * stored / (ROUTED * WEIGHTS))
+
+
+def test_unquantised_experts_have_16_bits() -> None:
+    assert bits_per_weight(SOURCE, {}, 32) == 16.0
+
+
+def test_the_recipe_and_the_profile_are_named_in_the_plan() -> None:
+    plan = make(bits=4)
+    assert (plan.target, plan.method, plan.group_size) == ("gptqmodel", "rtn", 32)
+    assert (plan.symmetric, plan.other_bits) == (True, 16)
+    assert plan.profile_digest == profile(SUPER).digest
+
+
+def test_equal_inputs_give_an_equal_plan_byte_for_byte() -> None:
+    wanted = {"protect": [{"layer": 2, "expert": 1}, {"layer": 0, "expert": 3}], "bits": [4, 2]}
+    first = make_plan(model(), profile(SUPER), recipe(**wanted, bits_per_weight=7.0))
+    second = make_plan(model(), profile(SUPER), recipe(**wanted, bits_per_weight=7.0))
+    assert to_json(first) == to_json(second)
+    assert first.protected == (ExpertId(0, 3), ExpertId(2, 1))
+
+
+# ----------------------------------------------------------------------------------- protection
+
+
+def test_super_experts_keep_their_precision() -> None:
+    plan = make_plan(SOURCE, profile(SUPER, ExpertId(2, 0)), recipe(bits=2))
+    assert plan.protected == (SUPER, ExpertId(2, 0))
+    for identity in plan.protected:
+        decision = plan.by_id[identity]
+        assert (decision.action, decision.bits) == ("keep", 16)
+        assert decision.reason == (
+            "protected at 16 bits: super expert, peak 33412 on channel 507 at position 0, confirmed"
+        )
+    quantized = [d for d in plan.experts if d.action == "quantize"]
+    assert len(quantized) == ROUTED - 2
+    assert {d.bits for d in quantized} == {2}
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "word"), [(False, "not confirmed"), (None, "not asked to confirm")]
+)
+def test_a_doubtful_super_expert_is_protected_all_the_same(
+    confirmed: bool | None, word: str
+) -> None:
+    found = profile(SUPER)
+    doubtful = replace(found.super_experts[0], confirmed=confirmed)
+    plan = make_plan(SOURCE, replace(found, super_experts=(doubtful,)), recipe(bits=2))
+    assert plan.by_id[SUPER].bits == 16
+    assert plan.by_id[SUPER].reason.endswith(f", {word}")
+
+
+def test_a_protected_expert_may_have_8_bits() -> None:
+    plan = make(bits=2, protected_bits=8)
+    assert (plan.by_id[SUPER].action, plan.by_id[SUPER].bits) == ("quantize", 8)
+    assert plan.protected == (SUPER,)
+    assert plan.by_id[SUPER].reason.startswith("protected at 8 bits: super expert")
+
+
+def test_protect_none_treats_a_super_expert_like_any_other() -> None:
+    plan = make(protect="none", bits=4)
+    assert plan.protected == ()
+    assert plan.by_id[SUPER].bits == 4
+    assert plan.notes == (
+        "policy.protect is none: super experts are treated like any other expert",
+    )
+
+
+def test_a_list_protects_what_it_names_and_nothing_else() -> None:
+    names = [{"layer": 0, "expert": 3}, {"layer": 2, "expert": "shared"}]
+    plan = make(protect=names, bits=4)
+    assert plan.protected == (ExpertId(0, 3), ExpertId(2, "shared"))
+    assert plan.by_id[SUPER].bits == 4
+    reason = "protected at 16 bits: listed in policy.protect"
+    assert [plan.by_id[i].reason for i in plan.protected] == [reason, reason]
+    assert [plan.by_id[i].bits for i in plan.protected] == [16, 16]
+
+
+def test_a_shared_expert_on_the_list_keeps_16_bits() -> None:
+    plan = make(protect=[{"layer": 2, "expert": "shared"}], bits=4, protected_bits=8)
+    decision = plan.by_id[ExpertId(2, "shared")]
+    assert (decision.action, decision.bits) == ("keep", 16)
+    assert decision.reason == "protected at 16 bits: listed in policy.protect"
+
+
+@pytest.mark.parametrize(("layer", "expert"), [(1, 4), (3, 0), (7, "shared")])
+def test_an_expert_that_is_not_there_cannot_be_protected(layer: int, expert: int | str) -> None:
+    names = [{"layer": 0, "expert": 0}, {"layer": layer, "expert": expert}]
+    message = (
+        f"policy.protect.1: there is no expert ({layer}, {expert}); expert layers are 0 to 2, "
+        "experts 0 to 3"
+    )
+    refuse(lambda: make(protect=names, bits=4), message)
+    refuse(lambda: make("transformers", protect=names, quantization={"method": "none"}), message)
+
+
+def test_without_a_profile_the_plan_says_what_it_does_not_know() -> None:
+    plan = make_plan(SOURCE, None, recipe(bits=4))
+    assert plan.protected == ()
+    assert plan.profile_digest == ""
+    assert plan.notes[0].startswith("no profile yet: super experts are not known")
+
+
+def test_a_profile_without_super_experts_is_noted() -> None:
+    plan = make_plan(SOURCE, profile(), recipe(bits=4))
+    assert plan.notes == ("the profile found no super expert, so none is protected",)
+
+
+# --------------------------------------------------------------------------------------- budgets
+
+
+def test_several_widths_need_a_budget() -> None:
+    message = (
+        "policy.bits lists the widths [2, 4]: a budget is needed to choose, "
+        "policy.bits_per_weight or policy.size"
+    )
+    refuse(lambda: make(bits=[4, 2]), message)
+
+
+def test_the_widest_width_within_the_budget_is_taken() -> None:
+    per_width = {bits: make(bits=bits).bits_per_weight for bits in (2, 3, 4, 8)}
+    for bits, exactly in per_width.items():
+        plan = make(bits=[8, 2, 4, 3], bits_per_weight=exactly)
+        assert plan.by_id[ExpertId(0, 0)].bits == bits
+        assert plan.bits_per_weight == exactly
+        assert plan.notes == (f"{bits} bits is the widest of [2, 3, 4, 8] within the budget",)
+    just_below = make(bits=[2, 3, 4, 8], bits_per_weight=per_width[4] - 1e-9)
+    assert just_below.by_id[ExpertId(0, 0)].bits == 3
+
+
+def test_a_size_counts_the_whole_checkpoint() -> None:
+    exactly = make(bits=4).size_bytes
+    assert make(bits=[2, 3, 4, 8], size=exactly).by_id[ExpertId(0, 0)].bits == 4
+    assert make(bits=[2, 3, 4, 8], size=exactly - 1).by_id[ExpertId(0, 0)].bits == 3
+
+
+def test_a_single_width_is_held_to_the_budget_too() -> None:
+    assert make(bits=4, bits_per_weight=16.0).by_id[ExpertId(0, 0)].bits == 4
+    with pytest.raises(RecipeError, match="is the least possible"):
+        make(bits=4, bits_per_weight=4.0)
+
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({"bits": [2, 4]}, "1 protected at 16 bits and all other experts at 2 bits, with scales in "
+     "groups of 32"),
+    ({"bits": 3, "protected_bits": 8}, "1 protected at 8 bits and all other experts at 3 bits, "
+     "with scales in groups of 32"),
+    ({"bits": [8, 4], "protect": "none"}, "all experts at 4 bits, with scales in groups of 32"),
+]  # fmt: skip
+
+
+def refused(call: Callable[[], object]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("policy", "why"), CASES)
+def test_an_impossible_width_names_the_least_and_the_least_works(
+    policy: dict[str, Any], why: str
+) -> None:
+    message = refused(lambda: make(**policy, bits_per_weight=1.5))
+    pattern = r"policy\.bits_per_weight is 1\.5, but (\S+) is the least possible: (.+)"
+    found = re.fullmatch(pattern, message)
+    assert found
+    assert found[2] == why
+    least = make(**policy, bits_per_weight=float(found[1]))
+    assert least.bits_per_weight <= float(found[1]) < least.bits_per_weight + 0.001
+    with pytest.raises(RecipeError, match=re.escape(f"but {found[1]} is the least")):
+        make(**policy, bits_per_weight=float(found[1]) - 0.001)
+
+
+@pytest.mark.parametrize(("policy", "why"), CASES)
+def test_an_impossible_size_names_the_least_and_the_least_works(
+    policy: dict[str, Any], why: str
+) -> None:
+    message = refused(lambda: make(**policy, size="2kB"))
+    pattern = r"policy\.size is 0\.0020 MB, but (\S+ MB) is the least possible: (.+)"
+    found = re.fullmatch(pattern, message)
+    assert found
+    assert found[2] == f"{why}, the rest of the model unchanged"
+    least = make(**policy, size=found[1])
+    assert 0 <= float(found[1].split()[0]) * 1e6 - least.size_bytes <= 100
+    with pytest.raises(RecipeError, match="is the least possible"):
+        make(**policy, size=least.size_bytes - 1)
+
+
+def test_a_large_size_is_named_in_gigabytes() -> None:
+    huge = model(layers=4, width=2**20)
+    message = refused(lambda: make_plan(huge, None, recipe(bits=2, size="1GB")))
+    assert re.match(r"policy\.size is 1\.0000 GB, but 1\.\d{4} GB is the least possible", message)
+
+
+def test_a_budget_below_an_unquantised_model_is_impossible() -> None:
+    method = {"method": "none"}
+    refuse(
+        lambda: make("transformers", bits_per_weight=8.0, quantization=method),
+        "policy.bits_per_weight is 8.0, but 16.000 is the least possible: quantization.method none "
+        "keeps every weight",
+    )
+    assert make("transformers", bits_per_weight=16.0, quantization=method).bits_per_weight == 16.0
+
+
+# --------------------------------------------------------------------------- what a target loads
+
+
+def test_nothing_is_quantised_by_method_none() -> None:
+    plan = make("transformers", quantization={"method": "none"})
+    assert {(d.action, d.bits) for d in plan.experts} == {("keep", 16)}
+    assert plan.size_bytes == SOURCE.size_bytes
+    assert plan.bits_per_weight == 16.0
+    assert plan.by_id[ExpertId(0, 0)].reason == "quantization.method is none"
+
+
+@pytest.mark.parametrize(
+    ("target", "quantization", "message"),
+    [
+        (
+            "transformers",
+            {"method": "gptq"},
+            "target transformers does not load experts of method gptq; it loads none, and gptq "
+            "needs target gptqmodel",
+        ),
+        (
+            "gptqmodel",
+            {"method": "none"},
+            "target gptqmodel does not load experts of method none; it loads gptq, rtn, and none "
+            "needs target transformers",
+        ),
+        (
+            "gptqmodel",
+            {"group_size": 16},
+            "quantization.group_size is 16; target gptqmodel loads -1, 32, 64, 128, 256",
+        ),
+        (
+            "gptqmodel",
+            {"symmetric": False},
+            "quantization.symmetric is false; target gptqmodel loads symmetric groups only",
+        ),
+        (
+            "gptqmodel",
+            {"group_size": 64},
+            "quantization.group_size 64 does not divide the 32 columns of "
+            "model.layers.0.mlp.experts.0.down_proj.weight; accepted there: -1, 32",
+        ),
+    ],
+)
+def test_what_the_target_cannot_load_is_refused(
+    target: str, quantization: dict[str, Any], message: str
+) -> None:
+    refuse(lambda: make(target, bits=4, quantization=quantization), message)
+
+
+def test_a_matrix_that_cannot_be_packed_is_refused() -> None:
+    odd = model(width=40)
+    refuse(
+        lambda: make_plan(odd, None, recipe(bits=4, quantization={"group_size": -1})),
+        "model.layers.0.mlp.experts.0.gate_proj.weight is 40 x 64; target gptqmodel packs "
+        "multiples of 32 x 32",
+    )
+
+
+# ---------------------------------------------------------------------------------- edited plans
+
+PLAN = make(bits=4)
+
+
+def edited(identity: ExpertId, **changes: Any) -> CompressionPlan:
+    rows = [replace(d, **changes) if d.id == identity else d for d in PLAN.experts]
+    return replace(PLAN, experts=tuple(rows))
+
+
+def test_a_plan_as_it_was_made_passes_unchanged() -> None:
+    assert check_plan(PLAN, SOURCE, "plan.json") == PLAN
+    assert check_plan(from_json(CompressionPlan, to_json(PLAN), "x"), SOURCE, "plan.json") == PLAN
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({"bits": 8}, 8),
+        ({"bits": 2, "reason": "as I like"}, 2),
+        ({"action": "keep", "bits": 16}, 16),
+    ],
+)
+def test_an_edited_plan_is_honoured_and_its_sizes_are_computed_anew(
+    changes: dict[str, Any], bits: int
+) -> None:
+    checked = check_plan(edited(ExpertId(0, 1), **changes), SOURCE, "plan.json")
+    assert checked.by_id[ExpertId(0, 1)].bits == bits
+    assert checked.size_bytes == PLAN.size_bytes + expert_bytes(bits) - expert_bytes(4)
+    stored = 10 * expert_bytes(4) + expert_bytes(16) + expert_bytes(bits)
+    assert checked.bits_per_weight == pytest.approx(8 * stored / (ROUTED * WEIGHTS))
+
+
+def test_sizes_in_an_edited_plan_are_not_believed() -> None:
+    boasting = replace(PLAN, size_bytes=1, bits_per_weight=0.1, source_size_bytes=2)
+    assert check_plan(boasting, SOURCE, "plan.json") == PLAN
+
+
+def test_a_protected_expert_may_be_moved_between_16_and_8_bits() -> None:
+    checked = check_plan(edited(SUPER, action="quantize", bits=8), SOURCE, "plan.json")
+    assert checked.by_id[SUPER].bits == 8
+
+
+def test_an_expert_taken_off_the_protected_ones_may_be_lowered() -> None:
+    lowered = replace(edited(SUPER, action="quantize", bits=4), protected=())
+    assert check_plan(lowered, SOURCE, "plan.json").by_id[SUPER].bits == 4
+
+
+STRAY = ExpertDecision(9, 0, "keep", 16, "")
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            replace(PLAN, target="onnx"),
+            "target 'onnx' is not one of gptqmodel, transformers",
+        ),
+        (
+            replace(PLAN, method="awq"),
+            "target gptqmodel does not load experts of method awq; it loads gptq, rtn",
+        ),
+        (
+            replace(PLAN, group_size=0),
+            "quantization.group_size is 0; target gptqmodel loads -1, 32, 64, 128, 256",
+        ),
+        (
+            replace(PLAN, symmetric=False),
+            "quantization.symmetric is false; target gptqmodel loads symmetric groups only",
+        ),
+        (
+            replace(PLAN, experts=(*PLAN.experts, PLAN.experts[0])),
+            "an expert is listed twice",
+        ),
+        (
+            replace(PLAN, experts=PLAN.experts[:-1]),
+            "expert (2, shared) of the model has no line",
+        ),
+        (replace(PLAN, experts=(*PLAN.experts, STRAY)), "the model has no expert (9, 0)"),
+        (
+            replace(PLAN, protected=(ExpertId(1, 4),)),
+            "protected lists (1, 4), which the model does not have",
+        ),
+        (
+            edited(ExpertId(0, 1), action="prune", bits=None),
+            "expert (0, 1): action prune cannot be done yet",
+        ),
+        (
+            edited(ExpertId(0, 1), bits=5),
+            "expert (0, 1) has 5 bits; for action quantize and target gptqmodel accepted are 2, 3, "
+            "4, 8",
+        ),
+        (
+            edited(ExpertId(0, 1), bits=16),
+            "expert (0, 1) has 16 bits; for action quantize and target gptqmodel accepted are 2, "
+            "3, 4, 8",
+        ),
+        (
+            edited(ExpertId(0, 1), action="keep"),
+            "expert (0, 1) has 4 bits; for action keep and target gptqmodel accepted are 16",
+        ),
+        (
+            edited(ExpertId(0, 1), bits=None),
+            "expert (0, 1) has None bits; for action quantize and target gptqmodel accepted are 2, "
+            "3, 4, 8",
+        ),
+        (
+            edited(ExpertId(0, "shared"), action="quantize", bits=16),
+            "expert (0, shared) has 16 bits; for action quantize and target gptqmodel accepted are "
+            "none",
+        ),
+        (
+            edited(SUPER, action="quantize", bits=4),
+            "expert (1, 2) is protected but has 4 bits; accepted are 8 and 16, unless it is taken "
+            "off the list of protected",
+        ),
+    ],
+)
+def test_an_edit_that_cannot_be_done_is_refused(plan: CompressionPlan, message: str) -> None:
+    refuse(lambda: check_plan(plan, SOURCE, "plan.json"), f"plan.json: {message}")
+
+
+# ------------------------------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("method", ["rtn", "none"])
+def test_the_predicted_size_is_that_of_the_layout_and_of_the_files(
+    tiny_model: Callable[[str], Path], tmp_path: Path, family: str, method: str
+) -> None:
+    source = open_source(str(tiny_model(family)))
+    protect = [{"layer": source.moe_layers[0], "expert": 1}]
+    target = "transformers" if method == "none" else "gptqmodel"
+    plan = make_plan(
+        source, None, recipe(target, protect=protect, bits=3, quantization={"method": method})
+    )
+    layout = lay_out(result_slots(source, plan), tmp_path, 100_000)
+    assert sum(info.size_bytes for info in layout.values()) == plan.size_bytes
+    allocate(layout)
+    found = read_headers(tmp_path)
+    assert set(found) == set(layout)
+    assert sum(info.size_bytes for info in found.values()) == plan.size_bytes
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == plan.size_bytes

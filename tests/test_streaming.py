@@ -1,0 +1,439 @@
+"""Streaming computes what transformers computes, and observers see all of it.
+
+The twin is always the plain model: float32, eager attention, eager experts, all layers in memory.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CONFIGS, VARIANTS, LayerWatch, build, edit_weights, plain_model, random_tokens
+from torch import Tensor, nn
+
+from se_compress.artifacts import ExpertIndex, ModelSource
+from se_compress.checkpoint import open_tensors
+from se_compress.errors import SourceError
+from se_compress.families import FAMILIES
+from se_compress.source import open_source
+from se_compress.streaming import (
+    Observer,
+    RoutingCapture,
+    StreamedModel,
+    batches_of,
+    kl_divergence,
+    load_states,
+    save_states,
+    sink_mass,
+)
+
+TinyModel = Callable[[str], Path]
+
+TOKENS = [*random_tokens(3, 24), *random_tokens(1, 17, seed=1), *random_tokens(2, 24, seed=2)]
+BATCH_TOKENS = 48  # batches of 2, 1, 1 and 2 sequences
+
+
+def open_streamed(path: Path) -> StreamedModel:
+    source = open_source(str(path))
+    return StreamedModel(source, open_tensors(source.tensors))
+
+
+def stream(
+    model: StreamedModel,
+    batches: list[Tensor],
+    observer_of: Callable[[int], Observer] = lambda layer: Observer(),
+) -> list[Tensor]:
+    hidden = model.embed(batches)
+    for layer in range(model.source.layer_count):
+        hidden = model.run_layer(layer, model.load_layer(layer), hidden, observer_of(layer))
+    return list(model.logits(hidden))
+
+
+@torch.no_grad()
+def plain_logits(model: Any, batches: list[Tensor]) -> list[Tensor]:
+    return [model(batch).logits for batch in batches]
+
+
+def assert_close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
+    """Largest difference, relative to the largest value."""
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= relative * float(expected.abs().max())
+
+
+# ----------------------------------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_the_plain_model(tiny_model: TinyModel, name: str) -> None:
+    batches = batches_of(TOKENS, BATCH_TOKENS)
+    assert [tuple(batch.shape) for batch in batches] == [(2, 24), (1, 24), (1, 17), (2, 24)]
+    found = stream(open_streamed(tiny_model(name)), batches)
+    expected = plain_logits(plain_model(tiny_model(name)), batches)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs)
+        assert float(theirs.std()) > 0.5  # else equality would say little
+
+
+def test_a_batch_is_its_sequences(tiny_model: TinyModel) -> None:
+    model = open_streamed(tiny_model("deepseek_v3"))
+    together = stream(model, [torch.tensor(TOKENS[:3])])[0]
+    alone = stream(model, [torch.tensor([row]) for row in TOKENS[:3]])
+    assert_close(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_continuations_equal_those_of_transformers(tiny_model: TinyModel, name: str) -> None:
+    prompts = torch.tensor(random_tokens(2, 12, seed=3))
+    plain = plain_model(tiny_model(name))
+    plain.generation_config.eos_token_id = None
+    expected = plain.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        max_new_tokens=9,
+        pad_token_id=0,
+    )[:, 12:]
+    model = open_streamed(tiny_model(name))
+    steps: list[None] = []
+    found = model.generate(prompts, 9, lambda: steps.append(None))
+    assert found.tolist() == expected.tolist()
+    assert len(steps) == 9
+    assert_close(stream(model, [prompts])[0], plain_logits(plain, [prompts])[0])  # left as it was
+
+
+def test_bfloat16(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    model = StreamedModel(source, open_tensors(source.tensors), dtype=torch.bfloat16)
+    batches = batches_of(TOKENS[:2], 100)
+    assert model.embed(batches)[0].dtype == torch.bfloat16
+    exact = stream(open_streamed(tiny_model("qwen3_moe")), batches)
+    divergence = kl_divergence(exact[0], stream(model, batches)[0]).mean()
+    assert 0 < float(divergence) < 0.05
+
+
+def test_tied_embeddings_have_no_head_of_their_own(tiny_model: TinyModel) -> None:
+    model = open_streamed(tiny_model("qwen3_moe-tied"))
+    assert "lm_head.weight" not in model.source.tensors
+    hidden = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0))
+    table = load_file(tiny_model("qwen3_moe-tied") / "model.safetensors")
+    normed = nn.functional.rms_norm(hidden, (64,), table["model.norm.weight"], 1e-6)
+    assert_close(next(model.logits([hidden])), normed @ table["model.embed_tokens.weight"].T)
+
+
+def test_a_missing_tensor_that_is_no_expert_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_model("mixtral"), tmp_path / "model")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit_weights(path, {name: None})
+    model = open_streamed(path)
+    with pytest.raises(SourceError, match=rf"^{name}: the checkpoint has no such tensor$"):
+        model.load_layer(1)
+
+
+# --------------------------------------------------------------------------------------- observers
+
+
+class Recorder(Observer):
+    """Keeps everything that it is told, by batch."""
+
+    wants_attention = True
+
+    def __init__(self) -> None:
+        self.routings: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.outputs: list[tuple[int, ExpertIndex, Tensor, Tensor, Tensor, Tensor]] = []
+        self.denses: list[tuple[int, Tensor, Tensor]] = []
+        self.attentions: list[tuple[int, Tensor, Tensor]] = []
+
+    def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
+        self.routings.append((self.batch, hidden, experts, weights))
+
+    def expert(
+        self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
+    ) -> None:
+        self.outputs.append((self.batch, expert, rows, inner, output, weights))
+
+    def dense(self, inner: Tensor, output: Tensor) -> None:
+        self.denses.append((self.batch, inner, output))
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        self.attentions.append((self.batch, first_key, mean_received))
+
+
+class Recorded:
+    """A tiny model streamed under observation, and what its plain twin did on the same batches.
+
+    mlp   per layer and batch, input and output [N, H] of the plain model's whole MLP block
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.model = open_streamed(path)
+        self.source: ModelSource = self.model.source
+        self.batches = batches_of(TOKENS, BATCH_TOKENS)
+        layers = range(self.source.layer_count)
+        self.recorders = [Recorder() for _ in layers]
+        self.logits = stream(self.model, self.batches, lambda layer: self.recorders[layer])
+        self.weights = load_file(path / "model.safetensors")
+        plain = plain_model(path)
+        self.mlp: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+        for layer in layers:
+            plain.model.layers[layer].mlp.register_forward_hook(self._keep(layer))
+        with torch.no_grad():
+            outputs = [plain(batch, output_attentions=True) for batch in self.batches]
+        self.attentions = [output.attentions for output in outputs]
+        self.plain_logits = [output.logits for output in outputs]
+
+    def _keep(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            result = output[0] if isinstance(output, tuple) else output
+            self.mlp[layer].append((inputs[0].flatten(0, -2), result.flatten(0, -2)))
+
+        return hook
+
+    def expert(self, layer: int, expert: ExpertIndex, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of down_proj, from the checkpoint's own tensors by their roles."""
+        family = FAMILIES[self.source.family]
+        template = family.shared if expert == "shared" else family.expert
+        return self.swiglu(template.format(layer=layer, expert=expert, projection="{}"), hidden)
+
+    def swiglu(self, template: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        names = [template.format(p) for p in FAMILIES[self.source.family].projections]
+        gate, up, down = (self.weights[name].float() for name in names)
+        inner = nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)
+        return inner, inner @ down.T
+
+    def shared_weight(self, layer: int, hidden: Tensor) -> Tensor:
+        gate = FAMILIES[self.source.family].shared_gate
+        if not gate:
+            return torch.ones(len(hidden))
+        return torch.sigmoid(hidden @ self.weights[gate.format(layer=layer)].float().T)[:, 0]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def recorded(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Recorded:
+    return Recorded(tiny_model(request.param))
+
+
+def test_observing_changes_nothing(recorded: Recorded) -> None:
+    for ours, theirs in zip(recorded.logits, recorded.plain_logits, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_every_routed_token_is_seen_exactly_once(recorded: Recorded) -> None:
+    source = recorded.source
+    for layer, recorder in enumerate(recorded.recorders):
+        moe = layer in source.moe_layers
+        assert [r[0] for r in recorder.routings] == (list(range(4)) if moe else [])
+        for batch, hidden, experts, weights in recorder.routings:
+            assert hidden.shape[0] == recorded.batches[batch].numel()
+            assert experts.shape == weights.shape == (len(hidden), source.top_k)
+            assert_close(hidden, recorded.mlp[layer][batch][0])
+            pairs = [
+                (int(row), expert)
+                for index, expert, rows, *_ in recorder.outputs
+                for row in rows
+                if index == batch and expert != "shared"
+            ]
+            chosen = [(row, int(e)) for row in range(len(hidden)) for e in experts[row]]
+            assert sorted(pairs) == sorted(chosen)
+            assert len(set(chosen)) == len(chosen)
+
+
+def test_experts_compute_what_the_roles_of_their_tensors_say(recorded: Recorded) -> None:
+    """Catches gate and up swapped, a wrong activation, rows or weights out of place."""
+    for layer in recorded.source.moe_layers:
+        recorder = recorded.recorders[layer]
+        for batch, hidden, experts, weights in recorder.routings:
+            total = torch.zeros_like(hidden)
+            for index, expert, rows, inner, output, gate in recorder.outputs:
+                if index != batch:
+                    continue
+                expected_inner, expected = recorded.expert(layer, expert, hidden[rows])
+                assert_close(inner, expected_inner)
+                assert_close(output, expected)
+                if expert != "shared":
+                    slots = (experts[rows] == expert).float()
+                    assert_close(gate, (weights[rows] * slots).sum(dim=1))
+                total[rows] += gate[:, None] * output
+            assert_close(total, recorded.mlp[layer][batch][1])
+
+
+def test_the_shared_expert_is_seen_with_its_gate(recorded: Recorded) -> None:
+    shared = {identity.layer for identity in recorded.source.experts if identity.expert == "shared"}
+    for layer, recorder in enumerate(recorded.recorders):
+        calls = [call for call in recorder.outputs if call[1] == "shared"]
+        assert [call[0] for call in calls] == (list(range(4)) if layer in shared else [])
+        for batch, _, rows, _, _, weights in calls:
+            assert rows.tolist() == list(range(recorded.batches[batch].numel()))
+            hidden = recorded.mlp[layer][batch][0]
+            assert_close(weights, recorded.shared_weight(layer, hidden))
+
+
+def test_dense_layers_report_their_mlp(recorded: Recorded) -> None:
+    for layer, recorder in enumerate(recorded.recorders):
+        dense = layer not in recorded.source.moe_layers
+        assert [call[0] for call in recorder.denses] == (list(range(4)) if dense else [])
+        for batch, inner, output in recorder.denses:
+            template = f"model.layers.{layer}.mlp.{{}}.weight"
+            expected_inner, expected = recorded.swiglu(template, recorded.mlp[layer][batch][0])
+            assert_close(inner, expected_inner)
+            assert_close(output, expected)
+            assert_close(output, recorded.mlp[layer][batch][1])
+
+
+def test_attention_equals_that_of_eager_attention(recorded: Recorded) -> None:
+    for layer, recorder in enumerate(recorded.recorders):
+        assert [call[0] for call in recorder.attentions] == list(range(4))
+        for batch, first_key, mean_received in recorder.attentions:
+            expected = recorded.attentions[batch][layer]  # [B, heads, queries, keys]
+            # A softmax turns round-off of its scores, which reach 50 here, into relative errors.
+            assert_close(first_key, expected[..., 0], 1e-4)
+            seeing = (expected > 0).sum(dim=2)  # no probability underflows at this scale
+            assert_close(mean_received, expected.sum(dim=2) / seeing, 1e-4)
+
+
+def test_attention_is_left_out_unless_asked_for(tiny_model: TinyModel) -> None:
+    recorder = Recorder()
+    recorder.wants_attention = False
+    stream(open_streamed(tiny_model("mixtral")), [torch.tensor(TOKENS[:1])], lambda _: recorder)
+    assert recorder.outputs
+    assert not recorder.attentions
+
+
+def test_sink_mass_averages_late_queries_over_sequences() -> None:
+    first_key = torch.rand(2, 3, 12, generator=torch.Generator().manual_seed(0))
+    expected = [
+        sum(float(first_key[b, h, t]) for b in range(2) for t in range(8, 12)) / 8 for h in range(3)
+    ]
+    torch.testing.assert_close(sink_mass(first_key), torch.tensor(expected))
+
+
+# --------------------------------------------------------------------------------------- silencing
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [*((name, 2) for name in CONFIGS), *((n, "shared") for n in CONFIGS if FAMILIES[n].shared)],
+)
+def test_silencing_an_expert_equals_zeroing_its_down_projection(
+    tiny_model: TinyModel, tmp_path: Path, name: str, expert: ExpertIndex
+) -> None:
+    family = FAMILIES[name]
+    path = shutil.copytree(tiny_model(name), tmp_path / "model")
+    template = family.shared if expert == "shared" else family.expert
+    down = template.format(layer=1, expert=expert, projection=family.projections[2])
+    zeroed = load_file(path / "model.safetensors")[down] * 0
+    edit_weights(path, {down: zeroed})
+    batches = batches_of(TOKENS, BATCH_TOKENS)
+    silencer = Observer()
+    silencer.silenced = frozenset([expert])
+    model = open_streamed(tiny_model(name))
+    found = stream(model, batches, lambda layer: silencer if layer == 1 else Observer())
+    expected = plain_logits(plain_model(path), batches)
+    untouched = plain_logits(plain_model(tiny_model(name)), batches)
+    for ours, theirs, before in zip(found, expected, untouched, strict=True):
+        assert_close(ours, theirs)
+        assert float((theirs - before).abs().max()) > 1e-3 * float(before.abs().max())
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_two_layers_are_counted_as_two(tiny_model: TinyModel, layer_watch: LayerWatch) -> None:
+    model = open_streamed(tiny_model("mixtral"))
+    kept = [model.load_layer(0), model.load_layer(1)]
+    assert layer_watch.most == 2
+    del kept
+    assert layer_watch.alive() == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_more_than_one_layer_is_in_memory(
+    tmp_path: Path, layer_watch: LayerWatch, name: str
+) -> None:
+    model = open_streamed(build(tmp_path / "model", name, num_hidden_layers=6))
+    stream(model, batches_of(TOKENS, BATCH_TOKENS), lambda layer: RoutingCapture())
+    assert layer_watch.loaded == list(range(6))
+    assert layer_watch.most == 1
+    assert layer_watch.alive() == 0
+
+
+def test_the_skeleton_holds_no_layer(tiny_model: TinyModel) -> None:
+    model = open_streamed(tiny_model("deepseek_v3"))
+    stream(model, [torch.tensor(TOKENS[:1])])
+    real = {name for name, p in model.model.named_parameters() if not p.is_meta}
+    assert real == {"model.norm.weight"}
+
+
+# ------------------------------------------------------------------------------- batches and states
+
+
+def test_batches_hold_neighbours_of_equal_length() -> None:
+    rows = [[1, 2], [3, 4], [5, 6], [7], [8], [9, 10]]
+    found = [batch.tolist() for batch in batches_of(rows, 4)]
+    assert found == [[[1, 2], [3, 4]], [[5, 6]], [[7], [8]], [[9, 10]]]
+    assert [batch.tolist() for batch in batches_of(rows[:2], 1)] == [[[1, 2]], [[3, 4]]]
+
+
+def test_kl_divergence_by_hand() -> None:
+    source, result = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.1, 0.6, 0.3])
+    expected = sum(float(p * (p / q).log()) for p, q in zip(source, result, strict=True))
+    found = kl_divergence(source.log() + 3, result.log() - 1)  # logits: any constant may be added
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_routing_capture_joins_the_batches() -> None:
+    capture = RoutingCapture()
+    assert not capture.saw_experts
+    capture.routed(
+        torch.ones(2, 3), torch.tensor([[0, 2], [1, 0]]), torch.tensor([[1.0, 2], [3, 4]])
+    )
+    capture.routed(torch.zeros(1, 3), torch.tensor([[2, 1]]), torch.tensor([[5.0, 6]]))
+    assert capture.saw_experts
+    assert capture.hidden.shape == (3, 3)
+    found = {e: [part.tolist() for part in capture.rows_of(e)] for e in range(4)}
+    assert found == {0: [[0, 1], [1, 4]], 1: [[1, 2], [3, 6]], 2: [[0, 2], [2, 5]], 3: [[], []]}
+
+
+def test_states_survive_a_round_trip(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    streams = {
+        name: [torch.randn(1, i + 1, 4, generator=generator) for i in range(12)]
+        for name in ("source", "result")
+    }
+    save_states(tmp_path / "states", 7, streams)
+    layer, loaded = load_states(tmp_path / "states", torch.device("cpu"))
+    assert layer == 7
+    assert set(loaded) == set(streams)
+    for name, batches in streams.items():
+        assert all(torch.equal(a, b) for a, b in zip(loaded[name], batches, strict=True))
+
+
+def test_streams_that_are_still_the_same_can_be_saved(tmp_path: Path) -> None:
+    """As they are behind dense first layers, where nothing has been changed yet."""
+    same = [torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0))]
+    save_states(tmp_path / "states", 0, {"source": same, "result": same})
+    _, loaded = load_states(tmp_path / "states", torch.device("cpu"))
+    assert torch.equal(loaded["source"][0], same[0])
+    assert loaded["result"] is loaded["source"]
+
+
+def test_saving_replaces_the_old_states_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_states(tmp_path / "states", 0, {"source": [torch.zeros(1, 1, 2)]})
+
+    def killed(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_states(tmp_path / "states", 1, {"source": [torch.ones(1, 1, 2)]})
+    layer, loaded = load_states(tmp_path / "states", torch.device("cpu"))
+    assert (layer, loaded["source"][0].sum()) == (0, 0)
+
+
+def test_no_states(tmp_path: Path) -> None:
+    assert load_states(tmp_path / "states", torch.device("cpu")) == (-1, {})
