@@ -350,7 +350,7 @@ class ExpertRecord:
 
     tokens      calibration tokens behind its Hessian
     shrinkage   share of the layer's Hessian mixed in (0 = enough tokens of its own)
-    damping     what was added to the Hessian's diagonal, relative to its mean (largest of the two)
+    damping     share of each column's mean square that was added to it (larger of the two Hessians)
     error       relative output error, sqrt(tr(dW H dW^T) / tr(W H W^T)): gate and up, then down
     fallback    "" or why another method had to be used
     """

@@ -3,12 +3,15 @@
 import errno
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -36,6 +39,7 @@ from se_compress.errors import (
 from se_compress.pipeline import Outcome, Preview, Request, preview, run
 from se_compress.recipe import load_recipe
 
+_interrupted = threading.Event()
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -98,8 +102,16 @@ def _command(
         raise ValidationFailed(_why_rejected(outcome))
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # Python drops an exception that is raised in a destructor or a callback, wherever the signal
+    # happens to arrive: the next report of progress raises it again.
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command and exit with the contract's code; every foreseen error is one line."""
+    signal.signal(signal.SIGINT, _interrupt)
     # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
     # has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -202,6 +214,8 @@ class _Screen:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
             bars.start()  # not before: it leaves an empty line behind if nothing was ever shown
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)

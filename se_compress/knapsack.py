@@ -1,8 +1,8 @@
 """The multiple-choice knapsack: one option for each item, least loss in all, cost within a budget.
 
-Solved as an integer programme by HiGHS, through scipy. The linear relaxation leaves at most one item
-undecided between two options, so the search ends quickly even for tens of thousands of items, and the
-solver's bound says how far from the optimum the answer can be.
+Solved as an integer programme by HiGHS, through scipy. The linear relaxation leaves at most one
+item undecided between two options, so the search ends quickly even for tens of thousands of items,
+and the solver's bound says how far from the optimum the answer can be.
 """
 
 from collections.abc import Sequence

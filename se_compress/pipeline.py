@@ -140,7 +140,7 @@ def run(request: Request) -> Outcome:
 def _profile(
     source: ModelSource, tokens: Tokens, work: Path, output: Path, request: Request
 ) -> ExpertProfile:
-    from se_compress.profiler import profile_digest, profile_experts
+    from se_compress.profiler import STATES_FILE, profile_digest, profile_experts
 
     wanted = profile_digest(source, tokens, request.recipe)
     for file in _profile_files(output):
@@ -151,6 +151,7 @@ def _profile(
     else:
         profile = profile_experts(source, tokens, request.recipe, _with_work(request, work))
     write_atomically(work / "profile.json", to_json(profile))
+    (work / STATES_FILE).unlink(missing_ok=True)
     return profile
 
 

@@ -81,7 +81,8 @@ def profile_experts(
     """Run the calibration tokens through the model and measure every expert and every layer.
 
     tokens   sequences of token ids, all of one length
-    options  with a work directory, progress is saved after every layer and taken up again
+    options  with a work directory, progress is saved after every layer and taken up again;
+             STATES_FILE in it may go once the profile has been saved
     """
     model = _open(source, recipe, options)
     measured = _measure_layers(model, tokens, recipe, options)
@@ -94,8 +95,6 @@ def profile_experts(
             model, tokens[:CONFIRM_SEQUENCES], found.super_experts, recipe, options
         )
         found = replace(found, super_experts=confirmed, notes=found.notes + _doubts(confirmed))
-    if options.work:
-        (options.work / STATES_FILE).unlink(missing_ok=True)
     return ExpertProfile(
         model=source.name,
         digest=profile_digest(source, tokens, recipe),
@@ -119,7 +118,7 @@ def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe:
     """Equal if a profile made from these inputs would be equal."""
     grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
     criterion = recipe.super_experts.model_dump()
-    return digest_of("profile-1", source.digest, tokens, criterion, grid, recipe.compute_dtype)
+    return digest_of("profile-2", source.digest, tokens, criterion, grid, recipe.compute_dtype)
 
 
 def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedModel:
@@ -498,10 +497,11 @@ def _why_not(layer: LayerStats, layers: Sequence[LayerStats]) -> OutlierReason:
 
 def _notes(layers: Sequence[LayerStats], with_super_experts: set[int]) -> tuple[str, ...]:
     if not any(layer.massive for layer in layers):
-        best = max(layers, key=lambda layer: layer.peak / max(layer.median, 1e-12))
+        ratios = {layer: layer.peak / max(layer.median, 1e-12) for layer in layers}
+        best = max(layers, key=lambda layer: ratios[layer])
         return (
             f"no massive activation: the residual peaks at {best.peak:.1f} after layer "
-            f"{best.layer}, {best.peak / max(best.median, 1e-12):.0f} times the median, and more than "
+            f"{best.layer}, {ratios[best]:.0f} times the median, and more than "
             f"{MASSIVE_PEAK:.0f} and {MASSIVE_RATIO:.0f} medians are needed; "
             "so there is no super expert",
         )

@@ -27,6 +27,15 @@ _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
+class _Yaml(yaml.SafeLoader):
+    """Reads 1e-3 as the number that everyone takes it for; YAML 1.1 wants 1.0e-3."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -134,7 +143,8 @@ class Quantization(_Section):
     """How a width is reached.
 
     group_size  input columns that share a scale; -1 means one scale per row
-    damping     added to the Hessian's diagonal, relative to its mean (raised where that fails)
+    damping     share of each input column's mean square that is added to it (raised where the
+                Hessian cannot be factorised): more trusts the calibration text less
     """
 
     method: Method = "gptq"
@@ -142,7 +152,7 @@ class Quantization(_Section):
     symmetric: bool = True
     act_order: Literal["static", "none"] = "static"
     scales: Literal["activation", "minmax"] = "activation"
-    damping: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
 
 
 class Generation(_Section):
@@ -150,7 +160,7 @@ class Generation(_Section):
 
     prompts: Positive = 4
     prompt_tokens: Positive = 32
-    tokens: Annotated[int, Field(ge=0)] = 48
+    tokens: Annotated[int, Field(ge=0)] = 32
 
 
 class Validation(_Text):
@@ -204,7 +214,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {_one_line(str(error))}") from None
     if not isinstance(data, dict):
@@ -245,7 +255,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise RecipeError(f"--set {override}: write it as key.path=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: {_one_line(str(error))}") from None
     *parents, last = key.split(".")

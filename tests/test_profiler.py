@@ -529,6 +529,20 @@ def test_every_number_equals_that_of_the_slow_twin(tiny_model: TinyModel, name: 
         assert stats.sink_mass == pytest.approx(sinks, rel=1e-3)
 
 
+def test_sink_rates_of_short_sequences(tiny_model: TinyModel) -> None:
+    """Where the first position gets much attention, as nobody has much else to look at."""
+    tokens = [row[:10] for row in TOKENS]
+    twin, found = (
+        Twin(tiny_model("deepseek_v3"), tokens),
+        profile(tiny_model("deepseek_v3"), tokens),
+    )
+    rates = [stats.sink_rate for stats in found.layers]
+    assert rates == [twin.layer(at)["sink_rate"] for at in range(3)]
+    assert any(0 < rate < 1 for rate in rates)
+    for stats in found.layers:
+        assert stats.sink_mass == pytest.approx(twin.layer(stats.layer)["sink_mass"], rel=1e-3)
+
+
 def test_the_peak_is_over_all_tokens_and_not_signed(tiny_model: TinyModel) -> None:
     """The published code reads one token per sequence, REAP the signed maximum."""
     twin, found = Twin(tiny_model("mixtral"), TOKENS), profile(tiny_model("mixtral"))
@@ -635,6 +649,16 @@ def test_a_candidate_that_causes_nothing_is_not_confirmed(planted: Path) -> None
     assert doubts[0].startswith(
         "expert (1, 2) meets the criterion, but zeroing it takes away only 0%"
     )
+
+
+def test_the_control_is_no_candidate(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("mixtral")))
+    everyone = ids((1, 0), (1, 1), (1, 2), (1, 3))
+    for left in everyone[1:]:
+        candidates = [identity for identity in everyone if identity != left]
+        arguments = (candidates, source, recipe(source.path))
+        assert profiler._control_for(everyone[0], *arguments) == left
+    assert profiler._control_for(everyone[0], everyone, source, recipe(source.path)) is None
 
 
 def test_confirming_is_optional(planted: Path) -> None:
@@ -775,7 +799,8 @@ def test_an_interrupted_profile_is_taken_up_again(
         == uninterrupted
     )
     assert layer_watch.loaded == again
-    assert not list(tmp_path.glob("*.safetensors"))
+    # Whoever saves the profile drops the states: before that, a kill would cost the whole profile.
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == [profiler.STATES_FILE]
 
 
 def test_killed_between_a_record_and_its_states(

@@ -370,6 +370,16 @@ def test_the_last_override_counts_and_null_is_a_value(file: Path) -> None:
     assert (policy.size, policy.bits) == (None, (3,))
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3"])
+def test_a_small_number_may_be_written_as_usual(file: Path, text: str) -> None:
+    recipe = load_recipe(file, [f"validation.kl_divergence={text}"])
+    assert recipe.validation.kl_divergence == 0.001
+
+
+def test_a_name_that_only_starts_like_a_number_is_a_name(file: Path) -> None:
+    assert load_recipe(file, ["model=1e-3x"]).model == "1e-3x"
+
+
 def test_an_override_may_hold_an_equals_sign(file: Path) -> None:
     assert load_recipe(file, ["model=a=b"]).model == "a=b"
 
@@ -435,7 +445,7 @@ def test_settings_are_flat_and_comparable_with_json() -> None:
     assert flat["calibration.data"] == [
         {"data": "a.txt", "split": "train", "config": None, "column": "text"}
     ]
-    assert flat["validation.generation.tokens"] == 48
+    assert flat["validation.generation.tokens"] == 32
     assert not [key for key, value in flat.items() if isinstance(value, tuple)]
 
 

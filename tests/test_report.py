@@ -286,7 +286,7 @@ def test_model_without_super_experts_says_why() -> None:
 def test_nothing_out_of_the_ordinary_is_silent(page: Node) -> None:
     text = page.first(id="errors").text
     assert f"Fallback for 1 expert (rtn: the Hessian stayed singular): {UNLUCKY}." in text
-    assert f"1 expert needed more damping than the recipe's 0.01: {UNLUCKY}." in text
+    assert f"1 expert needed more damping than the recipe's 0.2: {UNLUCKY}." in text
     assert "3 experts saw too few calibration tokens" in text
     for identity in RARE:
         assert f"{identity} 4 41" in text

@@ -1,0 +1,555 @@
+"""The whole road on a tiny model: what comes out, what is reused, and what survives being killed.
+
+Loading the result with GPTQModel has tests of its own (test_reload, test_cli); here it is left out.
+"""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from se_compress import validate
+from se_compress.artifacts import (
+    Check,
+    CompressionPlan,
+    ExpertId,
+    ExpertProfile,
+    RunOptions,
+    ValidationReport,
+    from_json,
+    to_json,
+)
+from se_compress.errors import RecipeError, ResourceError, SourceError
+from se_compress.pipeline import Outcome, Request, preview, run
+from se_compress.recipe import load_recipe
+
+TinyModel = Callable[[str], Path]
+NUMBERS = " ".join(f"{n:05d}" for n in range(4000))
+WEIGHTS = "model.safetensors"
+COMMAND = str(Path(sys.executable).with_name("se-compress"))
+
+# A run that ends with SIGKILL as soon as STAGE has done STEP steps, a random moment later.
+KILLED = """
+import os, random, signal, sys, threading, time
+from pathlib import Path
+from se_compress import validate
+from se_compress.artifacts import Check, RunOptions
+from se_compress.pipeline import Request, run
+from se_compress.recipe import load_recipe
+stage, step, seed = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+def die():
+    time.sleep(random.Random(seed).uniform(0, 0.05))
+    os.kill(os.getpid(), signal.SIGKILL)
+def progress(now, done, total):
+    if (now, done) == (stage, step):
+        threading.Thread(target=die).start()
+        time.sleep(random.Random(seed).uniform(0, 0.05))
+validate._reload = lambda *arguments: time.sleep(10)
+recipe = Path(sys.argv[1])
+run(Request(load_recipe(recipe), recipe.read_text(), RunOptions(progress=progress)))
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Check("reload", None, validate.RELOAD_LIMIT, None, "not run: not in this test")
+    monkeypatch.setattr(validate, "_reload", lambda *arguments: check)
+
+
+class Workplace:
+    """A directory with a recipe that works, and what runs in it have said."""
+
+    def __init__(self, directory: Path, model: Path) -> None:
+        self.directory = directory
+        self.output = directory / "out"
+        self.partial = directory / "out.partial"
+        self.rejected = directory / "out.rejected"
+        self.recipe = directory / "r.yaml"
+        self.said: list[str] = []
+        (directory / "text.txt").write_text(NUMBERS, encoding="utf-8")
+        text = {"data": str(directory / "text.txt"), "sequence_length": 32}
+        self.settings: dict[str, Any] = {
+            "model": str(model),
+            "output": str(self.output),
+            "target": "gptqmodel",
+            "calibration": {**text, "samples": 8},
+            "policy": {"bits": [4]},
+            "quantization": {"method": "gptq", "group_size": 32},
+            "validation": {
+                **text,
+                "samples": 2,
+                "seed": 1,
+                "generation": {"prompts": 1, "prompt_tokens": 8, "tokens": 4},
+                # A random model has nothing to lose and much to be upset about.
+                "perplexity_increase": 1e9,
+                "kl_divergence": 1e3,
+                "router_agreement": 0.0,
+                "sink_decay": 1.0,
+                "repetition": 10.0,
+            },
+        }
+
+    def request(self, *overrides: str, **how: Any) -> Request:
+        self.recipe.write_text(yaml.safe_dump(self.settings), encoding="utf-8")
+        recipe = load_recipe(self.recipe, overrides)
+        self.said = []
+        return Request(recipe, self.recipe.read_text("utf-8"), notice=self.said.append, **how)
+
+    def run(self, *overrides: str, **how: Any) -> Outcome:
+        return run(self.request(*overrides, **how))
+
+    def plan(self) -> CompressionPlan:
+        text = (self.output / "se_compress" / "plan.json").read_text("utf-8")
+        return from_json(CompressionPlan, text, "plan.json")
+
+    def listing(self) -> set[str]:
+        return {entry.name for entry in self.directory.iterdir()} - {"r.yaml", "text.txt"}
+
+
+@pytest.fixture
+def place(tiny_model: TinyModel, tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path, tiny_model("qwen2_moe"))
+
+
+@pytest.fixture(scope="module")
+def published(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An uninterrupted run's result. Not to be changed: `settled` makes a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        no_engine.__wrapped__(patch)  # type: ignore[attr-defined]
+        directory = tmp_path_factory.mktemp("published")
+        assert Workplace(directory, tiny_model("qwen2_moe")).run().published
+        yield directory / "out"
+
+
+@pytest.fixture
+def settled(place: Workplace, published: Path) -> Workplace:
+    """A workplace in which the recipe has been run."""
+    shutil.copytree(published, place.output)
+    settings = json.loads((place.output / "se_compress" / "run.json").read_text("utf-8"))
+    for section in ("calibration.data", "validation.data"):
+        settings[section][0]["data"] = str(place.directory / "text.txt")
+    (place.output / "se_compress" / "run.json").write_text(json.dumps(settings), "utf-8")
+    return place
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+# -------------------------------------------------------------------------------- what comes out
+
+
+def test_all_files_of_the_contract_come_out(published: Path, tiny_model: TinyModel) -> None:
+    assert set(files_of(published)) == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "quantize_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "se_compress/recipe.yaml",
+        "se_compress/profile.json",
+        "se_compress/plan.json",
+        "se_compress/validation.json",
+        "se_compress/report.html",
+        "se_compress/run.json",
+    }
+    assert [path.name for path in published.parent.iterdir() if path.is_dir()] == ["out"]
+    ours = published / "se_compress"
+    profile = from_json(ExpertProfile, (ours / "profile.json").read_text("utf-8"), "profile")
+    plan = from_json(CompressionPlan, (ours / "plan.json").read_text("utf-8"), "plan")
+    report = from_json(ValidationReport, (ours / "validation.json").read_text("utf-8"), "report")
+    assert profile.model == str(tiny_model("qwen2_moe"))
+    assert plan.profile_digest == profile.digest
+    assert report.passed
+    assert report.size_bytes == plan.size_bytes
+    assert [check.name for check in report.checks] == [
+        "perplexity_increase",
+        "kl_divergence",
+        "massive_activation_ratio",
+        "sink_decay",
+        "router_agreement",
+        "repetition",
+        "tensors_accounted",
+        "reload",
+    ]
+    assert (ours / "recipe.yaml").read_bytes() == (published.parent / "r.yaml").read_bytes()
+    assert "<html" in (ours / "report.html").read_text("utf-8")
+
+
+def test_every_stage_reports_its_progress(place: Workplace) -> None:
+    seen: list[tuple[str, int, int]] = []
+    options = RunOptions(progress=lambda *step: seen.append(step))
+    place.run(options=options)
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["profile", "compress", "validate", "generate"]
+    for stage in stages:
+        steps = [(done, total) for name, done, total in seen if name == stage]
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1]
+
+
+def test_the_source_s_licence_is_passed_on(place: Workplace, tmp_path: Path) -> None:
+    shutil.copytree(place.settings["model"], tmp_path / "model")
+    card = "---\nlicense: apache-2.0\n---\n# A model\n"
+    (tmp_path / "model" / "README.md").write_text(card, encoding="utf-8")
+    place.settings |= {"model": str(tmp_path / "model")}
+    place.run()
+    front = (place.output / "README.md").read_text("utf-8").split("---\n")[1]
+    assert yaml.safe_load(front)["license"] == "apache-2.0"
+
+
+# ------------------------------------------------------------------------------------- run again
+
+
+def test_a_second_run_is_up_to_date_and_does_nothing(settled: Workplace) -> None:
+    before = files_of(settled.output)
+    outcome = settled.run()
+    assert settled.said == [
+        f"{settled.output} is up to date: nothing in the recipe, the model or the data changed"
+    ]
+    assert (outcome.published, outcome.directory) == (True, settled.output)
+    assert outcome.validation.passed
+    assert files_of(settled.output) == before
+    assert settled.listing() == {"out"}
+
+
+def test_a_changed_setting_is_named_and_the_profile_is_reused(settled: Workplace) -> None:
+    outcome = settled.run("policy.bits=[2]")
+    profile = settled.output / "se_compress" / "profile.json"
+    assert settled.said == ["policy.bits changed: [4] -> [2]", f"profile reused from {profile}"]
+    assert outcome.published
+    assert {d.bits for d in settled.plan().experts if d.action == "quantize"} == {2}
+    assert settled.listing() == {"out"}
+
+
+def test_a_profile_is_not_reused_when_it_would_differ(settled: Workplace) -> None:
+    settled.run("quantization.group_size=-1")
+    assert settled.said == ["quantization.group_size changed: 32 -> -1"]
+
+
+def test_a_changed_text_is_named(settled: Workplace) -> None:
+    (settled.directory / "text.txt").write_text(NUMBERS[::-1], encoding="utf-8")
+    settled.run()
+    assert settled.said == ["the calibration text changed", "the validation text changed"]
+
+
+def test_a_changed_model_is_named(settled: Workplace) -> None:
+    model = settled.directory / "model"
+    shutil.copytree(settled.settings["model"], model)
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    tiny.edit_weights(model, {name: 2 * load_file(model / WEIGHTS)[name]})
+    settled.settings |= {"model": str(model)}
+    settled.run()
+    assert settled.said == ["the model's files changed"]
+
+
+def test_fresh_ignores_the_result_and_its_profile(settled: Workplace) -> None:
+    before = files_of(settled.output)
+    (settled.output / "se_compress" / "profile.json").write_text("{}", encoding="utf-8")
+    outcome = settled.run(fresh=True)
+    assert outcome.published
+    assert settled.said == []
+    after = files_of(settled.output)
+    assert after[WEIGHTS] == before[WEIGHTS]
+    assert after["se_compress/profile.json"] == before["se_compress/profile.json"]
+
+
+def test_a_profile_that_cannot_be_read_is_measured_again(settled: Workplace) -> None:
+    (settled.output / "se_compress" / "profile.json").write_text('{"model": 1}', encoding="utf-8")
+    assert settled.run("policy.bits=[2]").published
+    assert settled.said == ["policy.bits changed: [4] -> [2]"]
+
+
+# -------------------------------------------------------------------------------------- rejected
+
+STRICT = "validation.kl_divergence=1e-9"
+
+
+def test_a_rejected_checkpoint_is_kept_apart(place: Workplace) -> None:
+    outcome = place.run(STRICT)
+    assert not outcome.published
+    assert outcome.directory == place.rejected
+    assert place.listing() == {"out.rejected"}
+    assert {WEIGHTS, "se_compress/report.html", "se_compress/validation.json"} <= set(
+        files_of(place.rejected)
+    )
+    failed = [check.name for check in outcome.validation.checks if check.passed is False]
+    assert failed == ["kl_divergence"]
+
+
+def test_the_profile_of_a_rejected_checkpoint_is_reused(place: Workplace) -> None:
+    place.run(STRICT)
+    assert place.run().published
+    assert place.said == [
+        "validation.kl_divergence changed: 1e-09 -> 1000.0",
+        f"profile reused from {place.rejected / 'se_compress' / 'profile.json'}",
+    ]
+
+
+def test_a_good_result_survives_a_rejected_one(settled: Workplace) -> None:
+    before = files_of(settled.output)
+    assert not settled.run(STRICT).published
+    assert files_of(settled.output) == before
+    assert settled.listing() == {"out", "out.rejected"}
+    settled.run()
+    assert settled.said[0].endswith("changed")
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+
+def write_plan(place: Workplace, plan: CompressionPlan) -> Path:
+    file = place.directory / "plan.json"
+    file.write_text(to_json(plan), encoding="utf-8")
+    return file
+
+
+def test_an_edited_plan_is_honoured(settled: Workplace) -> None:
+    plan = settled.plan()
+    widths = {ExpertId(1, 0): 8, ExpertId(1, 1): 16, ExpertId(2, 3): 2}
+    experts = tuple(
+        replace(d, bits=widths[d.id], action="keep" if widths[d.id] == 16 else "quantize")
+        if d.id in widths else d for d in plan.experts
+    )  # fmt: skip
+    file = write_plan(settled, replace(plan, experts=experts))
+    outcome = settled.run(plan_file=file)
+    assert settled.said[0] == "the plan file changed"
+    assert outcome.published
+    written = load_file(settled.output / WEIGHTS)
+    assert "model.layers.1.mlp.experts.1.up_proj.weight" in written
+    for identity, bits in {**widths, ExpertId(2, 4): 4}.items():
+        if bits != 16:
+            stem = f"model.layers.{identity.layer}.mlp.experts.{identity.expert}.up_proj"
+            assert written[f"{stem}.qweight"].shape == (tiny.HIDDEN * bits // 32, 32)
+    assert settled.plan() == outcome.plan
+    assert outcome.plan.size_bytes == outcome.validation.size_bytes != plan.size_bytes
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quantization.method=rtn", "method is gptq, but the recipe says rtn"),
+        ("quantization.group_size=-1", "group_size is 32, but the recipe says -1"),
+        ("quantization.symmetric=false", "symmetric is True, but the recipe says False"),
+        ("target=transformers", "target is gptqmodel, but the recipe says transformers"),
+    ],
+)
+def test_a_plan_for_another_recipe_is_refused(
+    settled: Workplace, override: str, message: str
+) -> None:
+    file = write_plan(settled, settled.plan())
+    with pytest.raises(RecipeError, match=f"^{re.escape(str(file))}: {message}$"):
+        settled.run(override, plan_file=file)
+    assert settled.listing() == {"out", "plan.json"}
+
+
+def test_a_plan_for_another_model_is_refused(settled: Workplace, tiny_model: TinyModel) -> None:
+    file = write_plan(settled, settled.plan())
+    settled.settings |= {"model": str(tiny_model("mixtral"))}
+    with pytest.raises(RecipeError, match=r"plan\.json: expert \(0, 0\) of the model has no line"):
+        settled.run(plan_file=file)
+
+
+# ---------------------------------------------------------------------------------------- preview
+
+
+def test_a_preview_before_the_first_run_knows_no_super_experts(place: Workplace) -> None:
+    found = preview(place.request())
+    assert found.profile is None
+    assert found.plan.notes[0].startswith("no profile yet")
+    assert place.listing() == set()
+
+
+def test_a_preview_uses_the_profile_that_there_is(settled: Workplace) -> None:
+    found = preview(settled.request("policy.bits=[2]"))
+    assert found.profile is not None
+    assert found.plan.profile_digest == found.profile.digest
+    assert found.plan.notes == ("the profile found no super expert, so none is protected",)
+
+
+def test_a_preview_does_not_use_the_profile_of_another_model(
+    settled: Workplace, tiny_model: TinyModel
+) -> None:
+    settled.settings |= {"model": str(tiny_model("qwen3_moe"))}
+    assert preview(settled.request()).profile is None
+
+
+# ------------------------------------------------------------------------------------- pre-flight
+
+
+def test_too_little_memory_is_found_before_the_work(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=300_000))
+    with pytest.raises(ResourceError, match=r"lower calibration\.samples or set compute_dtype"):
+        place.run()
+    assert place.listing() == set()
+
+
+def test_too_little_disk_is_found_before_the_work(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=400_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ResourceError, match=r"saved progress 0\.3 MB, but only 0\.4 MB are free$"):
+        place.run()
+    with pytest.raises(ResourceError, match=r"are free$"):
+        preview(place.request())
+    assert place.listing() == set()
+    usage.free = 800_000
+    assert place.run().published
+
+
+# ------------------------------------------------------------------------------------ at one time
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(place: Workplace, published: Path) -> None:
+    refused: list[str] = []
+
+    def second(stage: str, done: int, total: int) -> None:
+        with pytest.raises(RecipeError) as caught:
+            place.run()
+        refused.append(str(caught.value))
+
+    assert place.run(options=RunOptions(progress=second)).published
+    assert set(refused) == {f"output {place.partial}: another se-compress is working on it"}
+    assert (place.output / WEIGHTS).read_bytes() == (published / WEIGHTS).read_bytes()
+
+
+def test_a_directory_beside_the_output_is_not_ours_to_use(settled: Workplace) -> None:
+    mine = settled.directory / "out.replaced"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work", encoding="utf-8")
+    settled.run("policy.bits=[2]")
+    assert files_of(mine) == {"thesis.tex": b"years of work"}
+
+
+# ----------------------------------------------------------------------------------- interrupted
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run from outside."""
+
+
+def stop_at(stage: str, step: int) -> RunOptions:
+    def progress(now: str, done: int, total: int) -> None:
+        if (now, done) == (stage, step):
+            raise Stop
+
+    return RunOptions(progress=progress)
+
+
+def assert_as_uninterrupted(place: Workplace, published: Path) -> None:
+    """The same tensors, profile and plan, byte for byte, and nothing left over."""
+    ours, theirs = files_of(place.output), files_of(published)
+    assert set(ours) == set(theirs)
+    for name in (WEIGHTS, "config.json", "se_compress/profile.json", "se_compress/plan.json"):
+        assert ours[name] == theirs[name], name
+    assert place.listing() == {"out"}
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+    place: Workplace, published: Path
+) -> None:
+    place.request()
+    kills = [("profile", 1), ("profile", 3), ("compress", 2), ("validate", 1), ("generate", 3)]
+    kept: dict[str, int] = {}
+    for stage, step in kills:
+        command = [sys.executable, "-c", KILLED, str(place.recipe), stage, str(step), f"{step}"]
+        died = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert not place.output.exists()
+        records = {p.name: p.stat().st_mtime_ns for p in place.partial.glob("*-layer-*.json")}
+        assert kept.items() <= records.items(), "a finished layer was done again"
+        kept = records
+    assert len(kept) == 6
+    assert place.run().published
+    assert f"continuing from {place.partial}" in place.said
+    assert_as_uninterrupted(place, published)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("profile", 0), ("profile", 2), ("compress", 1), ("validate", 0)]
+)
+def test_a_run_that_stopped_goes_on_after_the_last_finished_layer(
+    place: Workplace, published: Path, stage: str, step: int
+) -> None:
+    with pytest.raises(Stop):
+        place.run(options=stop_at(stage, step))
+    assert place.listing() == {"out.partial"}
+    seen: list[tuple[str, int]] = []
+    place.run(options=RunOptions(progress=lambda name, done, total: seen.append((name, done))))
+    assert_as_uninterrupted(place, published)
+
+
+def test_progress_of_another_recipe_is_named_and_dropped(place: Workplace, published: Path) -> None:
+    with pytest.raises(Stop):
+        place.run("policy.bits=[2]", options=stop_at("compress", 2))
+    profile = place.partial / "profile.json"
+    assert place.run().published
+    assert place.said == ["policy.bits changed: [2] -> [4]", f"profile reused from {profile}"]
+    assert_as_uninterrupted(place, published)
+
+
+def test_fresh_drops_the_progress(place: Workplace, published: Path) -> None:
+    with pytest.raises(Stop):
+        place.run(options=stop_at("compress", 2))
+    assert place.run(fresh=True).published
+    assert place.said == []
+    assert_as_uninterrupted(place, published)
+
+
+def test_the_progress_of_a_changed_model_is_dropped(place: Workplace) -> None:
+    model = place.directory / "model"
+    shutil.copytree(place.settings["model"], model)
+    place.settings |= {"model": str(model)}
+    with pytest.raises(Stop):
+        place.run(options=stop_at("compress", 2))
+    name = "model.layers.2.mlp.experts.0.up_proj.weight"
+    tiny.edit_weights(model, {name: torch.full((32, 64), float("nan"), dtype=torch.bfloat16)})
+    with pytest.raises(SourceError, match=f"^{name}: 2048 of 2048 values are NaN or infinite$"):
+        place.run()
+    assert place.said == ["the model's files changed"]
+
+
+def test_ctrl_c_ends_with_130_and_what_can_be_continued(place: Workplace, published: Path) -> None:
+    place.request()
+    started = subprocess.Popen(
+        [COMMAND, str(place.recipe), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (place.partial / "profile-layer-00000.json").exists():
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        time.sleep(0.005)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    message = "se-compress: interrupted; the same command continues where it stopped\n"
+    assert (started.returncode, out, err) == (130, "", message)
+    assert place.listing() == {"out.partial"}
+    assert place.run().published
+    assert_as_uninterrupted(place, published)
