@@ -109,9 +109,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _hide_interrupt(lost: "sys.UnraisableHookArgs") -> None:
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+
+
 def main() -> None:
     """Run the command and exit with the contract's code; every foreseen error is one line."""
     signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _hide_interrupt
     # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
     # has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from se_compress.artifacts import (
+    Artifact,
     CompressionPlan,
     ExpertProfile,
     LayerRecord,
@@ -90,7 +91,7 @@ def preview(request: Request) -> Preview:
     source = open_source(request.recipe.model)
     output = Path(request.recipe.output)
     _check_output(output)
-    profiles = filter(None, map(_load_profile, _profile_files(output)))
+    profiles = filter(None, (_load(ExpertProfile, file) for file in _profile_files(output)))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
     plan = _plan(source, profile, request)
     _check_disk(plan, source, request.recipe)
@@ -144,7 +145,7 @@ def _profile(
 
     wanted = profile_digest(source, tokens, request.recipe)
     for file in _profile_files(output):
-        profile = None if request.fresh else _load_profile(file)
+        profile = None if request.fresh else _load(ExpertProfile, file)
         if profile is not None and profile.digest == wanted:
             request.notice(f"profile reused from {file}")
             break
@@ -271,19 +272,16 @@ def _settings(
 
 
 def _finished(output: Path, settings: dict[str, object]) -> Outcome | None:
-    """The published result, if it was made from exactly these settings."""
+    """The published result, if it was made from exactly these settings and is whole."""
     ours = output / OURS
     if _load_settings(ours / "run.json") != settings:
         return None
-    texts = {n: (ours / n).read_text(encoding="utf-8") for n in
-             ("profile.json", "plan.json", "validation.json")}  # fmt: skip
-    return Outcome(
-        output,
-        True,
-        from_json(ExpertProfile, texts["profile.json"], str(ours / "profile.json")),
-        from_json(CompressionPlan, texts["plan.json"], str(ours / "plan.json")),
-        from_json(ValidationReport, texts["validation.json"], str(ours / "validation.json")),
-    )
+    profile = _load(ExpertProfile, ours / "profile.json")
+    plan = _load(CompressionPlan, ours / "plan.json")
+    validation = _load(ValidationReport, ours / "validation.json")
+    if profile is None or plan is None or validation is None:
+        return None
+    return Outcome(output, True, profile, plan, validation)
 
 
 def _prepare(work: Path, settings: dict[str, object], request: Request) -> None:
@@ -311,19 +309,18 @@ def _prepare(work: Path, settings: dict[str, object], request: Request) -> None:
 
 
 def _load_settings(file: Path) -> dict[str, object] | None:
-    if not file.exists():
+    try:
+        settings: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    settings: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
     return settings
 
 
-def _load_profile(file: Path) -> ExpertProfile | None:
-    """A saved profile; None if there is none or if an older version of the tool wrote it."""
-    if not file.exists():
-        return None
+def _load(kind: type[Artifact], file: Path) -> Artifact | None:
+    """A saved artefact; None if there is none or if an older version of the tool wrote it."""
     try:
-        return from_json(ExpertProfile, file.read_text(encoding="utf-8"), str(file))
-    except SeCompressError:
+        return from_json(kind, file.read_text(encoding="utf-8"), str(file))
+    except (OSError, SeCompressError):
         return None
 
 

@@ -1,13 +1,14 @@
 """Decide what becomes of every expert. Pure Python on numbers: no torch, deterministic.
 
-Protection comes first: a super expert keeps `protected_bits`, whatever the budget. Every other
-routed expert gets the widest of the allowed widths with which the whole stays within the budget.
-What the target cannot load is refused here, before any weight is read.
+Protection comes first: a super expert keeps `protected_bits`, whatever the budget. With one allowed
+width every other routed expert gets that. With several, the profile says what each width would cost
+each expert, and a knapsack solver spends the budget where it saves most. What the target cannot
+load is refused here, before any weight is read.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, floor
 
 from se_compress.artifacts import (
     Action,
@@ -18,6 +19,7 @@ from se_compress.artifacts import (
     ModelSource,
 )
 from se_compress.errors import RecipeError
+from se_compress.knapsack import Option, choose
 from se_compress.recipe import ExpertName, Recipe
 from se_compress.targets import TARGETS, TargetRules, check_grid, check_target, expert_bytes
 
@@ -32,10 +34,13 @@ def make_plan(
     protected, reasons = _protected(source, profile, recipe)
     if quantization.method == "none":
         _check_unquantized_budget(source, recipe)
-        return _assemble(source, profile, recipe, {}, 16, ())
+        return _assemble(source, profile, recipe, {}, _widths(source, protected, recipe, 16), ())
     check_grid(source, rules, quantization.group_size, quantization.symmetric)
-    width, notes = _uniform_width(source, protected, recipe)
-    return _assemble(source, profile, recipe, reasons, width, notes)
+    width = _widest_uniform(source, protected, recipe)
+    widths, notes = _widths(source, protected, recipe, width), tuple[str, ...]()
+    if len(recipe.policy.bits) > 1:
+        widths, notes = _mixed_widths(source, profile, protected, recipe, widths)
+    return _assemble(source, profile, recipe, reasons, widths, notes)
 
 
 def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> CompressionPlan:
@@ -142,9 +147,8 @@ def _listed(source: ModelSource, names: Sequence[ExpertName]) -> list[ExpertId]:
     return identities
 
 
-def _uniform_width(
-    source: ModelSource, protected: frozenset[ExpertId], recipe: Recipe
-) -> tuple[int, tuple[str, ...]]:
+def _widest_uniform(source: ModelSource, protected: frozenset[ExpertId], recipe: Recipe) -> int:
+    """The widest of the allowed widths that all unprotected experts can have within the budget."""
     budget, widths = _budget(recipe), sorted(recipe.policy.bits)
     if budget is None:
         if len(widths) > 1:
@@ -152,7 +156,7 @@ def _uniform_width(
                 f"policy.bits lists the widths {widths}: a budget is needed to choose, "
                 "policy.bits_per_weight or policy.size"
             )
-        return widths[0], ()
+        return widths[0]
     measured = {width: _measure(source, protected, recipe, width) for width in widths}
     fitting = [width for width in widths if measured[width] <= budget]
     if not fitting:
@@ -162,7 +166,62 @@ def _uniform_width(
             f"of {recipe.quantization.group_size}"
         )
         raise RecipeError(_impossible(recipe, min(measured.values()), why))
-    return fitting[-1], (f"{fitting[-1]} bits is the widest of {widths} within the budget",)
+    return fitting[-1]
+
+
+def _mixed_widths(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    protected: frozenset[ExpertId],
+    recipe: Recipe,
+    uniform: Mapping[ExpertId, int],
+) -> tuple[dict[ExpertId, int], tuple[str, ...]]:
+    """The widths of least predicted loss within the budget, and what the solver says of them.
+
+    The loss of a width is the profile's: the error it puts into the residual stream, see
+    ExpertStats.loss. Experts count alike, so no layer is favoured but by what was measured.
+    """
+    if profile is None:
+        return dict(uniform), (
+            "no profile yet: the widths are an estimate, the widest that fits all",
+        )
+    group_size = recipe.quantization.group_size
+    widths: list[int] = sorted(recipe.policy.bits)
+    free = [identity for identity in uniform if identity not in protected]
+    items = [
+        [
+            Option(
+                expert_bytes(source.experts[identity], width, group_size),
+                profile.by_id[identity].loss[width],
+            )
+            for width in widths
+        ]
+        for identity in free
+    ]
+    spent = sum(items[i][widths.index(uniform[identity])].cost for i, identity in enumerate(free))
+    choice = choose(items, spent + _bytes_left(source, uniform, recipe))
+    if choice is None:
+        raise RuntimeError("no choice of widths fits, though a uniform width does")
+    mixed = dict(uniform) | {i: widths[pick] for i, pick in zip(free, choice.picks, strict=True)}
+    gap = choice.loss / choice.bound - 1 if choice.bound > 0 else 0.0
+    return mixed, (
+        f"widths {widths} mixed within the budget: predicted loss {choice.loss:.4g}, at most "
+        f"{gap:.2%} from the optimum",
+    )
+
+
+def _bytes_left(source: ModelSource, widths: Mapping[ExpertId, int], recipe: Recipe) -> int:
+    """What the budget leaves beside a plan of these widths."""
+    policy, group_size = recipe.policy, recipe.quantization.group_size
+    if policy.size is not None:
+        return policy.size - _size_bytes(source, widths, group_size)
+    weights = sum(
+        info.shape[0] * info.shape[1]
+        for identity in widths
+        for info in source.experts[identity].values()
+    )
+    size = sum(expert_bytes(source.experts[i], bits, group_size) for i, bits in widths.items())
+    return floor((policy.bits_per_weight or 0.0) * weights / 8) - size
 
 
 def _budget(recipe: Recipe) -> float | None:
@@ -222,13 +281,12 @@ def _assemble(
     profile: ExpertProfile | None,
     recipe: Recipe,
     reasons: Mapping[ExpertId, str],
-    width: int,
+    widths: Mapping[ExpertId, int],
     notes: tuple[str, ...],
 ) -> CompressionPlan:
     protected = frozenset(reasons)
     group_size = recipe.quantization.group_size
-    widths = _widths(source, protected, recipe, width)
-    decisions = tuple(_decide(i, widths, reasons, recipe) for i in source.experts)
+    decisions = tuple(_decide(i, profile, widths, reasons, recipe) for i in source.experts)
     return CompressionPlan(
         target=recipe.target,
         method=recipe.quantization.method,
@@ -247,6 +305,7 @@ def _assemble(
 
 def _decide(
     identity: ExpertId,
+    profile: ExpertProfile | None,
     widths: Mapping[ExpertId, int],
     reasons: Mapping[ExpertId, str],
     recipe: Recipe,
@@ -257,6 +316,10 @@ def _decide(
         reason = reason or "shared expert: every token passes it, policy.other_bits is 16"
     elif recipe.quantization.method == "none":
         reason = reason or "quantization.method is none"
+    elif len(recipe.policy.bits) > 1 and profile is not None:
+        loss = profile.by_id[identity].loss
+        predicted = ", ".join(f"{loss[w]:.3g} at {w}" for w in sorted(recipe.policy.bits))
+        reason = reason or f"predicted loss {predicted} bits"
     action: Action = "keep" if bits == 16 else "quantize"
     return ExpertDecision(
         identity.layer, identity.expert, action, bits, reason or f"uniform width {bits}"

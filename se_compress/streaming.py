@@ -178,8 +178,7 @@ def _register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
-# ----------------------------------------------------------------------------------------- the
-# model
+# --------------------------------------------------------------------------------------- the model
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def validate(
     """
     found = read_headers(directory)
     accounted = _account(source, plan, found)
-    if accounted.passed is False:
+    if not _is_complete(source, plan, found):  # and so cannot be run
         return _report(source, plan, [accounted], _Compared(), (), records, found)
     rule = recipe.validation
     device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
@@ -178,6 +178,14 @@ def _account(source: ModelSource, plan: CompressionPlan, found: Mapping[str, Ten
     share = 1.0 - len(problems) / max(len(expected), 1)
     detail = "; ".join(problems[:3])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
+
+
+def _is_complete(
+    source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]
+) -> bool:
+    """Every slot of the plan is there with its dtype and shape."""
+    there = {Slot(info.name, info.dtype, info.shape) for info in found.values()}
+    return there.issuperset(result_slots(source, plan))
 
 
 def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:

@@ -236,10 +236,24 @@ def test_chunks_of_a_refit_make_no_difference(monkeypatch: pytest.MonkeyPatch) -
     grid = Grid(2, 16, symmetric=False)
     whole = gptq(weight, hessian, grid, rounds=1).stack
     for elements in (1, 100, 1000):
-        monkeypatch.setattr(gptq_module, "REFIT_ELEMENTS", elements)
+        monkeypatch.setitem(gptq_module.REFIT_ELEMENTS, "cpu", elements)
         parts = gptq(weight, hessian, grid, rounds=1).stack
         assert torch.allclose(parts.scales, whole.scales, rtol=2e-3)
         assert (parts.codes == whole.codes).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("elements", [1, 3 * COLUMNS, 2 * COLUMNS * (ROWS + COLUMNS)])
+def test_working_sets_make_no_difference(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = stack(seed=19)
+    hessian[2] = torch.ones(COLUMNS, COLUMNS).mul(-9).fill_diagonal_(1)
+    grid = Grid(3, 16, symmetric=True)
+    whole = gptq(weight, hessian, grid)
+    monkeypatch.setitem(gptq_module.WORKING_SET, "cpu", elements)
+    parts = gptq(weight, hessian, grid)
+    assert (parts.stack.codes == whole.stack.codes).float().mean() > 0.98
+    assert torch.allclose(parts.error, whole.error, rtol=1e-2)
+    assert parts.damping == whole.damping
+    assert parts.unfactorable == whole.unfactorable == (2,)
 
 
 # ------------------------------------------------------------------------------------ the outcome
@@ -347,8 +361,10 @@ def test_a_member_beyond_the_ladder_is_rounded_to_nearest_alone(grid: Grid) -> N
     result = gptq(weight, hessian, grid)
     assert result.unfactorable == (1,)
     assert result.damping == (DAMPING, 1.0, DAMPING)
-    assert same_stack(member_of(result, 1), rtn(weight[1:2], grid, torch.ones(1, COLUMNS)))
-    assert result.error.isfinite().all()
+    nearest = rtn(weight[1:2], grid, torch.ones(1, COLUMNS))
+    assert same_stack(member_of(result, 1), nearest)
+    error = (dequantize(nearest)[0] - weight[1]).norm() / weight[1].norm()
+    assert result.error[1].item() == pytest.approx(error.item(), rel=1e-3)
     for e in (0, 2):
         assert same_stack(member_of(result, e), member_of(plain, e))
 

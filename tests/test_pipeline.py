@@ -281,6 +281,25 @@ def test_a_profile_that_cannot_be_read_is_measured_again(settled: Workplace) -> 
     assert settled.said == ["policy.bits changed: [4] -> [2]"]
 
 
+@pytest.mark.parametrize("name", ["run.json", "plan.json", "validation.json"])
+@pytest.mark.parametrize("text", [None, "", "{}"])
+def test_a_result_whose_reports_are_not_whole_is_made_again(
+    settled: Workplace, name: str, text: str | None
+) -> None:
+    before = files_of(settled.output)
+    file = settled.output / "se_compress" / name
+    file.unlink()
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    if name == "run.json" and text is None:  # then it is not even ours
+        with pytest.raises(RecipeError, match=r"was not made by se-compress"):
+            settled.run()
+        return
+    assert settled.run().published
+    assert files_of(settled.output)[f"se_compress/{name}"] != (text or "").encode()
+    assert files_of(settled.output)[WEIGHTS] == before[WEIGHTS]
+
+
 # -------------------------------------------------------------------------------------- rejected
 
 STRICT = "validation.kl_divergence=1e-9"
@@ -498,8 +517,7 @@ def test_a_run_that_stopped_goes_on_after_the_last_finished_layer(
     with pytest.raises(Stop):
         place.run(options=stop_at(stage, step))
     assert place.listing() == {"out.partial"}
-    seen: list[tuple[str, int]] = []
-    place.run(options=RunOptions(progress=lambda name, done, total: seen.append((name, done))))
+    assert place.run().published
     assert_as_uninterrupted(place, published)
 
 

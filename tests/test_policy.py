@@ -3,6 +3,7 @@
 The models here are lists of tensor shapes, so that every size can be worked out by hand.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -263,21 +264,71 @@ def test_several_widths_need_a_budget() -> None:
     refuse(lambda: make(bits=[4, 2]), message)
 
 
-def test_the_widest_width_within_the_budget_is_taken() -> None:
-    per_width = {bits: make(bits=bits).bits_per_weight for bits in (2, 3, 4, 8)}
-    for bits, exactly in per_width.items():
-        plan = make(bits=[8, 2, 4, 3], bits_per_weight=exactly)
-        assert plan.by_id[ExpertId(0, 0)].bits == bits
-        assert plan.bits_per_weight == exactly
-        assert plan.notes == (f"{bits} bits is the widest of [2, 3, 4, 8] within the budget",)
-    just_below = make(bits=[2, 3, 4, 8], bits_per_weight=per_width[4] - 1e-9)
-    assert just_below.by_id[ExpertId(0, 0)].bits == 3
+def test_without_a_profile_the_widest_width_that_fits_all_is_the_estimate() -> None:
+    free = recipe(bits=[2, 3, 4, 8], bits_per_weight=make(bits=4, protect="none").bits_per_weight)
+    plan = make_plan(SOURCE, None, free)
+    assert {d.bits for d in plan.experts if d.expert != "shared"} == {4}
+    assert plan.notes[0] == "no profile yet: the widths are an estimate, the widest that fits all"
+
+
+def unequal(weight_of: Callable[[ExpertId], float]) -> ExpertProfile:
+    """A profile in which rounding costs `weight_of` an expert, a quarter for each further bit."""
+    experts = tuple(
+        replace(e, loss={bits: weight_of(e.id) * 4.0**-bits for bits in (2, 3, 4, 8)})
+        for e in profile(SUPER).experts
+    )
+    return replace(profile(SUPER), experts=experts)
+
+
+def test_mixed_widths_spend_the_budget_where_it_saves_most() -> None:
+    """Against all choices of widths for the eleven free experts, tried one by one."""
+    measured = unequal(
+        lambda e: 1.5 ** (EXPERTS * e.layer + e.expert if e.expert != "shared" else 0)
+    )
+    budget = make(bits=3).size_bytes
+    plan = make_plan(SOURCE, measured, recipe(bits=[2, 3, 4], size=budget))
+    assert plan.size_bytes <= budget
+    chosen = {d.id: d.bits for d in plan.experts if d.expert != "shared"}
+    assert chosen.pop(SUPER) == 16
+    bits_by_need = [
+        bits for _, bits in sorted(chosen.items(), key=lambda item: measured.by_id[item[0]].loss[2])
+    ]
+    assert bits_by_need == sorted(bits_by_need), "more need never gets less bits"
+    assert set(bits_by_need) == {2, 3, 4}
+    best = min(
+        _loss(measured, dict(zip(chosen, widths, strict=True)))
+        for widths in itertools.product((2, 3, 4), repeat=len(chosen))
+        if sum(expert_bytes(bits) for bits in widths) <= len(chosen) * expert_bytes(3)
+    )
+    assert _loss(measured, chosen) == pytest.approx(best, rel=1e-4)
+    assert "at most 0.00% from the optimum" in plan.notes[0]
+    reason = plan.by_id[ExpertId(0, 0)].reason
+    assert reason == "predicted loss 0.0625 at 2, 0.0156 at 3, 0.00391 at 4 bits"
+
+
+def _loss(measured: ExpertProfile, widths: dict[ExpertId, int | None]) -> float:
+    return sum(measured.by_id[i].loss[bits or 0] for i, bits in widths.items())
+
+
+def test_mixed_widths_use_a_budget_between_two_uniform_ones() -> None:
+    between = (make(bits=3).bits_per_weight + make(bits=4).bits_per_weight) / 2
+    plan = make(bits=[3, 4], bits_per_weight=between)
+    assert {d.bits for d in plan.experts if d.id != SUPER and d.expert != "shared"} == {3, 4}
+    step = 8 * (expert_bytes(4) - expert_bytes(3)) / (ROUTED * WEIGHTS)
+    assert between - step < plan.bits_per_weight <= between
+
+
+def test_a_super_expert_is_not_lowered_to_make_the_budget() -> None:
+    nothing = unequal(lambda e: 0.0 if e == SUPER else 1.0)
+    plan = make_plan(SOURCE, nothing, recipe(bits=[2, 8], size=make(bits=2).size_bytes))
+    assert plan.by_id[SUPER].bits == 16
 
 
 def test_a_size_counts_the_whole_checkpoint() -> None:
     exactly = make(bits=4).size_bytes
-    assert make(bits=[2, 3, 4, 8], size=exactly).by_id[ExpertId(0, 0)].bits == 4
-    assert make(bits=[2, 3, 4, 8], size=exactly - 1).by_id[ExpertId(0, 0)].bits == 3
+    assert make(bits=[4, 8], size=exactly).size_bytes == exactly
+    with pytest.raises(RecipeError, match="is the least possible"):
+        make(bits=[4, 8], size=exactly - 1)
 
 
 def test_a_single_width_is_held_to_the_budget_too() -> None:

@@ -1,7 +1,7 @@
 """The engines load what we write: names, patterns and packed numbers, for every family.
 
-GPTQModel patches torch and transformers when it is imported and takes seconds over it, so one process
-loads all families and writes down what it found.
+GPTQModel patches torch and transformers when it is imported and takes seconds over it, so one
+process loads all families and writes down what it found.
 """
 
 import json
