@@ -66,7 +66,7 @@ directory, scratch, tokens, prompt = sys.argv[1:]
 model = GPTQModel.load(directory, device="cpu").model.eval()
 with torch.no_grad():
     logits = model(torch.tensor(json.loads(tokens))).logits.float()
-    written = model.generate(torch.tensor([json.loads(prompt)]), max_new_tokens=48, do_sample=False)
+    written = model.generate(torch.tensor([json.loads(prompt)]), max_new_tokens=32, do_sample=False)
 save_file({"logits": logits.contiguous(), "written": written}, f"{scratch}/found.safetensors")
 """
 TRAP = """
@@ -331,7 +331,7 @@ def test_transformers_alone_would_make_up_the_experts(result: Path, tmp_path: Pa
         check=True, capture_output=True, env=ENVIRONMENT,
     )  # fmt: skip
     info = json.loads((tmp_path / "info.json").read_text("utf-8"))
-    for layer in range(LAYERS):
+    for layer in set(range(LAYERS)) - {SUPER_LAYER}:  # there, one of sixteen is found
         assert f"model.layers.{layer}.mlp.experts.gate_up_proj" in info["missing_keys"]
     assert "model.layers.0.mlp.experts.0.down_proj.qweight" in info["unexpected_keys"]
 
