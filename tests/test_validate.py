@@ -1,0 +1,185 @@
+"""The measures of the validator against their definitions, written out over two plain models."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from se_compress import validate as validation
+from se_compress.artifacts import Check, RunOptions, ValidationReport
+from se_compress.policy import make_plan
+from se_compress.source import open_source
+
+TinyModel = Callable[[str], Path]
+TOKENS = tiny.random_tokens(6, 24, seed=3)
+FIRST_QUERY, HEAD_FLOOR = 8, 0.05
+
+
+class Seen:
+    """What a plain transformers model computes for TOKENS, layer by layer."""
+
+    def __init__(self, directory: Path) -> None:
+        model = tiny.plain_model(directory)
+        self.states: list[Tensor] = []
+        self.chosen: list[Tensor] = []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda m, i, out: self.states.append(out))
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.register_forward_hook(lambda m, i, out: self.chosen.append(out[2]))
+        with torch.no_grad():
+            out = model(torch.tensor(TOKENS), output_attentions=True)
+        self.logits, self.attentions = out.logits.double(), out.attentions
+
+
+def altered(source: Path, directory: Path, noise: float) -> Path:
+    """A copy whose expert weights are off by `noise` of their own spread."""
+    shutil.copytree(source, directory)
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(directory / "model.safetensors")
+    off = {
+        name: (w + noise * w.float().std() * torch.randn(w.shape, generator=generator)).to(w.dtype)
+        for name, w in weights.items()
+        if ".experts." in name
+    }
+    tiny.edit_weights(directory, off)
+    return directory
+
+
+@pytest.fixture
+def judged(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, float], tuple[Seen, Seen, ValidationReport]]:
+    """Validates an altered copy of a family's model; loading it again has tests of its own."""
+    not_run = Check("reload", None, 0.1, None, "left out")
+    monkeypatch.setattr(validation, "_reload", lambda *arguments: not_run)
+
+    def judge(name: str, noise: float) -> tuple[Seen, Seen, ValidationReport]:
+        path = tiny_model(name)
+        result = altered(path, tmp_path / "altered", noise)
+        source = open_source(str(path))
+        recipe = tiny.recipe(
+            path,
+            quantization={"method": "none"},
+            validation={"data": "unused.txt", "generation": {"tokens": 0}},
+        )
+        plan = make_plan(source, None, recipe)
+        options = RunOptions(batch_tokens=50)  # two sequences at a time
+        report = validation.validate(source, plan, result, TOKENS, (), recipe, options)
+        return Seen(path), Seen(result), report
+
+    return judge
+
+
+def cross_entropy(logits: Tensor) -> float:
+    total = count = 0.0
+    for sequence, tokens in zip(logits, TOKENS, strict=True):
+        for position in range(len(tokens) - 1):
+            probabilities = sequence[position].softmax(-1)
+            total -= math.log(float(probabilities[tokens[position + 1]]))
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3"])
+def test_measures_are_what_their_definitions_say(family: str, judged: Any) -> None:
+    old, new, report = judged(family, 0.3)
+    value = {check.name: check.value for check in report.checks}
+    loss_old, loss_new = cross_entropy(old.logits), cross_entropy(new.logits)
+    assert report.perplexity_source == pytest.approx(math.exp(loss_old), rel=1e-4)
+    assert report.perplexity_result == pytest.approx(math.exp(loss_new), rel=1e-4)
+    increase = math.exp(loss_new - loss_old) - 1
+    assert value["perplexity_increase"] == pytest.approx(increase, abs=1e-4)
+    p, q = old.logits[:, :-1].softmax(-1), new.logits[:, :-1].softmax(-1)
+    divergence = float((p * (p / q).log()).sum(-1).mean())
+    assert divergence > 1e-4, "an alteration that shows"
+    assert value["kl_divergence"] == pytest.approx(divergence, rel=1e-3)
+    assert value["router_agreement"] == pytest.approx(agreement(old, new), abs=1e-6)
+    assert value["router_agreement"] < 1
+    for layer, (a, b) in enumerate(zip(old.states, new.states, strict=True)):
+        compared = report.layers[layer]
+        assert compared.peak_source == pytest.approx(float(a.abs().max()), rel=1e-4)
+        assert compared.peak_result == pytest.approx(float(b.abs().max()), rel=1e-4)
+        error = float(((b - a).norm(dim=-1) / a.norm(dim=-1)).mean())
+        assert compared.hidden_error == pytest.approx(error, rel=1e-3, abs=1e-6)
+    for compared, before, after in zip(report.layers, old.attentions, new.attentions, strict=True):
+        for heads, attention in (
+            (compared.sink_heads_source, before),
+            (compared.sink_heads_result, after),
+        ):
+            mass = attention[:, :, FIRST_QUERY:, 0].mean(dim=(0, 2))
+            assert list(heads) == pytest.approx(mass.tolist(), abs=1e-5)
+
+
+def agreement(old: Seen, new: Seen) -> float:
+    shares = []
+    for before, after in zip(old.chosen, new.chosen, strict=True):
+        pairs = list(zip(before.tolist(), after.tolist(), strict=True))
+        same = [len(set(a) & set(b)) / len(a) for a, b in pairs]
+        shares.append(sum(same) / len(same))
+    return sum(shares) / len(shares)
+
+
+def test_sink_decay_is_weighted_by_mass_and_leaves_small_heads_out(judged: Any) -> None:
+    old, new, report = judged("qwen3_moe", 1.0)
+    before = after = 0.0
+    for a, b in zip(old.attentions, new.attentions, strict=True):
+        mass_old = a[:, :, FIRST_QUERY:, 0].mean(dim=(0, 2))
+        mass_new = b[:, :, FIRST_QUERY:, 0].mean(dim=(0, 2))
+        counted = mass_old >= HEAD_FLOOR
+        before += float(mass_old[counted].sum())
+        after += float(mass_new[counted].sum())
+    check = report.check("sink_decay")
+    assert before > 0
+    assert check.value == pytest.approx(1 - after / before, abs=1e-5)
+
+
+def test_an_equal_copy_has_no_loss_at_all(judged: Any) -> None:
+    _, _, report = judged("olmoe", 0.0)
+    value = {check.name: check.value for check in report.checks}
+    assert value["perplexity_increase"] == 0
+    assert value["kl_divergence"] == pytest.approx(0, abs=1e-7)
+    assert value["router_agreement"] == 1
+    assert value["tensors_accounted"] == 1
+    assert report.passed
+    assert report.not_run == ("massive_activation_ratio", "repetition", "reload")
+
+
+def test_other_bytes_fail_the_account_and_are_measured_all_the_same(judged: Any) -> None:
+    _, _, report = judged("olmoe", 0.1)
+    check = report.check("tensors_accounted")
+    assert check.passed is False
+    assert "differs from the source" in check.detail
+    assert not report.passed
+    assert report.check("kl_divergence").value
+
+
+def test_retention_at_the_source_s_own_massive_elements() -> None:
+    old = torch.ones(2, 3, 4)
+    old[0, 0, 1], old[1, 2, 3] = 5000.0, -4000.0
+    new = old.clone()
+    new[0, 0, 1], new[1, 2, 3] = 2500.0, -8000.0
+    assert validation._retention([old], [old]) == pytest.approx(1.0)
+    assert validation._retention([old], [new]) == pytest.approx(0.5), "growth counts as loss"
+    new[1, 2, 3] = 4000.0
+    assert validation._retention([old], [new]) == pytest.approx(0.25, abs=1e-5), "so does a flip"
+    assert validation._retention([torch.ones(2, 3, 4)], [new]) is None, "nothing massive to keep"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [([1, 2, 3, 4, 5, 6, 7], 0.0), ([1, 2] * 8, 11 / 13), ([7] * 20, 16 / 17), ([1, 2], 0.0)],
+)
+def test_repetition_counts_four_grams_seen_before(tokens: list[int], share: float) -> None:
+    assert validation.repetition(tokens) == pytest.approx(share)
+
+
+def test_a_value_that_is_no_number_fails() -> None:
+    assert validation._at_most("kl_divergence", math.nan, 1.0).passed is False
+    assert validation._at_least("router_agreement", math.nan, 0.0).passed is False
