@@ -15,7 +15,7 @@ _HOME = {
     "profile_experts": "se_compress.profiler",
     "make_plan": "se_compress.policy",
     "compress": "se_compress.execute",
-    "validate": "se_compress.validate",
+    "validate": "se_compress.validator",
 }
 
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from se_compress.artifacts import (
@@ -40,9 +41,6 @@ from se_compress.targets import result_slots
 
 OURS = "se_compress"
 MAX_SHARD_BYTES = 5 * 10**9
-# Memory beside one layer and the hidden states: the stacks and Hessians of execute.STACK_ELEMENTS
-# with the solver's working copies, and what torch and transformers themselves take.
-STATED_CONSTANT_BYTES = 6 * 2**30
 
 Notice = Callable[[str], None]
 Tokens = Sequence[Sequence[int]]
@@ -209,7 +207,7 @@ def _validate(
     records: Sequence[LayerRecord],
     request: Request,
 ) -> ValidationReport:
-    from se_compress.validate import validate
+    from se_compress.validator import validate
 
     return validate(source, plan, staged, tokens, records, request.recipe, request.options)
 
@@ -264,6 +262,7 @@ def _settings(
     settings = {k: v for k, v in flatten(request.recipe).items() if k not in ("output", "model")}
     plan = request.plan_file.read_text(encoding="utf-8") if request.plan_file else ""
     return settings | {
+        "the version of se-compress": version("se-compress"),
         "the model's files": source.digest,
         "the calibration text": digest_of(calibration),
         "the validation text": digest_of(held_out),

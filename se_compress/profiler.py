@@ -47,6 +47,7 @@ from se_compress.streaming import (
     RoutingCapture,
     StreamedModel,
     batches_of,
+    in_pieces,
     kl_divergence,
     load_states,
     save_states,
@@ -625,7 +626,8 @@ def _rise_removed(
 def _measure_divergence(model: StreamedModel, base: _Variant, variants: Sequence[_Variant]) -> None:
     tokens = sum(states.shape[0] * states.shape[1] for states in base.hidden)
     for variant in variants:
-        pairs = zip(model.logits(base.hidden), model.logits(variant.hidden), strict=True)
+        ours, theirs = in_pieces(base.hidden), in_pieces(variant.hidden)
+        pairs = zip(model.logits(ours), model.logits(theirs), strict=True)
         total = sum(float(kl_divergence(source, result).sum()) for source, result in pairs)
         variant.divergence = total / tokens
 

@@ -164,7 +164,7 @@ class Generation(_Section):
 
 
 class Validation(_Text):
-    """Held-out text and the limit of each gate (defined in validate.py)."""
+    """Held-out text and the limit of each gate (defined in validator.py)."""
 
     samples: Positive = 32
     sequence_length: Annotated[int, Field(ge=16)] = 256

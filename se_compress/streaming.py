@@ -34,6 +34,7 @@ IMPLEMENTATION = "se_compress"
 # Attention to the sink is averaged over queries from here on: the first few have nowhere else to
 # look.
 FIRST_SINK_QUERY = 8
+PIECE_TOKENS = 256
 
 
 class Observer:
@@ -433,6 +434,16 @@ def batches_of(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Tenso
             batches.append([])
         batches[-1].append(sequence)
     return [torch.tensor(batch) for batch in batches]
+
+
+def in_pieces(hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The same states [B, T, H] as pieces [1, n, H] of at most PIECE_TOKENS, in order: logits are
+    wide, and what is computed from them position by position need not hold those of a batch."""
+    pieces: list[Tensor] = []
+    for states in hidden:
+        for sequence in states:
+            pieces += torch.split(sequence[None], PIECE_TOKENS, dim=1)
+    return pieces
 
 
 def kl_divergence(source: Tensor, result: Tensor) -> Tensor:

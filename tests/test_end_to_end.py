@@ -41,7 +41,7 @@ from se_compress.recipe import Recipe, load_recipe
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
 from se_compress.targets import result_slots
-from se_compress.validate import validate
+from se_compress.validator import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = str(Path(sys.executable).with_name("se-compress"))

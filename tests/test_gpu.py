@@ -19,7 +19,7 @@ from se_compress.policy import make_plan
 from se_compress.profiler import profile_experts
 from se_compress.source import open_source
 from se_compress.targets import result_slots
-from se_compress.validate import validate
+from se_compress.validator import validate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,7 +23,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from se_compress import validate
+from se_compress import validator
 from se_compress.artifacts import (
     Check,
     CompressionPlan,
@@ -47,7 +47,7 @@ COMMAND = str(Path(sys.executable).with_name("se-compress"))
 KILLED = """
 import os, random, signal, sys, threading, time
 from pathlib import Path
-from se_compress import validate
+from se_compress import validator
 from se_compress.artifacts import Check, RunOptions
 from se_compress.pipeline import Request, run
 from se_compress.recipe import load_recipe
@@ -59,7 +59,7 @@ def progress(now, done, total):
     if (now, done) == (stage, step):
         threading.Thread(target=die).start()
         time.sleep(random.Random(seed).uniform(0, 0.05))
-validate._reload = lambda *arguments: time.sleep(10)
+validator._reload = lambda *arguments: time.sleep(10)
 recipe = Path(sys.argv[1])
 run(Request(load_recipe(recipe), recipe.read_text(), RunOptions(progress=progress)))
 """
@@ -67,8 +67,8 @@ run(Request(load_recipe(recipe), recipe.read_text(), RunOptions(progress=progres
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = Check("reload", None, validate.RELOAD_LIMIT, None, "not run: not in this test")
-    monkeypatch.setattr(validate, "_reload", lambda *arguments: check)
+    check = Check("reload", None, validator.RELOAD_LIMIT, None, "not run: not in this test")
+    monkeypatch.setattr(validator, "_reload", lambda *arguments: check)
 
 
 class Workplace:

@@ -56,9 +56,11 @@ from se_compress.errors import NOT_RUN_EXIT_CODE
 from se_compress.headers import Slot, read_headers
 from se_compress.recipe import Recipe, Validation
 from se_compress.streaming import (
+    PIECE_TOKENS,
     RoutingCapture,
     StreamedModel,
     batches_of,
+    in_pieces,
     kl_divergence,
     sink_mass,
 )
@@ -335,17 +337,20 @@ def _compare_predictions(
     source_states: Sequence[Tensor],
     result_states: Sequence[Tensor],
 ) -> None:
+    sequences = [row[1:] for batch in batches for row in batch]
+    targets = [piece for row in sequences for piece in row.split(PIECE_TOKENS)]
     predictions = zip(
-        batches, original.logits(source_states), result.logits(result_states), strict=True
+        targets,
+        original.logits(in_pieces([states[:, :-1] for states in source_states])),
+        result.logits(in_pieces([states[:, :-1] for states in result_states])),
+        strict=True,
     )
     loss_source = loss_result = divergence = 0.0
-    for batch, source_logits, result_logits in predictions:
-        target = batch[:, 1:].to(source_logits.device)
-        loss_source += _cross_entropy(source_logits, target)
-        loss_result += _cross_entropy(result_logits, target)
-        divergence += float(
-            kl_divergence(source_logits[:, :-1], result_logits[:, :-1]).double().sum()
-        )
+    for target, source_logits, result_logits in predictions:
+        wanted = target[None].to(source_logits.device)
+        loss_source += _cross_entropy(source_logits, wanted)
+        loss_result += _cross_entropy(result_logits, wanted)
+        divergence += float(kl_divergence(source_logits, result_logits).double().sum())
         compared.tokens += target.numel()
     compared.loss_source = loss_source / compared.tokens
     compared.loss_result = loss_result / compared.tokens
@@ -353,7 +358,7 @@ def _compare_predictions(
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> float:
-    picked = logits[:, :-1].log_softmax(-1).gather(-1, target[..., None])
+    picked = logits.log_softmax(-1).gather(-1, target[..., None])
     return -float(picked.double().sum())
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from se_compress import validate as validation
+from se_compress import validator as validation
 from se_compress.artifacts import Check, RunOptions, ValidationReport
 from se_compress.policy import make_plan
 from se_compress.source import open_source
