@@ -61,6 +61,7 @@ WORKING_SET = {"cpu": 2**23, "cuda": 2**29}
 REFIT_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # of the largest temporary of a refit
 
 HOLD = 1e-5  # how hard a refit holds on to the scales it starts from
+STRETCH = 2.0  # the most by which a refit may change a scale
 PIECE = 1024  # tokens in one product of activations
 STRIP = 256  # columns of a Hessian in one product
 
@@ -411,7 +412,8 @@ def _least(gram: Tensor, pull: Tensor, scales: Tensor) -> Tensor:
     factor, _ = torch.linalg.cholesky_ex(system)
     wanted = pull / size + HOLD * scales * size
     fitted = torch.cholesky_solve(wanted[..., None], factor)[..., 0] / size
-    fitted = as_stored(torch.where(fitted * scales > 0, fitted, scales))
+    # A group that inputs hardly reach would be blown up without bounds to make up for the others.
+    fitted = as_stored(scales * (fitted / scales).clamp(1 / STRETCH, STRETCH))
 
     def cost(s: Tensor) -> Tensor:
         return ((gram @ s[..., None])[..., 0] * s).sum(-1) - 2 * (pull * s).sum(-1)
