@@ -37,6 +37,7 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.checkpoint import copy_tensor, open_tensors, write_tensors
+from se_compress.measures import relative_distance
 from se_compress.quant.gptq import gptq
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
 from se_compress.quant.packing import pack_gptq
@@ -183,15 +184,6 @@ def _compress_layer(
         layer, time.perf_counter() - started, relative_distance(result, after), tuple(records)
     )
     return record, {"source": after, "result": result}
-
-
-def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> float:
-    """|result - source| / |source|, mean over tokens: a massive one counts like any other."""
-    ratios = [
-        ((new.float() - old.float()).norm(dim=-1) / old.float().norm(dim=-1)).flatten()
-        for new, old in zip(result, source, strict=True)
-    ]
-    return float(torch.cat(ratios).mean())
 
 
 @dataclass(frozen=True)

@@ -40,23 +40,19 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.checkpoint import open_tensors
+from se_compress.measures import MASSIVE_PEAK, MASSIVE_RATIO, is_massive, kl_divergence
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, SuperExperts
 from se_compress.streaming import (
-    Observer,
     RoutingCapture,
+    SinkCapture,
     StreamedModel,
     batches_of,
     in_pieces,
-    kl_divergence,
     load_states,
     save_states,
-    sink_mass,
 )
 
-# Sun et al. (arXiv:2402.17762): a massive activation exceeds 100 and a thousand medians.
-MASSIVE_PEAK = 100.0
-MASSIVE_RATIO = 1000.0
 # A layer forms massive activations if it adds at least this share of the largest addition of any
 # layer. Half of the criterion's own tenth, as the residual sees an expert only after its routing
 # weight.
@@ -208,19 +204,14 @@ class _Peak:
     saliency_sum: float = 0.0
 
 
-class _Watch(RoutingCapture):
+class _Watch(RoutingCapture, SinkCapture):
     """Observes one layer over all batches: experts, dense MLP, attention to the sink."""
-
-    wants_attention = True
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
         super().__init__()
         self.batches = batches
         self.peaks: dict[ExpertIndex, _Peak] = {}
         self.dense_peak: float | None = None
-        self.mass: list[tuple[int, Tensor]] = []
-        self.received: list[tuple[int, Tensor]] = []
-        self.shared_norms: list[Tensor] = []
 
     def expert(
         self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
@@ -244,11 +235,6 @@ class _Watch(RoutingCapture):
     def dense(self, inner: Tensor, output: Tensor) -> None:
         self.dense_peak = max(self.dense_peak or 0.0, float(output.float().abs().max()))
 
-    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
-        sequences = first_key.shape[0]
-        self.mass.append((sequences, sink_mass(first_key).cpu()))
-        self.received.append((sequences, mean_received[..., 0].mean(dim=0).cpu()))
-
     def stats(self, identity: ExpertId, total: int, loss: Mapping[int, float]) -> ExpertStats:
         peak = self.peaks.get(identity.expert, _Peak())
         tokens = max(peak.tokens, 1)
@@ -266,11 +252,6 @@ class _Watch(RoutingCapture):
             saliency=peak.saliency_sum / tokens,
             loss=loss,
         )
-
-
-def _mean_over_sequences(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
-    total = sum(count for count, _ in parts)
-    return torch.stack([count * value for count, value in parts]).sum(dim=0) / total
 
 
 def _layer_stats(
@@ -295,7 +276,6 @@ def _layer_stats(
             place = (index, int(at[0]), int(at[1]), int(at[2]))
     index, sequence, position, channel = place
     median = sum(medians) / len(medians)
-    received = _mean_over_sequences(watch.received)
     return LayerStats(
         layer=layer,
         moe=layer in source.moe_layers,
@@ -306,12 +286,12 @@ def _layer_stats(
         median=median,
         rise=rise,
         fall=fall,
-        massive=peak > MASSIVE_PEAK and peak >= MASSIVE_RATIO * median,
+        massive=is_massive(peak, median),
         forming=False,
         cancelling=False,
         mlp_peak=watch.dense_peak,
-        sink_mass=tuple(_mean_over_sequences(watch.mass).tolist()),
-        sink_rate=float((received > SINK_RATE_THRESHOLD).float().mean()),
+        sink_mass=tuple(watch.sink_mass.tolist()),
+        sink_rate=float((watch.received[:, 0] > SINK_RATE_THRESHOLD).float().mean()),
     )
 
 
@@ -534,21 +514,16 @@ class _Variant:
     divergence: float = 0.0
 
 
-class _SinkWatch(Observer):
-    """Mean attention to the sink over heads and sequences, with some experts silent."""
-
-    wants_attention = True
+class _SinkWatch(SinkCapture):
+    """Attention to the sink, with some experts silent."""
 
     def __init__(self, silent: Iterable[ExpertIndex] = ()) -> None:
+        super().__init__()
         self.silenced = frozenset(silent)
-        self.mass: list[tuple[int, Tensor]] = []
-
-    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
-        self.mass.append((first_key.shape[0], sink_mass(first_key).cpu()))
 
     @property
     def mean(self) -> float:
-        return float(_mean_over_sequences(self.mass).mean())
+        return float(self.sink_mass.mean())
 
 
 def _confirm(

@@ -29,11 +29,9 @@ from se_compress.artifacts import ROLES, ExpertId, ExpertIndex, ModelSource
 from se_compress.checkpoint import Reader, check_finite
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES, Family
+from se_compress.measures import mean_over_sequences, sink_mass
 
 IMPLEMENTATION = "se_compress"
-# Attention to the sink is averaged over queries from here on: the first few have nowhere else to
-# look.
-FIRST_SINK_QUERY = 8
 PIECE_TOKENS = 256
 
 
@@ -446,12 +444,6 @@ def in_pieces(hidden: Sequence[Tensor]) -> list[Tensor]:
     return pieces
 
 
-def kl_divergence(source: Tensor, result: Tensor) -> Tensor:
-    """KL(source || result) in nats for each position, from logits [..., V]."""
-    source, result = source.log_softmax(-1), result.log_softmax(-1)
-    return (source.exp() * (source - result)).sum(-1)
-
-
 class RoutingCapture(Observer):
     """Keeps the input of a layer's routed experts and the routing, over all batches.
 
@@ -460,6 +452,7 @@ class RoutingCapture(Observer):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
@@ -488,10 +481,32 @@ class RoutingCapture(Observer):
         return rows, self.weights[rows, slots]
 
 
-def sink_mass(first_key: Tensor) -> Tensor:
-    """Mean attention to position 0 per head [heads], from probabilities [B, heads, T]; queries from
-    position FIRST_SINK_QUERY on."""
-    return first_key[..., FIRST_SINK_QUERY:].mean(dim=(0, 2))
+class SinkCapture(Observer):
+    """Attention sinks of one layer, mean over the sequences of all batches.
+
+    After the run: `sink_mass` [heads], see `measures.sink_mass`, and `received` [heads, T], the
+    mean attention that each position receives from the queries that can see it.
+    """
+
+    wants_attention = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mass: list[tuple[int, Tensor]] = []
+        self._received: list[tuple[int, Tensor]] = []
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        sequences = first_key.shape[0]
+        self._mass.append((sequences, sink_mass(first_key).cpu()))
+        self._received.append((sequences, mean_received.mean(dim=0).cpu()))
+
+    @property
+    def sink_mass(self) -> Tensor:
+        return mean_over_sequences(self._mass)
+
+    @property
+    def received(self) -> Tensor:
+        return mean_over_sequences(self._received)
 
 
 # ------------------------------------------------------------------------------------------- resume

@@ -54,19 +54,18 @@ from se_compress.artifacts import (
 from se_compress.checkpoint import open_result, open_tensors
 from se_compress.errors import NOT_RUN_EXIT_CODE
 from se_compress.headers import Slot, read_headers
+from se_compress.measures import is_massive, kl_divergence, relative_distance
 from se_compress.recipe import Recipe, Validation
 from se_compress.streaming import (
     PIECE_TOKENS,
     RoutingCapture,
+    SinkCapture,
     StreamedModel,
     batches_of,
     in_pieces,
-    kl_divergence,
-    sink_mass,
 )
 from se_compress.targets import result_name, result_slots
 
-MASSIVE_PEAK, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al.
 SINK_HEAD_FLOOR = 0.05
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
 RELOAD_LIMIT = 0.10
@@ -206,23 +205,8 @@ def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
 # ---------------------------------------------------------------------------------------- comparing
 
 
-class _Watch(RoutingCapture):
-    """Routing and sink mass of one layer of one model."""
-
-    wants_attention = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mass: list[tuple[int, Tensor]] = []
-
-    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
-        self.mass.append((first_key.shape[0], sink_mass(first_key).cpu()))
-
-    @property
-    def heads(self) -> tuple[float, ...]:
-        total = sum(count for count, _ in self.mass)
-        weighted = torch.stack([count * mass for count, mass in self.mass]).sum(dim=0) / total
-        return tuple(weighted.tolist())
+class _Watch(RoutingCapture, SinkCapture):
+    """Routing and attention sinks of one layer of one model."""
 
 
 @dataclass
@@ -289,7 +273,8 @@ def _compare_layer(
     source_watch: _Watch,
     result_watch: _Watch,
 ) -> LayerComparison:
-    source_heads, result_heads = source_watch.heads, result_watch.heads
+    source_heads = tuple(source_watch.sink_mass.tolist())
+    result_heads = tuple(result_watch.sink_mass.tolist())
     return LayerComparison(
         layer=layer,
         peak_source=max(float(states.abs().max()) for states in source_states),
@@ -298,15 +283,9 @@ def _compare_layer(
         sink_mass_result=sum(result_heads) / len(result_heads),
         sink_heads_source=source_heads,
         sink_heads_result=result_heads,
-        hidden_error=_hidden_error(source_states, result_states),
+        hidden_error=relative_distance(result_states, source_states),
         router_agreement=_agreement(source_watch, result_watch),
     )
-
-
-def _hidden_error(source_states: Sequence[Tensor], result_states: Sequence[Tensor]) -> float:
-    pairs = zip(source_states, result_states, strict=True)
-    ratios = [(new - old).norm(dim=-1) / old.norm(dim=-1) for old, new in pairs]
-    return float(torch.cat([ratio.flatten() for ratio in ratios]).mean())
 
 
 def _agreement(source_watch: _Watch, result_watch: _Watch) -> float | None:
@@ -321,8 +300,7 @@ def _retention(source_states: Sequence[Tensor], result_states: Sequence[Tensor])
     old = torch.cat([states.flatten(1).float() for states in source_states])
     new = torch.cat([states.flatten(1).float() for states in result_states])
     median = float(old.abs().median(dim=1).values.mean())
-    peak = float(old.abs().max())
-    if peak <= MASSIVE_PEAK or peak < MASSIVE_RATIO * median:
+    if not is_massive(float(old.abs().max()), median):
         return None
     at = old.abs().argmax(dim=1, keepdim=True)
     ratio = (new.gather(1, at) / old.gather(1, at)).clamp(min=1e-6)

@@ -37,7 +37,7 @@ from se_compress.artifacts import (
 )
 from se_compress.checkpoint import allocate, open_result
 from se_compress.errors import SourceError
-from se_compress.execute import compress, relative_distance
+from se_compress.execute import compress
 from se_compress.headers import lay_out, read_headers
 from se_compress.policy import make_plan
 from se_compress.recipe import Recipe
@@ -436,14 +436,6 @@ def test_layers_behind_the_decoder_are_copied(tiny_model: TinyModel, tmp_path: P
     behind = [name for name in original if ".layers.3." in name]
     assert len(behind) > 20
     assert all(torch.equal(made.stored(name), original[name]) for name in behind)
-
-
-def test_relative_distance_counts_every_token_alike() -> None:
-    old = torch.tensor([[[1000.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 0.0]]])
-    new = torch.tensor([[[1100.0, 0.0], [0.0, 3.0]], [[3.0, 4.0], [1.0, 1.0]]])
-    expected = (0.1 + 0.5 + 0.0 + 1.0) / 4
-    assert relative_distance([new], [old]) == pytest.approx(expected)
-    assert relative_distance([*new[:, None]], [*old[:, None]]) == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------- resume

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.packing",
         "quant.gptq",
     ),
-    ("source", "targets", "checkpoint"),
+    ("source", "targets", "checkpoint", "measures"),
     ("streaming",),
     ("calibrate", "profiler", "policy", "execute", "export", "validator", "report", "reload"),
     ("pipeline",),

@@ -18,16 +18,15 @@ from se_compress.artifacts import ExpertIndex, ModelSource
 from se_compress.checkpoint import open_tensors
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES
+from se_compress.measures import kl_divergence
 from se_compress.source import open_source
 from se_compress.streaming import (
     Observer,
     RoutingCapture,
     StreamedModel,
     batches_of,
-    kl_divergence,
     load_states,
     save_states,
-    sink_mass,
 )
 
 TinyModel = Callable[[str], Path]
@@ -302,14 +301,6 @@ def test_attention_is_left_out_unless_asked_for(tiny_model: TinyModel) -> None:
     assert not recorder.attentions
 
 
-def test_sink_mass_averages_late_queries_over_sequences() -> None:
-    first_key = torch.rand(2, 3, 12, generator=torch.Generator().manual_seed(0))
-    expected = [
-        sum(float(first_key[b, h, t]) for b in range(2) for t in range(8, 12)) / 8 for h in range(3)
-    ]
-    torch.testing.assert_close(sink_mass(first_key), torch.tensor(expected))
-
-
 # --------------------------------------------------------------------------------------- silencing
 
 
@@ -375,13 +366,6 @@ def test_batches_hold_neighbours_of_equal_length() -> None:
     found = [batch.tolist() for batch in batches_of(rows, 4)]
     assert found == [[[1, 2], [3, 4]], [[5, 6]], [[7], [8]], [[9, 10]]]
     assert [batch.tolist() for batch in batches_of(rows[:2], 1)] == [[[1, 2]], [[3, 4]]]
-
-
-def test_kl_divergence_by_hand() -> None:
-    source, result = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.1, 0.6, 0.3])
-    expected = sum(float(p * (p / q).log()) for p, q in zip(source, result, strict=True))
-    found = kl_divergence(source.log() + 3, result.log() - 1)  # logits: any constant may be added
-    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_routing_capture_joins_the_batches() -> None:
