@@ -38,7 +38,7 @@ from se_compress.artifacts import (
 )
 from se_compress.checkpoint import copy_tensor, open_tensors, write_tensors
 from se_compress.measures import relative_distance
-from se_compress.quant.gptq import gptq
+from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
 from se_compress.quant.packing import pack_gptq
 from se_compress.recipe import Quantization, Recipe
@@ -249,7 +249,7 @@ def _stacks(decisions: Sequence[ExpertDecision], experts: Any) -> Iterator[tuple
 
 
 def _gate_up_inputs(capture: RoutingCapture, members: Sequence[int]) -> _Inputs:
-    layer_mean = cache(lambda: _mean_outer(capture.hidden))
+    layer_mean = cache(lambda: _second_moment(capture.hidden))
     parts = []
     for expert in members:
         rows, _ = capture.rows_of(expert)
@@ -268,7 +268,7 @@ def _down_inputs(capture: RoutingCapture, experts: Any, members: Sequence[int]) 
 
 
 def _down_prior(experts: Any, expert: int, hidden: Tensor) -> Tensor:
-    return _mean_outer(_inner(experts, expert, hidden))
+    return _second_moment(_inner(experts, expert, hidden))
 
 
 def _stack_inputs(parts: Sequence[tuple[Tensor, int, float]]) -> _Inputs:
@@ -281,9 +281,10 @@ def _inner(experts: Any, expert: int, hidden: Tensor) -> Tensor:
     return inner
 
 
-def _mean_outer(inputs: Tensor) -> Tensor:
-    inputs = inputs.float()
-    return inputs.T @ inputs / max(1, len(inputs))
+def _second_moment(inputs: Tensor) -> Tensor:
+    moment = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
+    accumulate_hessian(moment, inputs)
+    return moment.div_(max(1, len(inputs)))
 
 
 def _hessian(inputs: Tensor, prior: Callable[[], Tensor]) -> tuple[Tensor, int, float]:
@@ -294,11 +295,10 @@ def _hessian(inputs: Tensor, prior: Callable[[], Tensor]) -> tuple[Tensor, int, 
     see if all tokens of the layer went to it. An expert that saw nothing gets the prior alone.
     """
     tokens, columns = inputs.shape
-    share = max(0.0, 1.0 - tokens / columns)
-    hessian = _mean_outer(inputs)
-    if share:
-        hessian = (1.0 - share) * hessian + share * prior()
-    return hessian, tokens, share
+    hessian = _second_moment(inputs)
+    if tokens < columns:
+        hessian = shrink_towards(hessian, tokens, prior(), columns)
+    return hessian, tokens, max(0.0, 1.0 - tokens / columns)
 
 
 def _solve(weight: Tensor, inputs: _Inputs, grid: Grid, rule: Quantization) -> _Solved:

@@ -34,7 +34,7 @@ order of work. Zeroing columns that no input reached: they are rounded like any 
 scales again from the weights as they are when their group's turn comes: 2 to 8 % more error.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -424,37 +424,13 @@ def _least(gram: Tensor, pull: Tensor, scales: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------- second moments
 
 
-def accumulate_hessian(hessian: Tensor, inputs: Tensor, counts: Sequence[int] = ()) -> None:
+def accumulate_hessian(hessian: Tensor, inputs: Tensor) -> None:
     """Fold tokens into a running SUM of x x', in float32; the caller counts them.
 
-    hessian  [C, C] or [E, C, C] float32, symmetric, changed in place; zeros before the first tokens
+    hessian  [C, C] float32, symmetric up to rounding, changed in place; zeros before the first
+             tokens
     inputs   [T, C], any float dtype; T may be 0
-    counts   for [E, C, C]: so many tokens of each member, one member after the other
-    Raises ValueError if the counts do not fit.
     """
-    if hessian.dim() == 2:
-        _add_products(hessian, inputs)
-        return
-    if len(counts) != len(hessian) or sum(counts) != len(inputs):
-        raise ValueError(
-            f"{len(counts)} counts of {sum(counts)} tokens: "
-            f"{len(hessian)} members and {len(inputs)} tokens are given"
-        )
-    for member, tokens in zip(hessian, torch.split(inputs, list(counts)), strict=True):
-        _add_products(member, tokens)
-
-
-def shrink_towards(hessian: Tensor, tokens: int, prior: Tensor, minimum_tokens: int) -> Tensor:
-    """a hessian + (1 - a) prior, a = min(1, tokens / minimum_tokens): for experts that saw little.
-
-    hessian and prior are means over tokens, of one shape.
-    """
-    if tokens >= minimum_tokens:
-        return hessian
-    return torch.lerp(prior, hessian, tokens / minimum_tokens)
-
-
-def _add_products(hessian: Tensor, inputs: Tensor) -> None:
     if not _multiplies(inputs):
         inputs = inputs.to(torch.float32)
     columns = hessian.shape[0]
@@ -465,6 +441,14 @@ def _add_products(hessian: Tensor, inputs: Tensor) -> None:
             strip = _product(piece[:, a:b], piece[:, a:])
             hessian[a:b, a:] += strip
             hessian[b:, a:b] += strip[:, b - a :].T
+
+
+def shrink_towards(hessian: Tensor, tokens: int, prior: Tensor, minimum_tokens: int) -> Tensor:
+    """a hessian + (1 - a) prior, a = min(1, tokens / minimum_tokens): for experts that saw little.
+
+    hessian and prior are means over tokens, of one shape.
+    """
+    return torch.lerp(prior, hessian, min(1.0, tokens / minimum_tokens))
 
 
 def _multiplies(inputs: Tensor) -> bool:
