@@ -25,10 +25,13 @@ ExpertIndex = int | Literal["shared"]
 TensorKind = Literal[
     "expert", "shared_expert", "router", "attention", "dense_mlp", "norm", "embedding", "other"
 ]
-Action = Literal["keep", "quantize", "prune", "merge"]
+Action = Literal["keep", "quantize", "prune", "merge", "zero"]
 Role = Literal["gate", "up", "down"]
 OutlierReason = Literal["cancels", "layer forms no massive activation", "model has none"]
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
+
+# Of a field that is written to JSON only where it says something.
+UNLESS_NONE: Mapping[str, bool] = {"unless_none": True}
 
 Artifact = TypeVar("Artifact")
 
@@ -298,19 +301,57 @@ class ExpertProfile:
 
 
 @dataclass(frozen=True)
+class Scheme:
+    """How every quantised matrix of a plan is stored, whatever its width.
+
+    format        file format, see targets.py; "source" if nothing is quantised
+    method        how the codes are found
+    group_size    input columns that share a scale; -1: one scale per row
+    symmetric     one zero for all groups
+    """
+
+    format: str
+    method: str
+    group_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
 class ExpertDecision:
-    """What becomes of one expert, and why. `bits` is None for a pruned expert; 16 keeps the
-    source's own precision, whatever that is."""
+    """What becomes of one expert, and why.
+
+    bits        width of gate_proj and up_proj; None for a pruned expert; 16 keeps the source's own
+                precision, whatever that is
+    down_bits   width of down_proj where it is another one
+    becomes     its index in the result where experts of its layer go; None: as before
+    share       its weight in the average, for action merge: the experts that become one add up to 1
+    """
 
     layer: int
     expert: ExpertIndex
     action: Action
     bits: int | None
     reason: str
+    down_bits: int | None = field(default=None, metadata=UNLESS_NONE)
+    becomes: int | None = field(default=None, metadata=UNLESS_NONE)
+    share: float | None = field(default=None, metadata=UNLESS_NONE)
 
     @property
     def id(self) -> ExpertId:
         return ExpertId(self.layer, self.expert)
+
+    def bits_of(self, role: Role) -> int | None:
+        """The width of one of the three projections."""
+        return self.down_bits if role == "down" and self.down_bits is not None else self.bits
+
+
+@dataclass(frozen=True)
+class OtherDecision:
+    """The width of a linear that belongs to no expert (attention, dense MLP), by tensor name."""
+
+    name: str
+    bits: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -319,26 +360,28 @@ class CompressionPlan:
 
     bits_per_weight   over all weights of the routed experts, scales and indices included
     size_bytes        all tensor data of the checkpoint as the export will write it
-    other_bits        attention, dense MLP and shared experts that have no line of their own
     protected         experts that must not be lowered, pruned or merged away
+    others            linears of attention and dense MLPs; those without a line keep 16 bits
     """
 
     target: str
-    method: str
-    group_size: int
-    symmetric: bool
+    scheme: Scheme
     bits_per_weight: float
     size_bytes: int
     source_size_bytes: int
-    other_bits: int
     protected: tuple[ExpertId, ...]
     profile_digest: str
     notes: tuple[str, ...]
     experts: tuple[ExpertDecision, ...]
+    others: tuple[OtherDecision, ...] = ()
 
     @cached_property
     def by_id(self) -> dict[ExpertId, ExpertDecision]:
         return {decision.id: decision for decision in self.experts}
+
+    @cached_property
+    def by_name(self) -> dict[str, OtherDecision]:
+        return {decision.name: decision for decision in self.others}
 
 
 # ------------------------------------------------------------------------------------ compression
@@ -498,7 +541,12 @@ def digest_of(*parts: object) -> str:
 
 def _plain(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        present = {
+            f.name: getattr(value, f.name)
+            for f in dataclasses.fields(value)
+            if "unless_none" not in f.metadata or getattr(value, f.name) is not None
+        }
+        return {name: _plain(item) for name, item in present.items()}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

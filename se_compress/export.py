@@ -57,8 +57,8 @@ def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str,
         "format": "gptq",
         "checkpoint_format": "gptq",
         "bits": base,
-        "group_size": plan.group_size,
-        "sym": plan.symmetric,
+        "group_size": plan.scheme.group_size,
+        "sym": plan.scheme.symmetric,
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
@@ -79,7 +79,7 @@ def _dynamic(
         if decision.bits == 16:
             rules[f"-:{pattern}"] = {}
         elif decision.bits is not None:
-            rules[f"+:{pattern}"] = {"bits": decision.bits, "group_size": plan.group_size}
+            rules[f"+:{pattern}"] = {"bits": decision.bits, "group_size": plan.scheme.group_size}
     # Everything that is not a routed expert stays in 16 bits.
     return rules | {r"-:^(?!.*\.experts\.\d+\.).*$": {}}
 

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from se_compress.artifacts import (
 )
 from se_compress.errors import RecipeError, ResourceError, SeCompressError
 from se_compress.headers import lay_out
-from se_compress.policy import check_plan, make_plan
+from se_compress.policy import check_plan, make_plan, scheme_of
 from se_compress.recipe import Recipe, flatten
 from se_compress.source import open_source
 from se_compress.targets import result_slots
@@ -164,17 +164,14 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
         raise RecipeError(f"--plan {request.plan_file}: cannot be read ({reason})") from None
     plan = from_json(CompressionPlan, text, str(request.plan_file))
     plan = check_plan(plan, source, str(request.plan_file))
-    quantization = request.recipe.quantization
-    wanted: dict[str, object] = {
-        "target": request.recipe.target,
-        "method": quantization.method,
-        "group_size": quantization.group_size,
-        "symmetric": quantization.symmetric,
-    }
+    wanted = {"target": request.recipe.target}
+    if plan.target == request.recipe.target:
+        wanted |= asdict(scheme_of(request.recipe))
+    planned = {"target": plan.target, **asdict(plan.scheme)}
     for key, value in wanted.items():
-        if getattr(plan, key) != value:
+        if planned[key] != value:
             raise RecipeError(
-                f"{request.plan_file}: {key} is {getattr(plan, key)}, but the recipe says {value}"
+                f"{request.plan_file}: {key} is {planned[key]}, but the recipe says {value}"
             )
     return plan
 

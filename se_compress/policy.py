@@ -17,11 +17,12 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
     ModelSource,
+    Scheme,
 )
 from se_compress.errors import RecipeError
 from se_compress.knapsack import Option, choose
 from se_compress.recipe import ExpertName, Recipe
-from se_compress.targets import TARGETS, TargetRules, check_grid, check_target, expert_bytes
+from se_compress.targets import TARGETS, TargetRules, check_grid, expert_bytes, find_rules
 
 
 def make_plan(
@@ -30,7 +31,7 @@ def make_plan(
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
     quantization = recipe.quantization
-    rules = check_target(recipe.target, quantization.method)
+    rules = find_rules(recipe.target, quantization.method)
     protected, reasons = _protected(source, profile, recipe)
     if quantization.method == "none":
         _check_unquantized_budget(source, recipe)
@@ -43,17 +44,25 @@ def make_plan(
     return _assemble(source, profile, recipe, reasons, widths, notes)
 
 
+def scheme_of(recipe: Recipe) -> Scheme:
+    """How the recipe stores what it quantises."""
+    rule = recipe.quantization
+    rules = find_rules(recipe.target, rule.method)
+    return Scheme(rules.format, rule.method, rule.group_size, rule.symmetric)
+
+
 def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> CompressionPlan:
     """A plan from a file, held to the same rules as a fresh one, with its sizes computed anew.
 
     Raises RecipeError naming `where` and the expert.
     """
-    if plan.target not in TARGETS:
-        raise RecipeError(f"{where}: target {plan.target!r} is not one of {', '.join(TARGETS)}")
+    known = list(dict.fromkeys(rules.target for rules in TARGETS))
+    if plan.target not in known:
+        raise RecipeError(f"{where}: target {plan.target!r} is not one of {', '.join(known)}")
     try:
-        rules = check_target(plan.target, plan.method)
+        rules = find_rules(plan.target, plan.scheme.method)
         if any(decision.action == "quantize" for decision in plan.experts):
-            check_grid(source, rules, plan.group_size, plan.symmetric)
+            check_grid(source, rules, plan.scheme.group_size, plan.scheme.symmetric)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     if len(plan.by_id) != len(plan.experts):
@@ -69,8 +78,8 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
     widths = {d.id: d.bits for d in plan.experts if d.expert != "shared" and d.bits is not None}
     return replace(
         plan,
-        bits_per_weight=bits_per_weight(source, widths, plan.group_size),
-        size_bytes=_size_bytes(source, widths, plan.group_size),
+        bits_per_weight=bits_per_weight(source, widths, plan.scheme),
+        size_bytes=_size_bytes(source, widths, plan.scheme),
         source_size_bytes=source.size_bytes,
     )
 
@@ -103,12 +112,12 @@ def _check_decision(
         )
 
 
-def bits_per_weight(source: ModelSource, widths: Mapping[ExpertId, int], group_size: int) -> float:
+def bits_per_weight(source: ModelSource, widths: Mapping[ExpertId, int], scheme: Scheme) -> float:
     """Stored bits per weight over all routed experts; scales, zero points and indices count."""
     size = weights = 0
     for identity, roles in source.experts.items():
         if identity.expert != "shared":
-            size += expert_bytes(roles, widths.get(identity, 16), group_size)
+            size += expert_bytes(roles, widths.get(identity, 16), scheme)
             weights += sum(info.shape[0] * info.shape[1] for info in roles.values())
     return 8 * size / weights
 
@@ -185,13 +194,13 @@ def _mixed_widths(
         return dict(uniform), (
             "no profile yet: the widths are an estimate, the widest that fits all",
         )
-    group_size = recipe.quantization.group_size
+    scheme = scheme_of(recipe)
     widths: list[int] = sorted(recipe.policy.bits)
     free = [identity for identity in uniform if identity not in protected]
     items = [
         [
             Option(
-                expert_bytes(source.experts[identity], width, group_size),
+                expert_bytes(source.experts[identity], width, scheme),
                 profile.by_id[identity].loss[width],
             )
             for width in widths
@@ -212,15 +221,15 @@ def _mixed_widths(
 
 def _bytes_left(source: ModelSource, widths: Mapping[ExpertId, int], recipe: Recipe) -> int:
     """What the budget leaves beside a plan of these widths."""
-    policy, group_size = recipe.policy, recipe.quantization.group_size
+    policy, scheme = recipe.policy, scheme_of(recipe)
     if policy.size is not None:
-        return policy.size - _size_bytes(source, widths, group_size)
+        return policy.size - _size_bytes(source, widths, scheme)
     weights = sum(
         info.shape[0] * info.shape[1]
         for identity in widths
         for info in source.experts[identity].values()
     )
-    size = sum(expert_bytes(source.experts[i], bits, group_size) for i, bits in widths.items())
+    size = sum(expert_bytes(source.experts[i], bits, scheme) for i, bits in widths.items())
     return floor((policy.bits_per_weight or 0.0) * weights / 8) - size
 
 
@@ -241,8 +250,8 @@ def _measure(
     """What the budget counts: bytes of the whole checkpoint, or bits per routed expert weight."""
     widths = _widths(source, protected, recipe, width)
     if recipe.policy.size is not None:
-        return _size_bytes(source, widths, recipe.quantization.group_size)
-    return bits_per_weight(source, widths, recipe.quantization.group_size)
+        return _size_bytes(source, widths, scheme_of(recipe))
+    return bits_per_weight(source, widths, scheme_of(recipe))
 
 
 def _impossible(recipe: Recipe, least: float, why: str) -> str:
@@ -268,9 +277,9 @@ def _widths(
     }
 
 
-def _size_bytes(source: ModelSource, widths: Mapping[ExpertId, int], group_size: int) -> int:
+def _size_bytes(source: ModelSource, widths: Mapping[ExpertId, int], scheme: Scheme) -> int:
     changed = sum(
-        expert_bytes(roles, widths.get(identity, 16), group_size) - expert_bytes(roles, 16, 0)
+        expert_bytes(roles, widths.get(identity, 16), scheme) - expert_bytes(roles, 16, scheme)
         for identity, roles in source.experts.items()
     )
     return source.size_bytes + changed
@@ -285,17 +294,14 @@ def _assemble(
     notes: tuple[str, ...],
 ) -> CompressionPlan:
     protected = frozenset(reasons)
-    group_size = recipe.quantization.group_size
+    scheme = scheme_of(recipe)
     decisions = tuple(_decide(i, profile, widths, reasons, recipe) for i in source.experts)
     return CompressionPlan(
         target=recipe.target,
-        method=recipe.quantization.method,
-        group_size=group_size,
-        symmetric=recipe.quantization.symmetric,
-        bits_per_weight=bits_per_weight(source, widths, group_size),
-        size_bytes=_size_bytes(source, widths, group_size),
+        scheme=scheme,
+        bits_per_weight=bits_per_weight(source, widths, scheme),
+        size_bytes=_size_bytes(source, widths, scheme),
         source_size_bytes=source.size_bytes,
-        other_bits=recipe.policy.other_bits,
         protected=tuple(sorted(protected)),
         profile_digest=profile.digest if profile else "",
         notes=notes + _notes(profile, recipe),

@@ -663,7 +663,7 @@ def _front_matter(
     matter: dict[str, object] = {"base_model": _base_model(recipe.model)}
     if widths:
         matter["base_model_relation"] = "quantized"
-        tags += [plan.method, *(f"{bits}-bit" for bits in sorted(widths))]
+        tags += [plan.scheme.method, *(f"{bits}-bit" for bits in sorted(widths))]
     return matter | {
         "license": (source_license or "unknown").lower(),
         "library_name": "transformers",

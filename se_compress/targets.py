@@ -1,37 +1,65 @@
 """What each target engine loads, and what a plan therefore puts into the file. No torch.
 
-One row per engine, each fact with its source. The planner takes a row as its constraint; the layout
-of the result (`result_slots`) follows from plan and headers alone, exact to the byte.
+A format says how one matrix is stored. A row of the table says what an engine loads of a format,
+each fact with its source. The planner takes a row as its constraint; the layout of the result
+(`result_slots`) follows from plan and headers alone, exact to the byte.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from se_compress.artifacts import CompressionPlan, ExpertId, ModelSource, Role, TensorInfo
+from se_compress.artifacts import (
+    CompressionPlan,
+    ExpertDecision,
+    ExpertId,
+    ModelSource,
+    Role,
+    Scheme,
+    TensorInfo,
+)
 from se_compress.errors import RecipeError
 from se_compress.families import FAMILIES, unfused_name
 from se_compress.headers import Slot
 
 TABLE_VERSION = "2026-11"
 
+# The parts of a stored matrix: suffix, safetensors dtype, shape.
+Parts = Iterator[tuple[str, str, tuple[int, ...]]]
+
+
+def _gptq_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
+    """GPTQ v1 (GPTQModel, nn_modules/qlinear/__init__.py)."""
+    groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
+    yield "qweight", "I32", (columns * bits // 32, rows)
+    yield "qzeros", "I32", (groups, rows * bits // 32)
+    yield "scales", "F16", (groups, rows)
+    yield "g_idx", "I32", (columns,)
+
+
+FORMATS: Mapping[str, Callable[[int, int, int, Scheme], Parts]] = {"gptq": _gptq_parts}
+
 
 @dataclass(frozen=True)
 class TargetRules:
-    """What one engine accepts.
+    """What one engine loads of one format.
 
-    methods          quantisation methods whose files it loads
+    methods          quantisation methods whose codes the format holds
     widths           bits that experts may have, beside 16
+    granularity      what may have a width of its own
     group_sizes      columns that may share a scale; -1 is a whole row
     asymmetric       it loads groups with a zero point of their own
-    row_multiple     an expert matrix needs this many rows (or a multiple) to be packed
+    row_multiple     a matrix needs this many rows (or a multiple) to be packed
     column_multiple  and this many columns
     unfused_names    tensors go by their names in the live model with its experts unfused
     source           where the facts are from
     """
 
-    name: str
+    target: str
+    format: str
     methods: tuple[str, ...]
     widths: tuple[int, ...]
+    granularity: Literal["projection", "expert", "layer"]
     group_sizes: tuple[int, ...]
     asymmetric: bool
     row_multiple: int
@@ -40,61 +68,70 @@ class TargetRules:
     source: str
 
 
-TARGETS: Mapping[str, TargetRules] = {
-    rules.name: rules
-    for rules in (
-        TargetRules(
-            name="gptqmodel",
-            methods=("gptq", "rtn"),
-            widths=(2, 3, 4, 8),
-            group_sizes=(-1, 32, 64, 128, 256),
-            asymmetric=False,
-            row_multiple=32,
-            column_multiple=32,
-            unfused_names=True,
-            source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and"
-            " projection; its qlinears pack whole int32 words along both axes; a Mixtral file with"
-            " w1, w3, w2 is refused, and so is GPTQ v1 with sym false unless it claims to be"
-            " GPTQModel's own; 4 bits in groups of 16 load, and fail in its CPU kernel",
-        ),
-        TargetRules(
-            name="transformers",
-            methods=("none",),
-            widths=(),
-            group_sizes=(),
-            asymmetric=False,
-            row_multiple=1,
-            column_multiple=1,
-            unfused_names=False,
-            source="transformers 5.17: unquantised experts load through AutoModelForCausalLM; a"
-            " GPTQ file of experts would be re-initialised at random without an error",
-        ),
+# For a target and a method the first row that holds it is taken.
+TARGETS: tuple[TargetRules, ...] = (
+    TargetRules(
+        target="gptqmodel",
+        format="gptq",
+        methods=("gptq", "rtn"),
+        widths=(2, 3, 4, 8),
+        granularity="projection",
+        group_sizes=(-1, 32, 64, 128, 256),
+        asymmetric=False,
+        row_multiple=32,
+        column_multiple=32,
+        unfused_names=True,
+        source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and projection; its"
+        " qlinears pack whole int32 words along both axes; a Mixtral file with w1, w3, w2 is"
+        " refused, and so is GPTQ v1 with sym false unless it claims to be GPTQModel's own; 4 bits"
+        " in groups of 16 load, and fail in its CPU kernel",
+    ),
+    TargetRules(
+        target="transformers",
+        format="source",
+        methods=("none",),
+        widths=(),
+        granularity="expert",
+        group_sizes=(),
+        asymmetric=False,
+        row_multiple=1,
+        column_multiple=1,
+        unfused_names=False,
+        source="transformers 5.17: unquantised experts load through AutoModelForCausalLM; a GPTQ"
+        " file of experts would be re-initialised at random without an error",
+    ),
+)
+
+
+def find_rules(target: str, method: str) -> TargetRules:
+    """The row of a target for a method. Raises RecipeError if the target loads no such file."""
+    rows = [rules for rules in TARGETS if rules.target == target]
+    for rules in rows:
+        if method in rules.methods:
+            return rules
+    able = " or ".join(sorted({rules.target for rules in TARGETS if method in rules.methods}))
+    loads = ", ".join(name for rules in rows for name in rules.methods)
+    raise RecipeError(
+        f"target {target} does not load experts of method {method}; it loads {loads}"
+        + (f", and {method} needs target {able}" if able else "")
     )
-}
 
 
-def check_target(target: str, method: str) -> TargetRules:
-    """The rules of a target. Raises RecipeError if it cannot load files of `method`."""
-    rules = TARGETS[target]
-    if method not in rules.methods:
-        able = " or ".join(name for name, other in TARGETS.items() if method in other.methods)
-        raise RecipeError(
-            f"target {target} does not load experts of method {method}; it loads "
-            f"{', '.join(rules.methods)}" + (f", and {method} needs target {able}" if able else "")
-        )
-    return rules
+def rules_of(plan: CompressionPlan) -> TargetRules:
+    """The row that a plan was made for."""
+    return next(r for r in TARGETS if (r.target, r.format) == (plan.target, plan.scheme.format))
 
 
 def check_grid(source: ModelSource, rules: TargetRules, group_size: int, symmetric: bool) -> None:
     """Raises RecipeError if the target does not load this grid or a matrix does not fit it."""
     if group_size not in rules.group_sizes:
         raise RecipeError(
-            f"quantization.group_size is {group_size}; target {rules.name} loads "
+            f"quantization.group_size is {group_size}; target {rules.target} loads "
             f"{', '.join(map(str, rules.group_sizes))}"
         )
     if not symmetric and not rules.asymmetric:
         raise RecipeError(
-            f"quantization.symmetric is false; target {rules.name} loads symmetric groups only"
+            f"quantization.symmetric is false; target {rules.target} loads symmetric groups only"
         )
     for identity, roles in source.experts.items():
         for info in roles.values() if identity.expert != "shared" else ():
@@ -107,42 +144,40 @@ def check_grid(source: ModelSource, rules: TargetRules, group_size: int, symmetr
                 )
             if rows % rules.row_multiple or columns % rules.column_multiple:
                 raise RecipeError(
-                    f"{info.name} is {rows} x {columns}; target {rules.name} packs multiples of "
+                    f"{info.name} is {rows} x {columns}; target {rules.target} packs multiples of "
                     f"{rules.row_multiple} x {rules.column_multiple}"
                 )
 
 
 def result_name(source: ModelSource, plan: CompressionPlan, name: str) -> str:
     """The name by which the plan's target looks for a tensor of the source."""
-    if not TARGETS[plan.target].unfused_names:
+    if not rules_of(plan).unfused_names:
         return name
     return unfused_name(FAMILIES[source.family], name)
 
 
-def packed_slots(info: TensorInfo, bits: int, group_size: int) -> tuple[Slot, ...]:
-    """The four GPTQ v1 tensors that hold one [rows, columns] weight.
-
-    qweight int32 [columns * bits / 32, rows], qzeros int32 [groups, rows * bits / 32], scales
-    float16 [groups, rows], g_idx int32 [columns] (GPTQModel, nn_modules/qlinear/__init__.py).
-    """
-    rows, columns = info.shape
-    groups = 1 if group_size == -1 else -(-columns // group_size)
+def packed_slots(info: TensorInfo, bits: int, scheme: Scheme) -> tuple[Slot, ...]:
+    """The tensors that hold one [rows, columns] weight at a width."""
     stem = info.name.removesuffix(".weight")
-    return (
-        Slot(f"{stem}.qweight", "I32", (columns * bits // 32, rows)),
-        Slot(f"{stem}.qzeros", "I32", (groups, rows * bits // 32)),
-        Slot(f"{stem}.scales", "F16", (groups, rows)),
-        Slot(f"{stem}.g_idx", "I32", (columns,)),
-    )
+    rows, columns = info.shape
+    parts = FORMATS[scheme.format](rows, columns, bits, scheme)
+    return tuple(Slot(f"{stem}.{suffix}", dtype, shape) for suffix, dtype, shape in parts)
 
 
-def expert_bytes(roles: Mapping[Role, TensorInfo], bits: int, group_size: int) -> int:
-    """Bytes of one expert at a width, scales and indices included; 16 is the source's precision."""
+def stored_bytes(info: TensorInfo, bits: int, scheme: Scheme) -> int:
+    """Bytes of one matrix at a width, scales and indices included; 16 is the source's precision."""
     if bits == 16:
-        return sum(info.size_bytes for info in roles.values())
-    return sum(
-        slot.size_bytes for info in roles.values() for slot in packed_slots(info, bits, group_size)
-    )
+        return info.size_bytes
+    return sum(slot.size_bytes for slot in packed_slots(info, bits, scheme))
+
+
+def expert_bytes(
+    roles: Mapping[Role, TensorInfo], bits: int, scheme: Scheme, down_bits: int | None = None
+) -> int:
+    """Bytes of one expert at a width, its down_proj at another if given."""
+    decision = ExpertDecision(0, 0, "quantize", bits, "", down_bits)
+    widths = {role: decision.bits_of(role) or 16 for role in roles}
+    return sum(stored_bytes(info, widths[role], scheme) for role, info in roles.items())
 
 
 def result_slots(source: ModelSource, plan: CompressionPlan) -> Iterator[Slot]:
@@ -153,12 +188,14 @@ def result_slots(source: ModelSource, plan: CompressionPlan) -> Iterator[Slot]:
         if bits == 16:
             yield Slot(info.name, info.dtype, info.shape)
         else:
-            yield from packed_slots(info, bits, plan.group_size)
+            yield from packed_slots(info, bits, plan.scheme)
 
 
 def planned_bits(plan: CompressionPlan, info: TensorInfo) -> int:
     """The width that the plan gives a tensor; 16 leaves it as it is."""
+    if info.name in plan.by_name:
+        return plan.by_name[info.name].bits
     if info.role is None or info.layer is None or info.expert is None:
         return 16
     decision = plan.by_id.get(ExpertId(info.layer, info.expert))
-    return decision.bits if decision is not None and decision.bits is not None else 16
+    return (decision.bits_of(info.role) if decision else None) or 16

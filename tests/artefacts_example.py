@@ -24,6 +24,7 @@ from se_compress.artifacts import (
     LayerRecord,
     LayerStats,
     OutlierExpert,
+    Scheme,
     SuperExpert,
     ValidationReport,
 )
@@ -100,13 +101,10 @@ def quiet_profile() -> ExpertProfile:
 def example_plan(layers: int = 30, experts: int = 16) -> CompressionPlan:
     return CompressionPlan(
         target="gptqmodel",
-        method="gptq",
-        group_size=64,
-        symmetric=True,
+        scheme=Scheme("gptq", "gptq", 64, True),
         bits_per_weight=4.5183,
         size_bytes=163_102_720,
         source_size_bytes=271_430_144,
-        other_bits=16,
         protected=(SUPER,),
         profile_digest="5be0c1f2a7d94e63",
         notes=("the shared experts keep the source's precision (policy.other_bits is 16)",),

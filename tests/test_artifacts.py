@@ -111,8 +111,8 @@ def first_expert(data: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(bitz=4), "plan.json.bitz is unknown; known are target, method, "),
-        (lambda d: d.pop("method"), "plan.json.method is missing"),
+        (lambda d: d.update(bitz=4), "plan.json.bitz is unknown; known are target, scheme, "),
+        (lambda d: d["scheme"].pop("method"), "plan.json.scheme.method is missing"),
         (lambda d: d.update(target=7), "plan.json.target is 7, but str is expected"),
         (
             lambda d: d.update(size_bytes=1.5),
@@ -130,13 +130,16 @@ def first_expert(data: dict[str, object]) -> dict[str, object]:
             lambda d: d.update(bits_per_weight=None),
             "plan.json.bits_per_weight is null, but float is expected",
         ),
-        (lambda d: d.update(symmetric=1), "plan.json.symmetric is 1, but bool is expected"),
+        (
+            lambda d: d["scheme"].update(symmetric=1),
+            "plan.json.scheme.symmetric is 1, but bool is expected",
+        ),
         (lambda d: d.update(experts={}), "plan.json.experts is {}, but tuple"),
         (lambda d: d.update(experts=["x"]), 'plan.json.experts[0] is "x", but an object is'),
         (
             lambda d: first_expert(d).update(action="drop"),
             'plan.json.experts[0].action is "drop", but "keep" or "quantize" or "prune" or "merge"'
-            " is expected",
+            ' or "zero" is expected',
         ),
         (
             lambda d: first_expert(d).update(expert="common"),

@@ -22,6 +22,7 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
     ModelSource,
+    Scheme,
     TensorInfo,
     from_json,
     to_json,
@@ -154,8 +155,8 @@ def test_unquantised_experts_have_16_bits() -> None:
 
 def test_the_recipe_and_the_profile_are_named_in_the_plan() -> None:
     plan = make(bits=4)
-    assert (plan.target, plan.method, plan.group_size) == ("gptqmodel", "rtn", 32)
-    assert (plan.symmetric, plan.other_bits) == (True, 16)
+    assert (plan.target, plan.scheme) == ("gptqmodel", Scheme("gptq", "rtn", 32, True))
+    assert plan.others == ()
     assert plan.profile_digest == profile(SUPER).digest
 
 
@@ -516,15 +517,15 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
             "target 'onnx' is not one of gptqmodel, transformers",
         ),
         (
-            replace(PLAN, method="awq"),
+            replace(PLAN, scheme=replace(PLAN.scheme, method="awq")),
             "target gptqmodel does not load experts of method awq; it loads gptq, rtn",
         ),
         (
-            replace(PLAN, group_size=0),
+            replace(PLAN, scheme=replace(PLAN.scheme, group_size=0)),
             "quantization.group_size is 0; target gptqmodel loads -1, 32, 64, 128, 256",
         ),
         (
-            replace(PLAN, symmetric=False),
+            replace(PLAN, scheme=replace(PLAN.scheme, symmetric=False)),
             "quantization.symmetric is false; target gptqmodel loads symmetric groups only",
         ),
         (

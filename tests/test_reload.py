@@ -86,7 +86,10 @@ def write(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
     allocate(layout)
     settings = {
         "target": plan.target,
-        "quantization": {"method": plan.method, "group_size": plan.group_size},
+        "quantization": {
+            "method": plan.scheme.method,
+            "group_size": plan.scheme.group_size,
+        },
     }
     compress(source, plan, TOKENS, tiny.recipe(source.name, **settings), layout, RunOptions())
     export_config(source, plan, directory)

@@ -24,7 +24,7 @@ from artefacts_example import (
     unproven_validation,
 )
 
-from se_compress.artifacts import Check, Continuation, ValidationReport
+from se_compress.artifacts import Check, Continuation, Scheme, ValidationReport
 from se_compress.report import (
     describe_gates,
     judge,
@@ -552,7 +552,8 @@ def test_unknown_licence_is_told() -> None:
 def test_unquantised_copy_does_not_claim_to_be_quantised() -> None:
     plan = example_plan()
     kept = tuple(replace(d, action="keep", bits=16) for d in plan.experts)
-    plan = replace(plan, target="transformers", method="none", experts=kept)
+    source = Scheme("source", "none", 64, True)
+    plan = replace(plan, target="transformers", scheme=source, experts=kept)
     text = render_model_card(example_recipe(), "mit", example_profile(), plan, example_validation())
     matter = yaml.safe_load(text.split("---\n")[1])
     assert "base_model_relation" not in matter

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from se_compress.artifacts import CompressionPlan, ModelSource, TensorInfo
+from se_compress.artifacts import CompressionPlan, ModelSource, Scheme, TensorInfo
 from se_compress.checkpoint import TORCH_DTYPES
 from se_compress.errors import RecipeError
 from se_compress.families import FAMILIES
@@ -20,8 +20,8 @@ from se_compress.recipe import Target
 from se_compress.source import open_source
 from se_compress.targets import (
     TARGETS,
-    check_target,
     expert_bytes,
+    find_rules,
     packed_slots,
     planned_bits,
     result_name,
@@ -56,27 +56,26 @@ def plan_for(source: ModelSource, target: str = "gptqmodel") -> CompressionPlan:
 
 
 def test_every_target_of_a_recipe_has_a_row() -> None:
-    assert set(TARGETS) == set(Target.__args__)  # type: ignore[attr-defined]
-    for name, rules in TARGETS.items():
-        assert rules.name == name
-        assert rules.source
+    assert {rules.target for rules in TARGETS} == set(Target.__args__)  # type: ignore[attr-defined]
+    assert all(rules.source for rules in TARGETS)
+    assert len({(rules.target, rules.format) for rules in TARGETS}) == len(TARGETS)
 
 
 def test_a_target_is_asked_for_a_method() -> None:
-    assert check_target("gptqmodel", "gptq") is TARGETS["gptqmodel"]
-    assert check_target("transformers", "none") is TARGETS["transformers"]
+    assert find_rules("gptqmodel", "gptq").format == "gptq"
+    assert find_rules("transformers", "none").format == "source"
     message = (
         "target transformers does not load experts of method rtn; it loads none, and rtn needs "
         "target gptqmodel"
     )
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
-        check_target("transformers", "rtn")
+        find_rules("transformers", "rtn")
 
 
 # ---------------------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("bits", TARGETS["gptqmodel"].widths)
+@pytest.mark.parametrize("bits", find_rules("gptqmodel", "gptq").widths)
 @pytest.mark.parametrize("group_size", [-1, 32, 64])
 def test_slots_are_what_the_packer_makes(bits: int, group_size: int) -> None:
     rows, columns = 96, 64
@@ -88,7 +87,7 @@ def test_slots_are_what_the_packer_makes(bits: int, group_size: int) -> None:
         bits=bits,
         group_size=group_size,
     )
-    slots = packed_slots(info(rows, columns), bits, group_size)
+    slots = packed_slots(info(rows, columns), bits, Scheme("gptq", "rtn", group_size, True))
     stem = "model.layers.0.mlp.experts.1.down_proj."
     assert [slot.name for slot in slots] == [stem + part for part in packed._fields]
     for slot, tensor in zip(slots, packed, strict=True):
@@ -99,8 +98,11 @@ def test_slots_are_what_the_packer_makes(bits: int, group_size: int) -> None:
 
 def test_an_expert_at_16_bits_keeps_its_own_bytes() -> None:
     roles = {"gate": info(32, 64), "up": info(32, 64), "down": replace(info(64, 32), dtype="F32")}
-    assert expert_bytes(roles, 16, 64) == 3 * 2 * 32 * 64
-    assert expert_bytes(roles, 4, 32) < expert_bytes(roles, 8, 32) < expert_bytes(roles, 16, 32)
+    scheme = Scheme("gptq", "rtn", 32, True)
+    assert expert_bytes(roles, 16, scheme) == 3 * 2 * 32 * 64
+    sizes = [expert_bytes(roles, *widths) for widths in ((4, scheme), (4, scheme, 8), (8, scheme))]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] < expert_bytes(roles, 16, scheme)
 
 
 # ---------------------------------------------------------------------------------- the result
