@@ -1,0 +1,305 @@
+"""Ours against GPTQModel and llm-compressor: the same work, time, memory and what it is worth.
+
+    python benchmarks/against_peers.py [--models smollm2-moe,random-qwen3] [--bits 4,3,2]
+
+Every tool quantises the routed experts of the same checkpoint, and nothing else, from the same
+32 x 256 calibration tokens, symmetric, in groups of 64, each at its own defaults, in a process of
+its own; the tools take turns, --rounds times at the first of --bits, once at the others. The clock
+is that of peers/worker.py, memory the process's largest resident set. Quality is measured by
+peers/evaluate.py, which shares no code with any of them, on held-out text.
+
+The peers get a virtual environment of their own, .venv-peers, made on the first run from
+peers/constraints.txt. A small model goes through each tool before the clock runs: GPTQModel
+compiles its packing kernel then. Measurements are kept under --work, and the section of RESULTS.md
+is rewritten from all of them, so a run can be made in parts.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from results import machine, write_section
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = ROOT / "benchmarks" / "peers"
+PEERS = ROOT / ".venv-peers"
+PINS = ("gptqmodel", "llmcompressor", "transformers", "compressed-tensors", "optimum")
+TEXT = ROOT / "tools" / "reference" / "text"
+CORPORA = ("austen", "factbook")
+SKIP = [r".*self_attn.*", r".*shared_expert.*"]
+GROUP_SIZE, SEQUENCE = 64, 256
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A competitor: its worker, and whether the time and quality bars look at it.
+
+    routed  llm-compressor only: see peers/worker.py
+    """
+
+    name: str
+    worker: str
+    rival: bool
+    routed: bool = False
+
+
+TOOLS = (
+    Tool("se-compress", "se_compress_worker.py", rival=False),
+    Tool("GPTQModel", "gptqmodel_worker.py", rival=True),
+    Tool("llm-compressor", "llmcompressor_worker.py", rival=True),
+    Tool("llm-compressor, routed tokens only", "llmcompressor_worker.py", rival=False, routed=True),
+)
+
+
+def main() -> None:
+    options = _options()
+    work = Path(options.work).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    _make_environment()
+    _write_tokens(work)
+    tools = [tool for tool in TOOLS if tool.name in options.tools.split(";")]
+    if not options.report_only:
+        _measure(work, tools, options)
+    text = _report(work)
+    write_section("against_peers", text)
+    print(text)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--models", default="smollm2-moe,random-qwen3")
+    parser.add_argument("--bits", default="4,3,2", help="the first of them is timed in every round")
+    parser.add_argument("--tools", default=";".join(tool.name for tool in TOOLS), help="by ;")
+    parser.add_argument("--work", default=str(ROOT / "out" / "against-peers"))
+    parser.add_argument("--under", default="", help="a command that runs each timed process")
+    parser.add_argument("--report-only", action="store_true", help="from what --work holds")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------ preparations
+
+
+def _make_environment() -> None:
+    """.venv-peers; torch first and by its exact version: a range would bring gigabytes of CUDA."""
+    ready = PEERS / ".ready"
+    constraints = WORKERS / "constraints.txt"
+    if ready.exists() and ready.read_text() == constraints.read_text():
+        return
+    subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
+    for packages in (("torch==2.13.0",), PINS):
+        pip = [str(PEERS / "bin" / "pip"), "install", "--quiet", "--constraint", str(constraints)]
+        subprocess.run([*pip, *packages], check=True)
+    ready.write_text(constraints.read_text())
+
+
+def _write_tokens(work: Path) -> None:
+    """Calibration and held-out sequences, ids of the reference model's tokenizer."""
+    from se_compress.calibrate import draw_sequences
+    from se_compress.recipe import Calibration
+
+    for part in ("calibration", "held-out"):
+        files = tuple(str(TEXT / f"{name}-{part}.txt") for name in CORPORA)
+        text = Calibration.model_validate(
+            {"data": files, "samples": 32, "sequence_length": SEQUENCE}
+        )
+        rows = draw_sequences(text, ROOT / "models" / "smollm2-moe", part)
+        (work / f"{part}.json").write_text(json.dumps(rows))
+
+
+def _model(name: str, work: Path) -> Path:
+    if name == "smollm2-moe":
+        return ROOT / "models" / name
+    layers, experts = {"random-qwen3": (4, 64), "warm-up": (1, 8)}[name]
+    path = work / name
+    if not (path / "config.json").exists():
+        _build_random(path, layers, experts)
+    return path
+
+
+def _build_random(path: Path, layers: int, experts: int) -> None:
+    """A seeded Qwen3-MoE of hidden 512, experts of 256, top 8, with smollm2-moe's tokenizer."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    source = ROOT / "models" / "smollm2-moe"
+    config = Qwen3MoeConfig(
+        vocab_size=49152,
+        hidden_size=512,
+        intermediate_size=1024,
+        moe_intermediate_size=256,
+        num_hidden_layers=layers,
+        num_experts=experts,
+        num_experts_per_tok=min(8, experts),
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / file, path / file)
+
+
+# ------------------------------------------------------------------------------------ measurements
+
+
+def _measure(work: Path, tools: Sequence[Tool], options: argparse.Namespace) -> None:
+    for tool in tools:
+        _run(tool, "warm-up", 4, work, options.under)
+    for name in options.models.split(","):
+        widths = [int(bits) for bits in options.bits.split(",")]
+        for turn in range(options.rounds):
+            order = tools if turn % 2 == 0 else tools[::-1]
+            for bits in widths if turn == 0 else widths[:1]:
+                for tool in order:
+                    report = _run(tool, name, bits, work, options.under)
+                    _keep(work, name, bits, tool, report)
+        _evaluate(name, work)
+
+
+def _run(tool: Tool, name: str, bits: int, work: Path, under: str) -> dict[str, Any]:
+    """One timed process; what it wrote stays in its directory until the next round."""
+    output = _output(work, name, bits, tool)
+    shutil.rmtree(output, ignore_errors=True)
+    tokens = json.loads((work / "calibration.json").read_text())
+    job = {
+        "model": str(_model(name, work)),
+        "output": str(output),
+        "tokens": tokens if name != "warm-up" else tokens[:10],
+        "bits": bits,
+        "group_size": GROUP_SIZE,
+        "symmetric": True,
+        "skip": SKIP,
+        "routed": tool.routed,
+    }
+    files = [work / "job.json", work / "report.json"]
+    files[0].write_text(json.dumps(job))
+    files[1].unlink(missing_ok=True)
+    python = sys.executable if tool.name == "se-compress" else str(PEERS / "bin" / "python")
+    command = [*under.split(), python, str(WORKERS / tool.worker), *map(str, files)]
+    # GPTQModel 7.6 does not start on two cores without its variable; nothing else is set.
+    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
+    with (work / "log.txt").open("a") as log:
+        done = subprocess.run(command, env=environment, cwd=work, stdout=log, stderr=log)
+    if done.returncode or not files[1].exists():
+        print(f"{tool.name}, {name}, {bits} bits: failed, see {work / 'log.txt'}", file=sys.stderr)
+        return {"failed": True}
+    report: dict[str, Any] = json.loads(files[1].read_text())
+    print(tool.name, name, bits, report, file=sys.stderr)
+    return report
+
+
+def _output(work: Path, name: str, bits: int, tool: Tool) -> Path:
+    return work / f"{name}-{bits}-{tool.name.replace(', ', '-').replace(' ', '-')}"
+
+
+def _keep(work: Path, name: str, bits: int, tool: Tool, report: dict[str, Any]) -> None:
+    found = _found(work)
+    entry = found.setdefault(f"{name}/{bits}/{tool.name}", {"runs": []})
+    entry["runs"].append(report)
+    (work / "found.json").write_text(json.dumps(found, indent=1))
+
+
+def _found(work: Path) -> dict[str, Any]:
+    file = work / "found.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def _evaluate(name: str, work: Path) -> None:
+    """Quality of every result of this model that lies there."""
+    made = {
+        str(path): (bits, tool)
+        for bits in (2, 3, 4, 8)
+        for tool in TOOLS
+        if (path := _output(work, name, bits, tool)).joinpath("config.json").exists()
+    }
+    report = work / "quality.json"
+    script = [sys.executable, str(WORKERS / "evaluate.py"), str(_model(name, work))]
+    subprocess.run([*script, str(work / "held-out.json"), str(report), *made], check=True)
+    found = _found(work)
+    for path, quality in json.loads(report.read_text()).items():
+        bits, tool = made[path]
+        found[f"{name}/{bits}/{tool.name}"]["quality"] = quality
+    (work / "found.json").write_text(json.dumps(found, indent=1))
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def _report(work: Path) -> str:
+    found = _found(work)
+    names = list(dict.fromkeys(key.partition("/")[0] for key in found))
+    parts = ["## Against GPTQModel and llm-compressor", _explanation(found)]
+    for name in names:
+        parts += [f"### {name}", _table(found, name)]
+    return "\n\n".join(parts)
+
+
+def _explanation(found: dict[str, Any]) -> str:
+    versions = {
+        f"{key.split('/')[2].partition(',')[0]} {run['version']}"
+        for key, entry in found.items()
+        for run in entry["runs"]
+        if run.get("version")
+    }
+    quality = next((e["quality"] for e in found.values() if "quality" in e), {"positions": 0})
+    return (
+        f"`python benchmarks/against_peers.py`: {', '.join(sorted(versions))}; {machine()}. All"
+        f" routed experts, symmetric, groups of {GROUP_SIZE}, 32 x {SEQUENCE} calibration tokens."
+        " Seconds are the median of the rounds, every round in brackets, from the imported"
+        " libraries to the finished checkpoint. KL divergence to the source (nats) and perplexity"
+        f" over {quality['positions']} positions of held-out text; less is better everywhere."
+    )
+
+
+def _table(found: dict[str, Any], name: str) -> str:
+    lines = [
+        "| bits | | seconds | over ours | peak memory | KL | ours less by | perplexity |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for bits in (4, 3, 2):
+        ours = found.get(f"{name}/{bits}/{TOOLS[0].name}")
+        for tool in TOOLS:
+            entry = found.get(f"{name}/{bits}/{tool.name}")
+            if entry and ours:
+                lines.append(_row(bits, tool, entry, ours))
+    return "\n".join(lines)
+
+
+def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> str:
+    runs = [run for run in entry["runs"] if not run.get("failed")]
+    if not runs:
+        return f"| {bits} | {tool.name} | cannot do it | | | | | |"
+    seconds = [run["seconds"] for run in runs]
+    own = median(run["seconds"] for run in ours["runs"])
+    peak = max(run["peak_bytes"] for run in runs) / 1e9
+    quality, best = entry["quality"], ours["quality"]["kl_divergence"]
+    rival = tool is not TOOLS[0]
+    cells = (
+        str(bits),
+        tool.name,
+        f"{median(seconds):.1f} ({', '.join(f'{s:.1f}' for s in seconds)})",
+        f"{median(seconds) / own:.1f}x" if rival else "",
+        f"{peak:.2f} GB",
+        f"{quality['kl_divergence']:.4f}",
+        f"{1 - best / quality['kl_divergence']:.0%}" if rival else "",
+        f"{quality['perplexity']:.2f} (source {quality['perplexity_source']:.2f})",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What the benchmarks say must be right: their own unpackers, and the file that they write."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from se_compress.quant.packing import pack_gptq
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
+
+import evaluate  # noqa: E402
+import results  # noqa: E402
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_unpacked_numbers_lie_one_after_another_in_the_stream(bits: int) -> None:
+    numbers = torch.randint(2**bits, (3, 64), generator=torch.Generator().manual_seed(bits))
+    words = []
+    for row in numbers.tolist():
+        stream = sum(number << (bits * at) for at, number in enumerate(row))
+        values = [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(64 * bits // 32)]
+        words.append([value - 2**32 if value >= 2**31 else value for value in values])
+    found = evaluate.unpack(torch.tensor(words, dtype=torch.int32), 64, bits)
+    assert torch.equal(found, numbers.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_evaluator_reads_what_we_pack(bits: int) -> None:
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (32, 96), generator=draw, dtype=torch.uint8)
+    zeros = torch.randint(1, 2**bits, (32, 3), generator=draw, dtype=torch.uint8)
+    scales = torch.rand(32, 3, generator=draw).half().float()
+    packed = pack_gptq(codes, scales, zeros, bits=bits, group_size=32)
+    found = evaluate.from_gptq(packed._asdict(), bits, {"checkpoint_format": "gptq"})
+    steps = codes.float() - zeros.float().repeat_interleave(32, 1)
+    assert torch.equal(found, steps * scales.repeat_interleave(32, 1))
+
+
+def test_compressed_tensors_are_signed_and_grouped() -> None:
+    words = torch.tensor([[0x76543210, -0x01234568]], dtype=torch.int32)  # 0 ... 15
+    parts = {
+        "weight_packed": words,
+        "weight_scale": torch.tensor([[2.0, 0.5]], dtype=torch.bfloat16),
+        "weight_shape": torch.tensor([1, 16]),
+    }
+    expected = [2.0 * (code - 8) for code in range(8)] + [0.5 * code for code in range(8)]
+    assert evaluate.from_compressed_tensors(parts, 4).tolist() == [expected]
+
+
+def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
+    file = tmp_path / "RESULTS.md"
+    results.write_section("one", "first\n\\1", file)
+    results.write_section("two", "second", file)
+    results.write_section("one", "third", file)
+    text = file.read_text()
+    assert text.startswith("# Results\n")
+    assert "first" not in text
+    assert text.index("third") < text.index("second")
+    assert text.count("<!-- begin one -->") == text.count("<!-- end one -->") == 1
