@@ -493,6 +493,122 @@ class ValidationReport:
         return next(check for check in self.checks if check.name == name)
 
 
+# ------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a dry run tells of one checkpoint; `name` is the variant's, "" without variants."""
+
+    name: str
+    target: str
+    method: str
+    size_bytes: int
+    source_size_bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """One finished checkpoint in numbers: part of comparison.json and of what `--json` prints.
+
+    name             of the variant; "" without variants
+    directory        where it is: in comparison.json seen from there, otherwise as the recipe has it
+    published        it passed its gates; otherwise it is kept apart as rejected
+    size_bytes, bits_per_weight, perplexity_*   as in plan.json and validation.json
+    super_experts    how many the model has
+    kept             how many of these were neither pruned, merged nor zeroed
+    protected        how many experts the plan protects
+    """
+
+    name: str
+    directory: str
+    published: bool
+    target: str
+    method: str
+    size_bytes: int
+    source_size_bytes: int
+    bits_per_weight: float
+    perplexity_source: float
+    perplexity_result: float
+    super_experts: int
+    kept: int
+    protected: int
+    checks: tuple[Check, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Check]:
+        return {check.name: check for check in self.checks}
+
+
+@dataclass(frozen=True)
+class ComparedVariant:
+    """One variant of a comparison.
+
+    changes   key path of the recipe -> value as JSON, where it differs from the common part
+    removed   experts that were pruned or merged into others
+    zeroed    experts whose output was set to zero
+    layers    as in its validation.json
+    """
+
+    checkpoint: CheckpointSummary
+    changes: Mapping[str, str]
+    removed: tuple[ExpertId, ...]
+    zeroed: tuple[ExpertId, ...]
+    layers: tuple[LayerComparison, ...]
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """comparison.json: all variants of one recipe, judged on the same text.
+
+    passed        at least one variant passed, and so did each of `required`
+    recommended   of those that passed: the smallest, or one at most 2 % larger that is nearer to
+                  the source (least KL divergence); None if none passed
+    closest       of those that passed: the nearest to the source
+    size_bytes, perplexity   of the source
+    tokens        held-out tokens
+    """
+
+    model: str
+    passed: bool
+    required: tuple[str, ...]
+    recommended: str | None
+    closest: str | None
+    size_bytes: int
+    perplexity: float
+    tokens: int
+    super_experts: tuple[ExpertId, ...]
+    variants: tuple[ComparedVariant, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, ComparedVariant]:
+        return {variant.name: variant for variant in self.variants}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The line that `--json` prints.
+
+    outcome       published, rejected (exit code 4), planned (a dry run), or failed: see `message`
+    message       the sentence that goes with an exit code other than 0; "" with 0
+    comparison    path of comparison.json; None without variants
+    checkpoints   one for each variant, or the only one; none after an error
+    plans         the same of a dry run
+    """
+
+    outcome: Literal["published", "rejected", "planned", "failed"]
+    exit_code: int
+    message: str = ""
+    comparison: str | None = None
+    checkpoints: tuple[CheckpointSummary, ...] = ()
+    plans: tuple[PlanSummary, ...] = ()
+
+
 # ------------------------------------------------------------------------------------------- JSON
 
 
@@ -509,6 +625,11 @@ def to_json(artifact: object) -> str:
         else:
             lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def to_json_line(artifact: object) -> str:
+    """The same in a single line of ASCII."""
+    return json.dumps(_plain(artifact))
 
 
 def from_json(kind: type[Artifact], text: str, where: str) -> Artifact:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -28,7 +28,15 @@ from rich.progress import (
 from rich.table import Table
 
 from se_compress import __version__
-from se_compress.artifacts import Check, RunOptions, ValidationReport
+from se_compress.artifacts import (
+    Check,
+    Comparison,
+    PlanSummary,
+    RunOptions,
+    RunResult,
+    ValidationReport,
+    to_json_line,
+)
 from se_compress.errors import (
     INTERRUPTED_EXIT_CODE,
     RecipeError,
@@ -36,7 +44,16 @@ from se_compress.errors import (
     SeCompressError,
     ValidationFailed,
 )
-from se_compress.pipeline import Outcome, Preview, Request, preview, run
+from se_compress.pipeline import (
+    Outcome,
+    Preview,
+    Request,
+    VariantsOutcome,
+    preview,
+    preview_variants,
+    run,
+    run_variants,
+)
 from se_compress.recipe import load_recipe
 
 _interrupted = threading.Event()
@@ -71,6 +88,9 @@ def _command(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Let the libraries' own messages through.")
     ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="On stdout one line of JSON, the rest on stderr.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
     ] = False,
@@ -83,7 +103,7 @@ def _command(
     """
     overrides = [*(settings or []), *([f"output={output}"] if output else [])]
     checked = load_recipe(recipe, overrides)
-    screen = _Screen(quiet)
+    screen = _Screen(quiet, out=Console(stderr=json, highlight=False))
     request = Request(
         recipe=checked,
         recipe_text=recipe.read_text(encoding="utf-8"),
@@ -92,14 +112,67 @@ def _command(
         notice=screen.notice,
     )
     if dry_run:
-        screen.show_preview(preview(request))
-        return
-    with _hushed(verbose), screen.progress() as progress:
-        options = RunOptions(device=_device(device), progress=progress)
-        outcome = run(Request(**{**vars(request), "options": options}))
-    screen.show_outcome(outcome)
-    if not outcome.published:
-        raise ValidationFailed(_why_rejected(outcome))
+        result = _plan_only(request, screen)
+    else:
+        with _hushed(verbose), screen.progress() as progress:
+            options = RunOptions(device=_device(device), progress=progress)
+            request = replace(request, options=options)
+            outcome = run_variants(request) if checked.variants else run(request)
+        result = _finish(outcome, screen)
+    if result.message:
+        raise _Rejected(result)
+    if json:
+        print(to_json_line(result))
+
+
+class _Rejected(ValidationFailed):
+    """Carries what `--json` tells of a rejected result."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result.message)
+        self.result = result
+
+
+def _plan_only(request: Request, screen: "_Screen") -> RunResult:
+    variants = request.recipe.variants
+    found = preview_variants(request) if variants else {"": preview(request)}
+    plans = []
+    for name, one in found.items():
+        screen.show_preview(name, one)
+        plan = one.plan
+        plans.append(
+            PlanSummary(
+                name=name,
+                target=plan.target,
+                method=plan.scheme.method,
+                size_bytes=plan.size_bytes,
+                source_size_bytes=plan.source_size_bytes,
+                bits_per_weight=plan.bits_per_weight,
+            )
+        )
+    return RunResult("planned", 0, plans=tuple(plans))
+
+
+def _finish(outcome: Outcome | VariantsOutcome, screen: "_Screen") -> RunResult:
+    """Show what came out, and put it into one record."""
+    if isinstance(outcome, Outcome):
+        screen.show_outcome(outcome)
+        message = "" if outcome.published else _why_rejected(outcome)
+        checkpoints, comparison = [outcome.summary("", str(outcome.directory))], None
+    else:
+        screen.show_comparison(outcome)
+        message = _why_variants_rejected(outcome)
+        checkpoints = [
+            one.summary(name, str(one.directory)) for name, one in outcome.outcomes.items()
+        ]
+        comparison = str(outcome.directory / "comparison.json")
+    return RunResult(
+        outcome="rejected" if message else "published",
+        exit_code=ValidationFailed.exit_code if message else 0,
+        message=message,
+        comparison=comparison,
+        checkpoints=tuple(checkpoints),
+    )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -127,6 +200,8 @@ def main() -> None:
         if code == INTERRUPTED_EXIT_CODE:  # what typer makes of it
             raise KeyboardInterrupt
         sys.exit(code or 0)
+    except _Rejected as error:
+        _exit_with(str(error), error.exit_code, error.result)
     except SeCompressError as error:
         _exit_with(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -140,8 +215,11 @@ def main() -> None:
         _exit_with(str(foreseen), foreseen.exit_code)
 
 
-def _exit_with(message: str, code: int) -> None:
-    print(f"se-compress: {' '.join(message.split())}", file=sys.stderr)
+def _exit_with(message: str, code: int, result: RunResult | None = None) -> None:
+    message = " ".join(message.split())
+    print(f"se-compress: {message}", file=sys.stderr)
+    if "--json" in sys.argv[1:]:  # also where the command line itself could not be read
+        print(to_json_line(result or RunResult("failed", code, message)))
     sys.exit(code)
 
 
@@ -232,9 +310,10 @@ class _Screen:
         finally:
             bars.stop()
 
-    def show_preview(self, found: Preview) -> None:
+    def show_preview(self, name: str, found: Preview) -> None:
         plan, source = found.plan, found.source
-        table = Table(title=f"{source.name}: what the plan would make", title_justify="left")
+        title = f"{source.name}: what the plan would make" + (f" of {name}" if name else "")
+        table = Table(title=title, title_justify="left")
         table.add_column("")
         table.add_column("source", justify="right")
         table.add_column("result", justify="right")
@@ -255,8 +334,9 @@ class _Screen:
             for note in plan.notes:
                 self.out.print(f"note: {note}", markup=False, soft_wrap=True)
         self.out.print(
-            f"dry run: {_size(source.size_bytes)} -> {_size(plan.size_bytes)}, "
+            f"{name or 'dry run'}: {_size(source.size_bytes)} -> {_size(plan.size_bytes)}, "
             f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it",
+            markup=False,
             soft_wrap=True,
         )
 
@@ -265,6 +345,40 @@ class _Screen:
         if not self.quiet:
             self.out.print(_gates(validation))
         self.out.print(_result_line(outcome), markup=False, soft_wrap=True)
+
+    def show_comparison(self, outcome: VariantsOutcome) -> None:
+        if not self.quiet:
+            self.out.print(_comparison(outcome.comparison))
+        for one in outcome.outcomes.values():
+            self.out.print(_result_line(one), markup=False, soft_wrap=True)
+        advice = outcome.comparison.recommended
+        self.out.print(
+            f"{outcome.directory}/comparison.html: "
+            + (f"ship {advice}" if advice else "nothing to ship, no variant passed its gates"),
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _comparison(comparison: Comparison) -> Table:
+    table = Table(title="variants", title_justify="left")
+    table.add_column("variant")
+    for name in ("size", "bits", "KL divergence", "perplexity"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    table.add_row("source", _size(comparison.size_bytes), "16", "", f"{comparison.perplexity:.2f}")
+    for variant in comparison.variants:
+        one = variant.checkpoint
+        check = one.by_name.get("kl_divergence")
+        table.add_row(
+            one.name,
+            _size(one.size_bytes),
+            f"{one.bits_per_weight:.2f}",
+            _number(check.value if check else None),
+            f"{one.perplexity_result:.2f}",
+            "passed" if one.published else "REJECTED",
+        )
+    return table
 
 
 def _gates(validation: ValidationReport) -> Table:
@@ -293,13 +407,34 @@ def _result_line(outcome: Outcome) -> str:
 
 
 def _why_rejected(outcome: Outcome) -> str:
-    failed = [
+    failed = _failed_gates(outcome.validation)
+    return f"nothing was published; {failed}; report in {outcome.directory}/se_compress"
+
+
+def _failed_gates(validation: ValidationReport) -> str:
+    return "; ".join(
         f"{check.name} is {_number(check.value)}, limit {_number(check.limit)}"
         + (f" ({check.detail})" if check.detail else "")
-        for check in outcome.validation.checks
+        for check in validation.checks
         if check.passed is False
+    )
+
+
+def _why_variants_rejected(outcome: VariantsOutcome) -> str:
+    """ "" if nothing that has to pass was rejected."""
+    if outcome.comparison.passed:
+        return ""
+    report = f"see {outcome.directory}/comparison.html"
+    if outcome.comparison.recommended is None:
+        return (
+            f"nothing was published; all {len(outcome.outcomes)} variants were rejected; {report}"
+        )
+    failed = [
+        f"variant {name} was rejected: {_failed_gates(outcome.outcomes[name].validation)}"
+        for name in outcome.comparison.required
+        if not outcome.outcomes[name].published
     ]
-    return f"nothing was published; {'; '.join(failed)}; report in {outcome.directory}/se_compress"
+    return f"{'; '.join(failed)}; require names it, the others are published; {report}"
 
 
 def _number(value: float | None) -> str:

@@ -1,25 +1,19 @@
 """The one file that knows the order of things: recipe in, published or rejected checkpoint out.
 
-    OUTPUT.partial/    progress: run.json, profile.json, plan.json, saved states, and checkpoint/
-    OUTPUT/            only ever a checkpoint that passed its gates; renamed into place in one step
-    OUTPUT.rejected/   one that did not, with its report
-
 Started again, a run goes on after the last finished layer. What may be reused is decided by digests
 of everything that went in; a changed setting or source is named, and what depends on it is made
-anew.
+anew. Where it all lies is in progress.py.
 """
 
-import fcntl
-import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from se_compress.artifacts import (
-    Artifact,
+    CheckpointSummary,
+    Comparison,
     CompressionPlan,
     ExpertProfile,
     LayerRecord,
@@ -32,14 +26,29 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
-from se_compress.errors import RecipeError, ResourceError, SeCompressError
+from se_compress.comparison import compare, describe_variant, summarize
+from se_compress.errors import RecipeError, SeCompressError
 from se_compress.headers import lay_out
 from se_compress.policy import check_plan, make_plan, scheme_of
+from se_compress.preflight import check_disk, check_memory
+from se_compress.progress import (
+    OURS,
+    SETTINGS_FILE,
+    check_output,
+    check_output_of_variants,
+    load,
+    load_settings,
+    locked,
+    prepare,
+    profile_files,
+    publish,
+    rejected,
+    save_settings,
+)
 from se_compress.recipe import Recipe, flatten
 from se_compress.source import open_source
 from se_compress.targets import result_slots
 
-OURS = "se_compress"
 MAX_SHARD_BYTES = 5 * 10**9
 
 Notice = Callable[[str], None]
@@ -54,6 +63,7 @@ class Request:
     plan_file     a plan to use in place of a fresh one
     fresh         ignore saved progress and an existing result
     notice        called with a sentence when something is reused, redone or given up
+    siblings      outputs of the other variants, whose profile may serve this one as well
     """
 
     recipe: Recipe
@@ -62,6 +72,16 @@ class Request:
     plan_file: Path | None = None
     fresh: bool = False
     notice: Notice = lambda sentence: None
+    siblings: tuple[Path, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        return Path(self.recipe.output)
+
+    @property
+    def profile_files(self) -> Iterator[Path]:
+        for output in (self.output, *self.siblings):
+            yield from profile_files(output)
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,20 @@ class Outcome:
     profile: ExpertProfile
     plan: CompressionPlan
     validation: ValidationReport
+
+    def summary(self, name: str, directory: str) -> CheckpointSummary:
+        """In numbers, under a variant's name; `directory` as the reader will see it."""
+        found = (self.profile, self.plan, self.validation)
+        return summarize(name, directory, self.published, *found)
+
+
+@dataclass(frozen=True)
+class VariantsOutcome:
+    """What became of each variant; `directory` holds the comparison."""
+
+    directory: Path
+    outcomes: Mapping[str, Outcome]
+    comparison: Comparison
 
 
 @dataclass(frozen=True)
@@ -87,68 +121,136 @@ class Preview:
 def preview(request: Request) -> Preview:
     """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
     source = open_source(request.recipe.model)
-    output = Path(request.recipe.output)
-    _check_output(output)
-    profiles = filter(None, (_load(ExpertProfile, file) for file in _profile_files(output)))
+    found = _preview(request, source)
+    check_disk([found.plan], source, request.recipe)
+    return found
+
+
+def preview_variants(request: Request) -> dict[str, Preview]:
+    """The same for each variant, by name."""
+    source = open_source(request.recipe.model)
+    found = {}
+    for name, one in _requests(request).items():
+        with _naming(name):
+            found[name] = _preview(one, source)
+    check_disk([one.plan for one in found.values()], source, request.recipe)
+    return found
+
+
+def _preview(request: Request, source: ModelSource) -> Preview:
+    check_output(request.output)
+    profiles = filter(None, (load(ExpertProfile, file) for file in request.profile_files))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
-    plan = _plan(source, profile, request)
-    _check_disk(plan, source, request.recipe)
-    return Preview(source, plan, profile)
+    return Preview(source, _plan(source, profile, request), profile)
 
 
 def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
+    source = open_source(request.recipe.model)
+    check_output(request.output)
+    # What can be refused without a profile is refused now, before the hours.
+    check_disk([_plan(source, None, request)], source, request.recipe)
+    return _run(request, source)
+
+
+def run_variants(request: Request) -> VariantsOutcome:
+    """The whole flow for each variant of the recipe, and the comparison of their results.
+
+    One profile serves all variants that would measure the same. A rejected variant does not stop
+    the others; what an error leaves behind is taken up by the next run.
+    """
+    source = open_source(request.recipe.model)
+    check_output_of_variants(request.output)
+    requests = _requests(request)
+    plans = []
+    for name, one in requests.items():
+        with _naming(name):
+            plans.append(_plan(source, None, one))
+    check_disk(plans, source, request.recipe)
+    outcomes = {}
+    for name, one in requests.items():
+        with _naming(name):
+            outcomes[name] = _run(one, source)
+    comparison = _compare(request, outcomes)
+    _write_comparison(request.output, comparison)
+    return VariantsOutcome(request.output, outcomes, comparison)
+
+
+def _requests(request: Request) -> dict[str, Request]:
+    """A request for each variant, whose messages and progress bear its name."""
+    if request.plan_file is not None:
+        raise RecipeError(
+            f"--plan {request.plan_file}: one plan cannot serve {len(request.recipe.variants)} "
+            "variants; give it to a recipe without variants"
+        )
+    return {name: _request(request, name) for name in request.recipe.variants}
+
+
+def _request(request: Request, name: str) -> Request:
+    variants, options = request.recipe.variants, request.options
+    return replace(
+        request,
+        recipe=variants[name],
+        options=replace(
+            options, progress=lambda stage, *steps: options.progress(f"{name}: {stage}", *steps)
+        ),
+        notice=lambda sentence: request.notice(f"{name}: {sentence}"),
+        siblings=tuple(Path(other.output) for key, other in variants.items() if key != name),
+    )
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors say which variant they come from."""
+    try:
+        yield
+    except SeCompressError as error:
+        raise type(error)(f"variant {name}: {error}") from None
+
+
+def _run(request: Request, source: ModelSource) -> Outcome:
     from se_compress.calibrate import draw_sequences
 
-    recipe, output = request.recipe, Path(request.recipe.output)
-    source = open_source(recipe.model)
-    _check_output(output)
-    # What can be refused without a profile is refused now, before the hours.
-    _check_disk(_plan(source, None, request), source, recipe)
+    recipe, output = request.recipe, request.output
     calibration = draw_sequences(recipe.calibration, source.path, "calibration")
     held_out = draw_sequences(recipe.validation, source.path, "validation")
     settings = _settings(request, source, calibration, held_out)
-    if not request.fresh and (finished := _finished(output, settings)):
-        request.notice(
-            f"{output} is up to date: nothing in the recipe, the model or the data changed"
-        )
+    if not request.fresh and (finished := _finished(request, settings)):
         return finished
-    _check_memory(source, recipe, len(calibration) * len(calibration[0]))
-    with _locked(_partial(output)) as work:
-        _prepare(work, settings, request)
-        profile = _profile(source, calibration, work, output, request)
+    check_memory(source, recipe, len(calibration) * len(calibration[0]))
+    with locked(output) as work:
+        prepare(output, settings, request.fresh, request.notice)
+        profile = _profile(source, calibration, work, request)
         plan = _plan(source, profile, request)
         write_atomically(work / "plan.json", to_json(plan))
-        _check_disk(plan, source, recipe)
+        check_disk([plan], source, recipe)
         staged = work / "checkpoint"
         layout = lay_out(result_slots(source, plan), staged, MAX_SHARD_BYTES)
         records = _compress(source, plan, calibration, layout, work, request)
         validation = _validate(source, plan, staged, held_out, records, request)
         _write_reports(source, staged, profile, plan, validation, request)
-        write_atomically(staged / OURS / "run.json", _pretty(settings))
-        published = validation.passed
-        directory = output if published else _rejected(output)
-        _publish(staged, directory, work)
-        shutil.rmtree(work, ignore_errors=True)
-    return Outcome(directory, published, profile, plan, validation)
+        save_settings(staged / SETTINGS_FILE, settings)
+        directory = output if validation.passed else rejected(output)
+        publish(staged, directory, work)
+    return Outcome(directory, validation.passed, profile, plan, validation)
 
 
 # ------------------------------------------------------------------------------------------- stages
 
 
-def _profile(
-    source: ModelSource, tokens: Tokens, work: Path, output: Path, request: Request
-) -> ExpertProfile:
+def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) -> ExpertProfile:
     from se_compress.profiler import STATES_FILE, profile_digest, profile_experts
 
     wanted = profile_digest(source, tokens, request.recipe)
-    for file in _profile_files(output):
-        profile = None if request.fresh else _load(ExpertProfile, file)
+    for file in request.profile_files:
+        profile = None if request.fresh else load(ExpertProfile, file)
         if profile is not None and profile.digest == wanted:
             request.notice(f"profile reused from {file}")
             break
     else:
-        profile = profile_experts(source, tokens, request.recipe, _with_work(request, work))
+        profile = profile_experts(
+            source, tokens, request.recipe, replace(request.options, work=work)
+        )
     write_atomically(work / "profile.json", to_json(profile))
     (work / STATES_FILE).unlink(missing_ok=True)
     return profile
@@ -190,7 +292,7 @@ def _compress(
 
     (work / "checkpoint").mkdir(exist_ok=True)
     allocate(layout)
-    options = _with_work(request, work)
+    options = replace(request.options, work=work)
     records = compress(source, plan, tokens, request.recipe, layout, options)
     export_config(source, plan, work / "checkpoint")
     return records
@@ -249,6 +351,25 @@ def _licence(source: ModelSource) -> str | None:
     return str(licence) if licence else None
 
 
+def _compare(request: Request, outcomes: Mapping[str, Outcome]) -> Comparison:
+    variants = [
+        describe_variant(
+            outcome.summary(name, outcome.directory.name),
+            request.recipe,
+            request.recipe.variants[name],
+            outcome.plan,
+            outcome.validation,
+        )
+        for name, outcome in outcomes.items()
+    ]
+    first = next(iter(outcomes.values()))
+    return compare(request.recipe, first.profile, first.validation.tokens, variants)
+
+
+def _write_comparison(output: Path, comparison: Comparison) -> None:
+    write_atomically(output / "comparison.json", to_json(comparison))
+
+
 # ------------------------------------------------------------------------------------------- resume
 
 
@@ -267,168 +388,19 @@ def _settings(
     }
 
 
-def _finished(output: Path, settings: dict[str, object]) -> Outcome | None:
-    """The published result, if it was made from exactly these settings and is whole."""
-    ours = output / OURS
-    if _load_settings(ours / "run.json") != settings:
-        return None
-    profile = _load(ExpertProfile, ours / "profile.json")
-    plan = _load(CompressionPlan, ours / "plan.json")
-    validation = _load(ValidationReport, ours / "validation.json")
-    if profile is None or plan is None or validation is None:
-        return None
-    return Outcome(output, True, profile, plan, validation)
-
-
-def _prepare(work: Path, settings: dict[str, object], request: Request) -> None:
-    """Keep the saved progress if it was made from these settings, otherwise drop it (the finished
-    profile has a digest of its own and may survive); name what changed since the last run."""
-    output = Path(request.recipe.output)
-    saved = _load_settings(work / "run.json")
-    last = saved or _load_settings(output / OURS / "run.json")
-    last = last or _load_settings(_rejected(output) / OURS / "run.json") or settings
-    for key in settings:
-        if last.get(key) != settings[key]:
-            change = f": {last.get(key)} -> {settings[key]}" if "the " not in key else ""
-            request.notice(f"{key} changed{change}")
-    if saved != settings or request.fresh:
-        for entry in work.iterdir():
-            if entry.name == "profile.json" and not request.fresh:
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
-    elif any(work.glob("*-states.safetensors")):
-        request.notice(f"continuing from {work}")
-    write_atomically(work / "run.json", _pretty(settings))
-
-
-def _load_settings(file: Path) -> dict[str, object] | None:
-    try:
-        settings: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return settings
-
-
-def _load(kind: type[Artifact], file: Path) -> Artifact | None:
-    """A saved artefact; None if there is none or if an older version of the tool wrote it."""
-    try:
-        return from_json(kind, file.read_text(encoding="utf-8"), str(file))
-    except (OSError, SeCompressError):
-        return None
-
-
-def _with_work(request: Request, work: Path) -> RunOptions:
-    from dataclasses import replace
-
-    return replace(request.options, work=work)
-
-
-def _pretty(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-# ------------------------------------------------------------------------------------- directories
-
-
-def _partial(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def _rejected(output: Path) -> Path:
-    return output.with_name(output.name + ".rejected")
-
-
-def _profile_files(output: Path) -> list[Path]:
-    """Where a profile may be, the latest first."""
-    finished = [directory / OURS / "profile.json" for directory in (output, _rejected(output))]
-    return [_partial(output) / "profile.json", *finished]
-
-
-def _check_output(output: Path) -> None:
-    """An output that exists must be one of ours: nothing else is ever overwritten."""
-    marks = {output: f"{OURS}/run.json", _rejected(output): f"{OURS}/run.json"}
-    marks |= {_partial(output): "lock"}
-    for directory, mark in marks.items():
-        if not directory.exists():
+def _finished(request: Request, settings: Mapping[str, object]) -> Outcome | None:
+    """A result, published or rejected, that was made from exactly these settings and is whole."""
+    for directory in (request.output, rejected(request.output)):
+        ours = directory / OURS
+        if load_settings(directory / SETTINGS_FILE) != settings:
             continue
-        if not directory.is_dir():
-            raise RecipeError(f"output {directory} exists and is not a directory")
-        if any(directory.iterdir()) and not (directory / mark).exists():
-            raise RecipeError(
-                f"output {directory} exists and was not made by se-compress; "
-                "choose another name or move it away"
+        profile = load(ExpertProfile, ours / "profile.json")
+        plan = load(CompressionPlan, ours / "plan.json")
+        validation = load(ValidationReport, ours / "validation.json")
+        if profile is not None and plan is not None and validation is not None:
+            request.notice(
+                f"{directory} is up to date: nothing in the recipe, the model or the data changed"
+                + ("" if validation.passed else " (--fresh makes it again)")
             )
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[Path]:
-    """The work directory, held by this process alone."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise RecipeError(f"output {work}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(f"output {work}: another se-compress is working on it") from None
-        yield work
-
-
-def _publish(staged: Path, directory: Path, work: Path) -> None:
-    """Rename a finished checkpoint into place; what was there (ours) is dropped with `work`."""
-    if directory.exists():
-        shutil.rmtree(work / "replaced", ignore_errors=True)
-        directory.rename(work / "replaced")
-    staged.rename(directory)
-
-
-# -------------------------------------------------------------------------------------- pre-flight
-
-
-def _check_disk(plan: CompressionPlan, source: ModelSource, recipe: Recipe) -> None:
-    output = Path(recipe.output)
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    tokens = recipe.calibration.samples * recipe.calibration.sequence_length
-    # Two streams of hidden states, the last ones and those that are being written.
-    states = 4 * tokens * int(source.config["hidden_size"]) * _item_bytes(recipe)
-    there = sum(f.stat().st_size for f in _partial(output).glob("**/*.safetensors"))
-    free = shutil.disk_usage(parent).free + there
-    if plan.size_bytes + states > free:
-        raise ResourceError(
-            f"{parent}: the result takes {plan.size_bytes / 1e6:.1f} MB and saved progress "
-            f"{states / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
-        )
-
-
-def _item_bytes(recipe: Recipe) -> int:
-    return 4 if recipe.compute_dtype == "float32" else 2
-
-
-def _check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
-    import psutil
-
-    item_bytes = _item_bytes(recipe)
-    weights: dict[int | None, int] = {}
-    for info in source.tensors.values():
-        count = 1
-        for extent in info.shape:
-            count *= extent
-        weights[info.layer] = weights.get(info.layer, 0) + count
-    layer = max(count for index, count in weights.items() if index is not None) * item_bytes
-    # Both streams before and after a layer, and the kept input of its experts.
-    hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
-    needed = layer + hidden
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise ResourceError(
-            f"the largest layer takes {layer / 1e9:.1f} GB and the hidden states of {tokens} "
-            f"calibration tokens {hidden / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory are "
-            "available; lower calibration.samples or set compute_dtype: bfloat16"
-        )
+            return Outcome(directory, directory == request.output, profile, plan, validation)
+    return None

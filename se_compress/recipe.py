@@ -25,6 +25,9 @@ Positive = Annotated[int, Field(gt=0)]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# A variant may change anything else, the limits of its gates included.
+_COMMON_KEYS = ("model", "output", "variants", "require")
 
 
 class _Yaml(yaml.SafeLoader):
@@ -181,6 +184,10 @@ class Recipe(_Section):
     """Everything that determines the result.
 
     compute_dtype   of weights and hidden states while the model runs; statistics are float32
+    variants        several results from one profile: name -> the recipe with the variant's own keys
+                    merged in, and OUTPUT/name as its output. In the file a variant holds only what
+                    differs; {} is the recipe as it stands
+    require         variants that have to pass; without it one that passes is enough
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -192,6 +199,13 @@ class Recipe(_Section):
     policy: Policy = Policy()
     quantization: Quantization = Quantization()
     validation: Validation
+    variants: Mapping[str, "Recipe"] = {}
+    require: tuple[str, ...] = ()
+
+    @field_validator("require", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
 
 def parse_size(text: str) -> int:
@@ -226,16 +240,72 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """Check a recipe that has been read already; `where` begins every message."""
+    common = {key: value for key, value in data.items() if key != "variants"}
+    recipe = _validated(common, f"{where}: ")
+    variants = _variants(common, data.get("variants", {}), where)
+    for name in recipe.require:
+        if name not in variants:
+            known = f"known are {', '.join(variants)}" if variants else "there are none"
+            raise RecipeError(f"{where}: require names {name}, which is not a variant; {known}")
+    return recipe.model_copy(update={"variants": variants})
+
+
+def _validated(data: Mapping[str, Any], prefix: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_explain(error)}") from None
+        raise RecipeError(prefix + _explain(error)) from None
+
+
+def _variants(common: Mapping[str, Any], given: object, where: str) -> dict[str, Recipe]:
+    """Each variant's whole recipe: its own keys merged into the common ones."""
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where}: variants is {given!r}: a mapping of names is needed")
+    variants = {}
+    for name, changes in given.items():
+        _check_variant(name, {} if changes is None else changes, where)
+        merged = _merged(common, {**(changes or {}), "output": f"{common['output']}/{name}"})
+        prefix = f"{where}: variants.{name}."
+        variants[name] = _validated({k: v for k, v in merged.items() if k != "require"}, prefix)
+    return variants
+
+
+def _check_variant(name: object, changes: object, where: str) -> None:
+    """The name becomes a directory's; what all results are compared by is common to them."""
+    if not isinstance(name, str) or not _VARIANT_NAME.fullmatch(name):
+        raise RecipeError(
+            f"{where}: variants.{name}: a name is made of letters, digits, _ and -, such as naive"
+        )
+    if not isinstance(changes, Mapping):
+        raise RecipeError(f"{where}: variants.{name} is {changes!r}: a mapping of keys is needed")
+    text = changes.get("validation")
+    fixed = [key for key in _COMMON_KEYS if key in changes]
+    fixed += [f"validation.{key}" for key in _Text.model_fields if isinstance(text, Mapping)
+              and key in text]  # fmt: skip
+    if fixed:
+        raise RecipeError(
+            f"{where}: variants.{name}.{fixed[0]}: it is the same for all variants, so that they "
+            "can be compared; set it outside of variants"
+        )
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; any other value replaces the old one."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merged(old, value)
+        merged[key] = value
+    return merged
 
 
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, object]:
-    """`{"policy.bits": [4], ...}`, so that a changed setting can be named."""
+    """`{"policy.bits": [4], ...}` without variants, so that a changed setting can be named."""
     flat: dict[str, object] = {}
     for name in type(recipe).model_fields:
+        if name in ("variants", "require"):
+            continue
         value = getattr(recipe, name)
         if isinstance(value, BaseModel):
             flat |= flatten(value, f"{prefix}{name}.")

@@ -24,9 +24,20 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.packing",
         "quant.gptq",
     ),
-    ("source", "targets", "checkpoint", "measures"),
+    ("source", "targets", "checkpoint", "measures", "progress"),
     ("streaming",),
-    ("calibrate", "profiler", "policy", "execute", "export", "validator", "report", "reload"),
+    (
+        "calibrate",
+        "profiler",
+        "policy",
+        "execute",
+        "export",
+        "validator",
+        "report",
+        "reload",
+        "comparison",
+        "preflight",
+    ),
     ("pipeline",),
     ("cli", "__main__", ""),
 )
@@ -44,7 +55,8 @@ MODULES = {
 }  # fmt: skip
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
-    "source", "targets", "policy", "export", "report", "pipeline", "cli", "",
+    "source", "targets", "policy", "export", "report", "comparison", "progress",
+    "preflight", "pipeline", "cli", "",
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from se_compress import validator
 from se_compress.artifacts import (
     Check,
+    Comparison,
     CompressionPlan,
     ExpertId,
     ExpertProfile,
@@ -35,7 +36,15 @@ from se_compress.artifacts import (
     to_json,
 )
 from se_compress.errors import RecipeError, ResourceError, SourceError
-from se_compress.pipeline import Outcome, Request, preview, run
+from se_compress.pipeline import (
+    Outcome,
+    Request,
+    VariantsOutcome,
+    preview,
+    preview_variants,
+    run,
+    run_variants,
+)
 from se_compress.recipe import load_recipe
 
 TinyModel = Callable[[str], Path]
@@ -105,13 +114,17 @@ class Workplace:
         }
 
     def request(self, *overrides: str, **how: Any) -> Request:
-        self.recipe.write_text(yaml.safe_dump(self.settings), encoding="utf-8")
+        text = yaml.safe_dump(self.settings, sort_keys=False)
+        self.recipe.write_text(text, encoding="utf-8")
         recipe = load_recipe(self.recipe, overrides)
         self.said = []
         return Request(recipe, self.recipe.read_text("utf-8"), notice=self.said.append, **how)
 
     def run(self, *overrides: str, **how: Any) -> Outcome:
         return run(self.request(*overrides, **how))
+
+    def run_variants(self, *overrides: str, **how: Any) -> VariantsOutcome:
+        return run_variants(self.request(*overrides, **how))
 
     def plan(self) -> CompressionPlan:
         text = (self.output / "se_compress" / "plan.json").read_text("utf-8")
@@ -571,3 +584,156 @@ def test_ctrl_c_ends_with_130_and_what_can_be_continued(place: Workplace, publis
     assert place.listing() == {"out.partial"}
     assert place.run().published
     assert_as_uninterrupted(place, published)
+
+
+# ------------------------------------------------------------------------------------- variants
+
+THREE = {
+    "four": {},
+    "two": {"policy": {"bits": [2]}, "validation": {"kl_divergence": 1e-9}},
+    "none": {"target": "transformers", "quantization": {"method": "none"}},
+}
+
+
+@pytest.fixture
+def several(place: Workplace) -> Workplace:
+    place.settings |= {"variants": THREE}
+    return place
+
+
+def entries(place: Workplace) -> set[str]:
+    return {entry.name for entry in place.output.iterdir()}
+
+
+COMPARED = {"four", "two.rejected", "none", "comparison.json"}
+
+
+def test_variants_share_a_profile_and_a_rejected_one_stops_nobody(
+    several: Workplace, published: Path
+) -> None:
+    stages: list[str] = []
+    options = RunOptions(progress=lambda stage, done, total: stages.append(stage))
+    outcome = several.run_variants(options=options)
+    assert {name: one.published for name, one in outcome.outcomes.items()} == {
+        "four": True, "two": False, "none": True
+    }  # fmt: skip
+    assert entries(several) == COMPARED
+    assert several.listing() == {"out"}
+    assert {stage for stage in stages if "profile" in stage} == {"four: profile"}
+    profile = several.output / "four" / "se_compress" / "profile.json"
+    assert several.said == [f"{n}: profile reused from {profile}" for n in ("two", "none")]
+    # A variant is what the same recipe makes alone.
+    for name in (WEIGHTS, "config.json", "se_compress/plan.json", "se_compress/profile.json"):
+        assert (several.output / "four" / name).read_bytes() == (published / name).read_bytes()
+
+
+def test_the_comparison_says_what_the_variants_own_files_say(several: Workplace) -> None:
+    found = several.run_variants().comparison
+    text = (several.output / "comparison.json").read_text("utf-8")
+    assert from_json(Comparison, text, "comparison.json") == found
+    assert (found.passed, found.required) == (True, ())
+    assert (found.recommended, found.closest) == ("four", "none")
+    assert found.by_name["two"].changes == {
+        "policy.bits": "[2]", "validation.kl_divergence": "1e-09"
+    }  # fmt: skip
+    assert found.by_name["four"].changes == {}
+    for variant in found.variants:
+        ours = several.output / variant.checkpoint.directory / "se_compress"
+        report = from_json(ValidationReport, (ours / "validation.json").read_text("utf-8"), "")
+        plan = from_json(CompressionPlan, (ours / "plan.json").read_text("utf-8"), "")
+        assert variant.layers == report.layers
+        assert variant.checkpoint.checks == report.checks
+        assert variant.checkpoint.size_bytes == report.size_bytes
+        assert variant.checkpoint.bits_per_weight == plan.bits_per_weight
+        assert variant.checkpoint.published == report.passed
+        assert found.perplexity == report.perplexity_source
+
+
+def test_a_required_variant_that_fails_fails_the_comparison(several: Workplace) -> None:
+    several.settings |= {"require": ["four", "two"]}
+    found = several.run_variants().comparison
+    assert (found.passed, found.recommended) == (False, "four")
+    several.settings |= {"require": ["four"]}
+    assert several.run_variants().comparison.passed
+    strict = several.run_variants("validation.kl_divergence=1e-9", "variants.none=null").comparison
+    assert (strict.passed, strict.recommended, strict.closest) == (False, None, None)
+
+
+def test_a_second_run_of_variants_does_nothing(several: Workplace) -> None:
+    several.run_variants()
+    before = files_of(several.output)
+    several.run_variants()
+    same = "is up to date: nothing in the recipe, the model or the data changed"
+    assert several.said == [
+        f"four: {several.output / 'four'} {same}",
+        f"two: {several.output / 'two.rejected'} {same} (--fresh makes it again)",
+        f"none: {several.output / 'none'} {same}",
+    ]
+    assert files_of(several.output) == before
+
+
+def test_a_changed_variant_alone_is_made_again(several: Workplace) -> None:
+    several.run_variants()
+    before = files_of(several.output / "none")
+    several.run_variants("variants.four.policy.bits=[3]")
+    assert several.said[0] == "four: policy.bits changed: [4] -> [3]"
+    assert several.said[1].startswith("four: profile reused from ")
+    assert [sentence.split(":")[0] for sentence in several.said[2:]] == ["two", "none"]
+    assert files_of(several.output / "none") == before
+
+
+@pytest.mark.parametrize("stage", ["four: compress", "two: validate", "none: profile"])
+def test_variants_go_on_where_they_stopped(several: Workplace, stage: str) -> None:
+    if stage == "none: profile":  # which it does not share if it measures something else
+        several.settings["variants"] = {
+            **THREE, "none": {**THREE["none"], "super_experts": {"percentile": 99.0}}
+        }  # fmt: skip
+    with pytest.raises(Stop):
+        several.run_variants(options=stop_at(stage, 1))
+    assert "comparison.json" not in entries(several)
+    seen: list[str] = []
+    options = RunOptions(progress=lambda now, done, total: seen.append(now))
+    assert several.run_variants(options=options).comparison.passed
+    assert f"{stage[: stage.index(':')]}: continuing from" in " ".join(
+        several.said
+    ) or stage.endswith("validate")
+    assert "four: profile" not in seen
+    assert entries(several) == COMPARED
+
+
+def test_a_variant_whose_output_is_not_ours_stops_all_before_the_work(several: Workplace) -> None:
+    (several.output / "four").mkdir(parents=True)
+    (several.output / "four" / "thesis.tex").write_text("years of work", encoding="utf-8")
+    message = f"^output {several.output} exists and was not made by se-compress"
+    with pytest.raises(RecipeError, match=message):
+        several.run_variants()
+    assert files_of(several.output) == {"four/thesis.tex": b"years of work"}
+
+
+def test_a_single_result_is_not_buried_under_variants(settled: Workplace) -> None:
+    before = files_of(settled.output)
+    settled.settings |= {"variants": THREE}
+    with pytest.raises(RecipeError, match="was not made by se-compress"):
+        settled.run_variants()
+    assert files_of(settled.output) == before
+
+
+def test_an_error_names_its_variant(several: Workplace) -> None:
+    with pytest.raises(RecipeError, match=r"^variant two: target gptqmodel does not load"):
+        several.run_variants("variants.two.quantization.method=none")
+    assert several.listing() == set()
+    plan = several.directory / "plan.json"
+    with pytest.raises(RecipeError, match=r"one plan cannot serve 3 variants"):
+        several.run_variants(plan_file=plan)
+
+
+def test_a_preview_of_variants_tells_each_size(
+    several: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = preview_variants(several.request())
+    sizes = {name: one.plan.size_bytes for name, one in found.items()}
+    assert sizes["two"] < sizes["four"] < sizes["none"] == found["none"].source.size_bytes
+    assert several.listing() == set()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes["none"]))
+    with pytest.raises(ResourceError, match=r"the 3 results take 1\.0 MB and saved progress"):
+        preview_variants(several.request())

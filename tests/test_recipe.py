@@ -141,7 +141,7 @@ def test_missing_text_is_named() -> None:
 
 TOP = (
     "known are model, output, target, compute_dtype, calibration, super_experts, policy, "
-    "quantization, validation"
+    "quantization, validation, variants, require"
 )
 
 
@@ -432,6 +432,98 @@ def test_text_that_is_no_recipe(tmp_path: Path, text: bytes, message: str) -> No
     path.write_bytes(text)
     with pytest.raises(RecipeError, match=re.escape(str(path)) + message):
         load_recipe(path)
+
+
+# -------------------------------------------------------------------------------------- variants
+
+
+def test_a_variant_is_the_recipe_with_its_own_keys_merged_in() -> None:
+    recipe = parse(
+        {
+            "policy": {"bits": [3], "protected_bits": 8},
+            "variants": {"protected": {}, "naive": {"policy": {"protect": "none"}}, "plain": None},
+            "require": ["protected"],
+        }
+    )
+    assert list(recipe.variants) == ["protected", "naive", "plain"]
+    assert recipe.require == ("protected",)
+    naive = recipe.variants["naive"]
+    assert (naive.output, naive.variants, naive.require) == ("out/naive", {}, ())
+    assert (naive.policy.protect, naive.policy.bits, naive.policy.protected_bits) == (
+        "none",
+        (3,),
+        8,
+    )
+    for name in ("protected", "plain"):
+        common = recipe.model_copy(update={"variants": {}, "require": (), "output": f"out/{name}"})
+        assert recipe.variants[name] == common
+
+
+def test_a_variant_may_move_a_gate_and_take_a_value_back() -> None:
+    recipe = parse(
+        {
+            "policy": {"size": "1MB"},
+            "variants": {
+                "other": {
+                    "policy": {"size": None, "bits_per_weight": 4.0},
+                    "validation": {"kl_divergence": 0.3},
+                }
+            },
+        }
+    )
+    other = recipe.variants["other"]
+    assert (other.policy.size, other.policy.bits_per_weight) == (None, 4.0)
+    assert (other.validation.kl_divergence, recipe.validation.kl_divergence) == (0.3, 0.2)
+    assert other.validation.data == recipe.validation.data
+
+
+SAME = "it is the same for all variants, so that they can be compared; set it outside of variants"
+NAME = "a name is made of letters, digits, _ and -, such as naive"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": ["a"]}, "variants is ['a']: a mapping of names is needed"),
+        ({"variants": {"a": 3}}, "variants.a is 3: a mapping of keys is needed"),
+        ({"variants": {4: None}}, f"variants.4: {NAME}"),
+        ({"variants": {"../a": None}}, f"variants.../a: {NAME}"),
+        ({"variants": {"a.partial": None}}, f"variants.a.partial: {NAME}"),
+        (
+            {"variants": {"a": {"polcy": {}}}},
+            "variants.a.polcy is not a known key; did you mean policy?",
+        ),
+        (
+            {"variants": {"a": {"policy": {"protcet": "none"}}}},
+            "variants.a.policy.protcet is not a known key; did you mean protect?",
+        ),
+        (
+            {"variants": {"a": {"policy": {"bits": 5}}}},
+            "variants.a.policy.bits.0 is 5: input should be 2, 3, 4 or 8",
+        ),
+        ({"variants": {"a": {"policy": 3}}}, "variants.a.policy is 3: a mapping of keys is needed"),
+        ({"variants": {"a": {"model": "b"}}}, f"variants.a.model: {SAME}"),
+        ({"variants": {"a": {"output": "b"}}}, f"variants.a.output: {SAME}"),
+        ({"variants": {"a": {"require": []}}}, f"variants.a.require: {SAME}"),
+        ({"variants": {"a": {"validation": {"data": "c"}}}}, f"variants.a.validation.data: {SAME}"),
+        ({"variants": {"a": {"validation": {"seed": 1}}}}, f"variants.a.validation.seed: {SAME}"),
+        (
+            {"variants": {"a": None}, "require": ["b"]},
+            "require names b, which is not a variant; known are a",
+        ),
+        ({"require": ["b"]}, "require names b, which is not a variant; there are none"),
+    ],
+)
+def test_a_variant_is_checked_like_the_recipe(changes: dict[str, Any], message: str) -> None:
+    refuse(lambda: parse(changes), f"r.yaml: {message}")
+
+
+def test_an_override_reaches_into_a_variant(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "variants": {"a": None, "b": {}}}), encoding="utf-8")
+    recipe = load_recipe(path, ["output=elsewhere", "variants.b.policy.protect=none"])
+    assert recipe.variants["a"].output == "elsewhere/a"
+    assert recipe.variants["b"].policy.protect == "none"
 
 
 # -------------------------------------------------------------------------------------- flatten

@@ -1,0 +1,121 @@
+"""Several results of one model side by side: who passed, what each cost, and which one to ship."""
+
+import json
+import math
+from collections.abc import Sequence
+
+from se_compress.artifacts import (
+    Action,
+    CheckpointSummary,
+    ComparedVariant,
+    Comparison,
+    CompressionPlan,
+    ExpertId,
+    ExpertProfile,
+    ValidationReport,
+)
+from se_compress.recipe import Recipe, flatten
+
+# Sizes that differ by less are the same to whoever has to choose.
+SAME_SIZE = 1.02
+LOST: frozenset[Action] = frozenset({"prune", "merge", "zero"})
+
+
+def summarize(
+    name: str,
+    directory: str,
+    published: bool,
+    profile: ExpertProfile,
+    plan: CompressionPlan,
+    validation: ValidationReport,
+) -> CheckpointSummary:
+    """One checkpoint in numbers. `directory` is written as given."""
+    fates = [plan.by_id[one.id].action for one in profile.super_experts]
+    return CheckpointSummary(
+        name=name,
+        directory=directory,
+        published=published,
+        target=plan.target,
+        method=plan.scheme.method,
+        size_bytes=validation.size_bytes,
+        source_size_bytes=validation.source_size_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        perplexity_source=validation.perplexity_source,
+        perplexity_result=validation.perplexity_result,
+        super_experts=len(fates),
+        kept=sum(fate not in LOST for fate in fates),
+        protected=len(plan.protected),
+        checks=validation.checks,
+    )
+
+
+def describe_variant(
+    checkpoint: CheckpointSummary,
+    common: Recipe,
+    recipe: Recipe,
+    plan: CompressionPlan,
+    validation: ValidationReport,
+) -> ComparedVariant:
+    """A variant as the comparison shows it. `common` is the recipe without its variants."""
+    base = flatten(common)
+    changes = {
+        key: json.dumps(value, ensure_ascii=False)
+        for key, value in flatten(recipe).items()
+        if key != "output" and value != base.get(key)
+    }
+    return ComparedVariant(
+        checkpoint=checkpoint,
+        changes=changes,
+        removed=_with_action(plan, "prune", "merge"),
+        zeroed=_with_action(plan, "zero"),
+        layers=validation.layers,
+    )
+
+
+def _with_action(plan: CompressionPlan, *actions: Action) -> tuple[ExpertId, ...]:
+    return tuple(sorted(d.id for d in plan.experts if d.action in actions))
+
+
+def compare(
+    recipe: Recipe,
+    profile: ExpertProfile,
+    tokens: int,
+    variants: Sequence[ComparedVariant],
+) -> Comparison:
+    """Judge all variants of a recipe, in its order. `tokens` is the number of held-out tokens."""
+    checkpoints = [variant.checkpoint for variant in variants]
+    published = {one.name for one in checkpoints if one.published}
+    first = checkpoints[0]
+    return Comparison(
+        model=recipe.model,
+        passed=bool(published) and published.issuperset(recipe.require),
+        required=recipe.require,
+        recommended=recommend(checkpoints),
+        closest=closest(checkpoints),
+        size_bytes=first.source_size_bytes,
+        perplexity=first.perplexity_source,
+        tokens=tokens,
+        super_experts=tuple(one.id for one in profile.super_experts),
+        variants=tuple(variants),
+    )
+
+
+def recommend(checkpoints: Sequence[CheckpointSummary]) -> str | None:
+    """The one to ship: see `Comparison.recommended`."""
+    published = [one for one in checkpoints if one.published]
+    if not published:
+        return None
+    least = min(one.size_bytes for one in published)
+    return closest([one for one in published if one.size_bytes <= SAME_SIZE * least])
+
+
+def closest(checkpoints: Sequence[CheckpointSummary]) -> str | None:
+    """Of those that passed, the one with the least KL divergence; of equals the smaller one."""
+    published = [one for one in checkpoints if one.published]
+    return min(published, key=_distance).name if published else None
+
+
+def _distance(checkpoint: CheckpointSummary) -> tuple[float, int]:
+    check = checkpoint.by_name.get("kl_divergence")
+    value = check.value if check else None
+    return (math.inf if value is None else value, checkpoint.size_bytes)
