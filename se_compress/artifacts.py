@@ -429,13 +429,36 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Check:
-    """One gate. `passed` is None when the check could not be run; `detail` then says why."""
+    """One gate. `passed` is None when the check could not be run; `detail` then says why.
+
+    low, high   95 % interval of the value over the held-out sequences, for the checks that have one
+    """
 
     name: str
     value: float | None
     limit: float | None
     passed: bool | None
     detail: str = ""
+    low: float | None = field(default=None, metadata=UNLESS_NONE)
+    high: float | None = field(default=None, metadata=UNLESS_NONE)
+
+
+@dataclass(frozen=True)
+class MassiveElement:
+    """A massive activation of the source (Sun's rule) after one layer, and what became of it.
+
+    position         in the sequence; -1: at several, none of them in half of the sequences
+    share            elements per sequence
+    source, result   mean h
+    retention        see `measures.massive_elements`
+    """
+
+    position: int
+    channel: int
+    share: float
+    source: float
+    result: float
+    retention: float
 
 
 @dataclass(frozen=True)
@@ -443,8 +466,13 @@ class LayerComparison:
     """Source and result side by side after one layer.
 
     peak_*            largest |h| of the residual stream
+    massive           massive activations of the source, the strongest first, eight at most
+    massive_result    whether the result's residual stream is massive (Sun's rule)
+    sink_cosine, sink_error   direction and size of the change of the sink tokens' residual, see
+                      `measures.sink_token_change`
     sink_mass_*       mean over heads of the attention to position 0 from queries at position >= 8
     sink_heads_*      the same per head
+    sink_rate_*       share of the heads for which position 0 is a sink, see `measures.sink_rate`
     hidden_error      |h_result - h_source| / |h_source| over all tokens
     router_agreement  mean share of the top-k experts chosen by both; None in a dense layer
     """
@@ -458,21 +486,58 @@ class LayerComparison:
     sink_heads_result: tuple[float, ...]
     hidden_error: float
     router_agreement: float | None
+    massive: tuple[MassiveElement, ...]
+    massive_result: bool
+    sink_cosine: float
+    sink_error: float
+    sink_rate_source: float
+    sink_rate_result: float
+
+
+@dataclass(frozen=True)
+class SinkPosition:
+    """A position that draws attention: mean over all layers and heads (mass), and the share of
+    these for which it is a sink (rate, see `measures.sink_rate`)."""
+
+    position: int
+    mass_source: float
+    mass_result: float
+    rate_source: float
+    rate_result: float
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The end of a continuation that repeats itself, see `measures.find_loop`. In tokens."""
+
+    period: int
+    length: int
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """One greedy continuation by both models."""
+    """One greedy continuation by both models.
+
+    distinct_*   different 4-grams / 4-grams, see `measures.distinct`
+    loop_*       None: it does not end in a loop
+    """
 
     prompt: str
     source: str
     result: str
+    distinct_source: float | None = None
+    distinct_result: float | None = None
+    loop_source: Loop | None = field(default=None, metadata=UNLESS_NONE)
+    loop_result: Loop | None = field(default=None, metadata=UNLESS_NONE)
 
 
 @dataclass(frozen=True)
 class ValidationReport:
     """validation.json. `passed` is true if no check failed (a check that was not run did not pass
-    and did not fail: it is named in `not_run`)."""
+    and did not fail: it is named in `not_run`).
+
+    sinks   the positions that draw most attention in the source or the result
+    """
 
     passed: bool
     checks: tuple[Check, ...]
@@ -485,6 +550,7 @@ class ValidationReport:
     expert_bytes: int
     source_expert_bytes: int
     layers: tuple[LayerComparison, ...]
+    sinks: tuple[SinkPosition, ...]
     continuations: tuple[Continuation, ...]
     records: tuple[LayerRecord, ...]
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -1,12 +1,16 @@
-"""What is measured of a model and of a pair of models, each defined once. Tensors in, numbers out.
+"""What is measured of a model and of a pair of models, each measure defined once, with its source.
 
-Hidden states are lists of batches [B, T, H], all of one model's streams cut alike.
+T positions of a sequence, h residual stream after a layer, p attention probabilities. Hidden states
+are lists of batches [B, T, H]; those of a pair are cut alike. Tensors in, numbers out.
 """
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from se_compress.artifacts import Loop, MassiveElement
 
 # Sun et al. (arXiv:2402.17762): a massive activation exceeds 100 and a thousand medians.
 MASSIVE_PEAK = 100.0
@@ -14,11 +18,51 @@ MASSIVE_RATIO = 1000.0
 # Attention to the sink is averaged over queries from here on: the first few have nowhere else to
 # look.
 FIRST_SINK_QUERY = 8
+SINK_RATE_THRESHOLD = 0.3  # Gu et al. (arXiv:2410.10781)
+# A head that gives the sink less than this has no sink to lose; ratios of such masses are noise.
+SINK_HEAD_FLOOR = 0.05
+# A massive element belongs to the model, and not to some text, if it stands at the same place in
+# this share of the sequences.
+COMMON_SHARE = 0.5
+NGRAM = 4
+# The end of a continuation is a loop if it says the same at least so often, in so many tokens.
+LOOP_REPEATS, LOOP_TOKENS = 3, 12
+BOOTSTRAP_DRAWS = 1000
+LEAST_SEQUENCES = 5  # resampling fewer says nothing
 
 
-def is_massive(peak: float, median: float) -> bool:
-    """Sun's rule for a residual stream with the largest |h| `peak` and the median |h| `median`."""
-    return peak > MASSIVE_PEAK and peak >= MASSIVE_RATIO * median
+# ------------------------------------------------------------------------------------- predictions
+
+
+def kl_divergence(source: Tensor, result: Tensor) -> Tensor:
+    """KL(source || result) in nats for each position, from logits [..., V]."""
+    source, result = source.log_softmax(-1), result.log_softmax(-1)
+    return (source.exp() * (source - result)).sum(-1)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-log probability of `target` [...] in nats for each position, from logits [..., V]."""
+    return -logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+
+
+def bootstrap_interval(sums: Tensor, counts: Tensor) -> tuple[float, float] | None:
+    """Where 95 % of the means sum(sums) / sum(counts) lie when sequences are drawn again.
+
+    The percentile bootstrap (Efron 1979): BOOTSTRAP_DRAWS times as many sequences are drawn as
+    there are, with replacement, from a fixed seed. Positions of one sequence depend on each other,
+    so that whole sequences are drawn. sums, counts [S]; None for less than LEAST_SEQUENCES.
+    """
+    sequences = len(sums)
+    if sequences < LEAST_SEQUENCES:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(sequences, (BOOTSTRAP_DRAWS, sequences), generator=generator)
+    means = sums.double()[drawn].sum(dim=1) / counts.double()[drawn].sum(dim=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+# ------------------------------------------------------------------------------ the residual stream
 
 
 def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> float:
@@ -30,10 +74,93 @@ def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> flo
     return float(torch.cat(ratios).mean())
 
 
-def kl_divergence(source: Tensor, result: Tensor) -> Tensor:
-    """KL(source || result) in nats for each position, from logits [..., V]."""
-    source, result = source.log_softmax(-1), result.log_softmax(-1)
-    return (source.exp() * (source - result)).sum(-1)
+def peak_of(states: Sequence[Tensor]) -> float:
+    """The largest |h|; NaN if there is a NaN."""
+    return float(torch.stack([batch.abs().max() for batch in states]).max())
+
+
+def median_of(states: Sequence[Tensor]) -> float:
+    """Median |h| over positions and channels, mean over sequences."""
+    medians = [batch.float().abs().flatten(1).median(dim=1).values for batch in states]
+    return float(torch.cat(medians).mean())
+
+
+def is_massive(peak: float, median: float) -> bool:
+    """Sun's rule for a residual stream with the largest |h| `peak` and the median |h| `median`."""
+    return peak > MASSIVE_PEAK and peak >= MASSIVE_RATIO * median
+
+
+def massive_places(states: Sequence[Tensor]) -> list[Tensor]:
+    """Sequence, position and channel [n, 3] of every massive |h| of each batch (Sun's rule)."""
+    median = median_of(states)
+    return [
+        torch.nonzero((size > MASSIVE_PEAK) & (size >= MASSIVE_RATIO * median))
+        for size in (batch.float().abs() for batch in states)
+    ]
+
+
+def massive_elements(
+    source: Sequence[Tensor], result: Sequence[Tensor], places: Sequence[Tensor]
+) -> tuple[MassiveElement, ...]:
+    """What the result makes of the source's massive activations, by position and channel, the
+    strongest first.
+
+    With r = h_result / h_source, the retention is max(0, min(r, 1/r)), mean over the sequences: too
+    large, too small and of the wrong sign are all losses. Elements at a place that less than
+    COMMON_SHARE of the sequences share are joined under position -1.
+    """
+    sequences = sum(len(batch) for batch in source)
+    pairs: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    for old, new, at in zip(source, result, places, strict=True):
+        index = tuple(at.T)
+        values = zip(old[index].tolist(), new[index].tolist(), strict=True)
+        for (_, position, channel), pair in zip(at.tolist(), values, strict=True):
+            pairs[position, channel].append(pair)
+    common: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    for (position, channel), found in pairs.items():
+        shared = len(found) >= COMMON_SHARE * sequences
+        common[position if shared else -1, channel] += found
+    elements = [_element(place, found, sequences) for place, found in common.items()]
+    return tuple(sorted(elements, key=lambda e: (-abs(e.source), e.position, e.channel)))
+
+
+def _element(
+    place: tuple[int, int], pairs: Sequence[tuple[float, float]], sequences: int
+) -> MassiveElement:
+    old, new = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
+    ratio = (new / old).clamp(min=1e-6)
+    return MassiveElement(
+        position=place[0],
+        channel=place[1],
+        share=len(pairs) / sequences,
+        source=float(old.mean()),
+        result=float(new.mean()),
+        retention=float(torch.minimum(ratio, 1 / ratio).mean()),
+    )
+
+
+def sink_token_change(
+    source: Sequence[Tensor], result: Sequence[Tensor], places: Sequence[Tensor]
+) -> tuple[float, float]:
+    """How the residual of the sink tokens has turned: the cosine of h_result and h_source, and
+    |h_result - h_source| / |h_source|, mean over these tokens.
+
+    Sink tokens are those with a massive activation; where there is none, those at position 0. A
+    massive activation enters every later layer through a norm, so that its direction is what later
+    layers see, and low widths spoil it long before its size.
+    """
+    cosines, errors = [], []
+    for old, new, at in zip(source, result, places, strict=True):
+        tokens = torch.unique(at[:, :2], dim=0)
+        if not any(len(part) for part in places):
+            tokens = torch.tensor([[sequence, 0] for sequence in range(len(old))])
+        a, b = (states[tokens[:, 0], tokens[:, 1]].float() for states in (old, new))
+        cosines.append(torch.nn.functional.cosine_similarity(a, b, dim=-1))
+        errors.append((b - a).norm(dim=-1) / a.norm(dim=-1))
+    return float(torch.cat(cosines).mean()), float(torch.cat(errors).mean())
+
+
+# ---------------------------------------------------------------------------------------- attention
 
 
 def sink_mass(first_key: Tensor) -> Tensor:
@@ -46,3 +173,46 @@ def mean_over_sequences(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
     """Mean of (number of sequences, their mean): of what batches of several sizes have shown."""
     total = sum(count for count, _ in parts)
     return torch.stack([count * value for count, value in parts]).sum(dim=0) / total
+
+
+def sink_rate(received: Tensor) -> Tensor:
+    """Share of the heads for which a position is a sink, [T], from what each head pays to each
+    position, mean over the queries that can see it [heads, T] (Gu et al., arXiv:2410.10781, Sink_k
+    with eps 0.3). Meaningful for the first half of the positions: the last ones have few
+    queries."""
+    return (received > SINK_RATE_THRESHOLD).float().mean(dim=0)
+
+
+def sink_decay(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """1 - sum p_result / sum p_source, from (source, result) masses of heads, see `sink_mass`.
+
+    The decay rate of arXiv:2507.23279, eq. 7, weighted by mass, over the heads whose mass in the
+    source is at least SINK_HEAD_FLOOR: a mean of ratios would be ruled by heads with hardly any.
+    Negative if the sink grew; None if no head has a sink.
+    """
+    heads = [(old, new) for old, new in pairs if old >= SINK_HEAD_FLOOR]
+    if not heads:
+        return None
+    return 1.0 - sum(new for _, new in heads) / sum(old for old, _ in heads)
+
+
+# ------------------------------------------------------------------------------------ continuations
+
+
+def distinct(tokens: Sequence[int], n: int = NGRAM) -> float:
+    """Different n-grams / n-grams (Li et al., arXiv:1510.03055): 1 without repetition, near 0 in a
+    loop, 1 for a text that is too short to have any."""
+    grams = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    return len(grams) / grams.total() if grams else 1.0
+
+
+def find_loop(tokens: Sequence[int]) -> Loop | None:
+    """The shortest period p with which the end of a continuation goes on repeating itself:
+    t[i] = t[i - p] for its last tokens, LOOP_REPEATS times over and LOOP_TOKENS at least."""
+    for period in range(1, len(tokens) // LOOP_REPEATS + 1):
+        length = period
+        while length < len(tokens) and tokens[-length - 1] == tokens[-length - 1 + period]:
+            length += 1
+        if length >= max(LOOP_REPEATS * period, LOOP_TOKENS):
+            return Loop(period, length)
+    return None

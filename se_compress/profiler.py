@@ -40,7 +40,14 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.checkpoint import open_tensors
-from se_compress.measures import MASSIVE_PEAK, MASSIVE_RATIO, is_massive, kl_divergence
+from se_compress.measures import (
+    MASSIVE_PEAK,
+    MASSIVE_RATIO,
+    is_massive,
+    kl_divergence,
+    peak_of,
+    sink_rate,
+)
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, SuperExperts
 from se_compress.streaming import (
@@ -58,7 +65,6 @@ from se_compress.streaming import (
 # weight.
 FORMING_SHARE = 0.05
 CANCELLING_SHARE = 0.25
-SINK_RATE_THRESHOLD = 0.3  # Gu et al. (arXiv:2410.10781)
 # A candidate is confirmed if zeroing it takes away this share of its layer's rise, and its control
 # less. Not more, because several experts of one layer may share the work (DeepSeek-R1, layer 14:
 # two).
@@ -291,7 +297,7 @@ def _layer_stats(
         cancelling=False,
         mlp_peak=watch.dense_peak,
         sink_mass=tuple(watch.sink_mass.tolist()),
-        sink_rate=float((watch.received[:, 0] > SINK_RATE_THRESHOLD).float().mean()),
+        sink_rate=float(sink_rate(watch.received)[0]),
     )
 
 
@@ -568,20 +574,16 @@ def _confirm_layer(
     before = base.hidden
     watch = _SinkWatch()
     base.hidden = model.run_layer(layer, module, before, watch)
-    base.peaks[layer], base.sinks[layer] = _peak(base.hidden), watch.mean
+    base.peaks[layer], base.sinks[layer] = peak_of(base.hidden), watch.mean
     for variant in variants:
         forks = variant.silent.layer == layer
         if layer < variant.silent.layer:
             continue
         watch = _SinkWatch([variant.silent.expert] if forks else [])
         variant.hidden = model.run_layer(layer, module, before if forks else variant.hidden, watch)
-        variant.peaks[layer], variant.sinks[layer] = _peak(variant.hidden), watch.mean
+        variant.peaks[layer], variant.sinks[layer] = peak_of(variant.hidden), watch.mean
         if forks:
             variant.rise_removed = _rise_removed(before, base.hidden, variant.hidden)
-
-
-def _peak(hidden: Sequence[Tensor]) -> float:
-    return max(float(states.float().abs().max()) for states in hidden)
 
 
 def _rise_removed(

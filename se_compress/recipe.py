@@ -175,8 +175,11 @@ class Validation(_Text):
     kl_divergence: Annotated[float, Field(gt=0.0)] = 0.20
     massive_activation_ratio: Fraction = 0.90
     sink_decay: Fraction = 0.10
+    sink_token_error: Annotated[float, Field(gt=0.0)] = 0.30
     router_agreement: Fraction = 0.70
+    router_agreement_least: Fraction = 0.50
     repetition: Annotated[float, Field(gt=0.0)] = 0.25
+    loops: Annotated[float, Field(gt=0.0)] = 0.50
     generation: Generation = Generation()
 
 

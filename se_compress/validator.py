@@ -1,29 +1,30 @@
 """Compare what was written with what it was made from, on text that neither has been fitted to.
 
 Everything is read back from disk. Source and result run side by side, one layer of each in memory.
+The measures are defined in `measures.py`; these are the gates:
 
-Measures (T positions of a sequence, p attention probabilities, h residual stream after a layer):
-
-    perplexity_increase       exp(mean cross-entropy), result / source - 1
+    perplexity_increase       exp(mean cross-entropy) of the next token, result / source - 1
     kl_divergence             mean over positions of KL(source || result) of the next token, nats
-    massive_activation_ratio  in each layer that is massive in the source (Sun et al.,
-                              arXiv:2402.17762) and each sequence, r = h_result / h_source at the
-                              source's largest |h|; mean over sequences of max(0, min(r, 1/r)); the
-                              least of the layers
-    sink_decay                1 - sum p_result / sum p_source of the attention to position 0 from
-                              queries at position >= 8, over all layers and the heads whose mean
-                              mass in the source is at least 0.05. The decay rate of
-                              arXiv:2507.23279, eq. 7, weighted by mass, so that heads with hardly
-                              any do not dominate
+    massive_activation_ratio  least retention of any massive activation of the source: per layer,
+                              position and channel, if it is common to half of the sequences
+    sink_token_error          most that the residual of the tokens with a massive activation changes
+                              in a layer, relative to its size
+    sink_decay                share of the attention to position 0 that is gone, queries from
+                              position 8 on, all layers, heads with a sink
     router_agreement          share of a token's top-k experts that both chose; mean over tokens and
-                              layers
+                              layers; `router_agreement_least` is that of the worst layer
     repetition                share of 4-grams of a greedy continuation that occurred in it before;
                               result - source, mean over prompts
+    loops                     share of the continuations that end in a loop, result - source
     tensors_accounted         share of the planned tensors that are in the result as planned,
                               unchanged ones byte for byte, with nothing else beside them
     reload                    relative error of the logits after loading the result with its target
                               engine, against those that were validated here; median over positions,
                               as round-off that sends a few tokens to another expert is no fault
+
+Perplexity and KL divergence come with a 95 % interval: wholly within the limit is a pass, wholly
+beyond it a failure, and in between the value decides and the detail says that the sample is too
+small to tell. The default limits are calibrated by `benchmarks/gates.py`.
 """
 
 import importlib.metadata
@@ -32,9 +33,8 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,13 +48,31 @@ from se_compress.artifacts import (
     LayerRecord,
     ModelSource,
     RunOptions,
+    SinkPosition,
     TensorInfo,
     ValidationReport,
 )
-from se_compress.checkpoint import open_result, open_tensors
+from se_compress.checkpoint import Reader, open_result, open_tensors
 from se_compress.errors import NOT_RUN_EXIT_CODE
 from se_compress.headers import Slot, read_headers
-from se_compress.measures import is_massive, kl_divergence, relative_distance
+from se_compress.measures import (
+    COMMON_SHARE,
+    SINK_HEAD_FLOOR,
+    bootstrap_interval,
+    cross_entropy,
+    distinct,
+    find_loop,
+    is_massive,
+    kl_divergence,
+    massive_elements,
+    massive_places,
+    median_of,
+    peak_of,
+    relative_distance,
+    sink_decay,
+    sink_rate,
+    sink_token_change,
+)
 from se_compress.recipe import Recipe, Validation
 from se_compress.streaming import (
     PIECE_TOKENS,
@@ -66,11 +84,10 @@ from se_compress.streaming import (
 )
 from se_compress.targets import result_name, result_slots
 
-SINK_HEAD_FLOOR = 0.05
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
 RELOAD_LIMIT = 0.10
 RELOAD_TOKENS = 64
-NGRAM = 4
+LISTED_ELEMENTS, LISTED_SINKS = 8, 4
 PACKAGES = ("torch", "transformers", "safetensors", "gptqmodel", "datasets", "se-compress")
 
 
@@ -82,67 +99,60 @@ def validate(
     records: Sequence[LayerRecord],
     recipe: Recipe,
     options: RunOptions,
+    original: "Original | None" = None,
 ) -> ValidationReport:
     """Judge the checkpoint in `directory`, made from `source` by `plan`.
 
-    tokens   held-out sequences of token ids
-    records  what compression said of each layer; goes into the report
+    tokens    held-out sequences of token ids, all of one length
+    records   what compression said of each layer; goes into the report
+    original  the source's side, if several results are judged on the same tokens
     """
     found = read_headers(directory)
     accounted = _account(source, plan, found)
     if not _is_complete(source, plan, found):  # and so cannot be run
-        return _report(source, plan, [accounted], _Compared(), (), records, found)
+        return _report(source, [accounted], None, (), records, found)
     rule = recipe.validation
-    device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
-    original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
+    original = original or Original(source, tokens, recipe, options)
     read = open_result(found, source.tensors, lambda name: result_name(source, plan, name))
-    result = StreamedModel(source, read, device, dtype)
-    compared = _compare(original, result, batches_of(tokens, options.batch_tokens), options)
-    continuations, repetition = _generate(original, result, tokens, rule, options)
+    result = _streamed(source, read, recipe, options)
+    compared = _compare(original, result, options)
+    continuations, repetition = _generate(original, result, rule, options)
     checks = [
-        _at_most("perplexity_increase", compared.perplexity_increase, rule.perplexity_increase),
-        _at_most("kl_divergence", compared.divergence, rule.kl_divergence),
-        _massive_check(compared, rule),
+        *_prediction_checks(compared.predictions, rule),
+        *_massive_checks(compared.layers, rule),
         _sink_check(compared, rule),
-        _at_least("router_agreement", compared.router_agreement, rule.router_agreement),
-        repetition,
+        *_router_checks(compared.layers, rule),
+        *repetition,
         accounted,
         _reload(result, plan, directory, tokens[0][:RELOAD_TOKENS], options),
     ]
-    return _report(source, plan, checks, compared, continuations, records, found)
-
-
-def _at_most(name: str, value: float, limit: float, detail: str = "") -> Check:
-    return Check(name, value, limit, value <= limit, detail)  # NaN fails
-
-
-def _at_least(name: str, value: float, limit: float, detail: str = "") -> Check:
-    return Check(name, value, limit, value >= limit, detail)
+    return _report(source, checks, compared, continuations, records, found)
 
 
 def _report(
     source: ModelSource,
-    plan: CompressionPlan,
     checks: Sequence[Check],
-    compared: "_Compared",
+    compared: "_Compared | None",
     continuations: tuple[Continuation, ...],
     records: Sequence[LayerRecord],
     found: Mapping[str, TensorInfo],
 ) -> ValidationReport:
+    perplexities = compared.predictions.perplexities if compared else (1.0, 1.0)
     return ValidationReport(
         passed=all(check.passed is not False for check in checks),
         checks=tuple(checks),
         not_run=tuple(check.name for check in checks if check.passed is None),
-        perplexity_source=compared.perplexity_source,
-        perplexity_result=compared.perplexity_result,
-        tokens=compared.tokens,
+        perplexity_source=perplexities[0],
+        perplexity_result=perplexities[1],
+        tokens=int(compared.predictions.tokens.sum()) if compared else 0,
         size_bytes=sum(info.size_bytes for info in found.values()),
         source_size_bytes=source.size_bytes,
         expert_bytes=sum(i.size_bytes for i in found.values() if ".experts." in i.name),
         source_expert_bytes=sum(
             i.size_bytes for i in source.tensors.values() if i.kind == "expert"
         ),
-        layers=tuple(compared.layers),
+        layers=compared.layers if compared else (),
+        sinks=compared.sinks if compared else (),
         continuations=continuations,
         records=tuple(records),
         versions=_versions(),
@@ -209,186 +219,319 @@ class _Watch(RoutingCapture, SinkCapture):
     """Routing and attention sinks of one layer of one model."""
 
 
-@dataclass
-class _Compared:
-    """What the two streams showed."""
+@dataclass(frozen=True)
+class _Seen:
+    """What one model showed of one layer: hidden states after it, sinks, and in a MoE layer the
+    chosen experts [N, k]."""
 
-    layers: list[LayerComparison] = field(default_factory=list)
-    retention: dict[int, float] = field(default_factory=dict)
-    tokens: int = 0
-    loss_source: float = 0.0
-    loss_result: float = 0.0
-    divergence: float = 0.0
+    states: list[Tensor]
+    sink_mass: Tensor
+    received: Tensor
+    experts: Tensor | None
+
+
+class Original:
+    """The source's side of a comparison. With `keep`, what its layers showed stays in memory, so
+    that several results of a small model are judged at the cost of theirs alone."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        tokens: Sequence[Sequence[int]],
+        recipe: Recipe,
+        options: RunOptions,
+        keep: bool = False,
+    ) -> None:
+        read = open_tensors(source.tensors)
+        self.model = _streamed(source, read, recipe, options)
+        self.tokens = tokens
+        self.batches = batches_of(tokens, options.batch_tokens)
+        self._seen: list[_Seen] | None = list(_walk(self.model, self.batches)) if keep else None
+        self._continuations: dict[int, list[list[int]]] = {}
+
+    def walk(self) -> Iterable[_Seen]:
+        return self._seen if self._seen is not None else _walk(self.model, self.batches)
+
+    def generate(
+        self, prompts: Tensor, count: int, on_token: Callable[[], None]
+    ) -> list[list[int]]:
+        if count not in self._continuations:
+            self._continuations[count] = self.model.generate(prompts, count, on_token).tolist()
+        return self._continuations[count]
+
+
+def _streamed(
+    source: ModelSource, read: Reader, recipe: Recipe, options: RunOptions
+) -> StreamedModel:
+    dtype = getattr(torch, recipe.compute_dtype)
+    return StreamedModel(source, read, torch.device(options.device), dtype)
+
+
+def _walk(model: StreamedModel, batches: Sequence[Tensor]) -> Iterator[_Seen]:
+    states = model.embed(batches)
+    for layer in range(model.source.layer_count):
+        watch = _Watch()
+        states = model.run_layer(layer, model.load_layer(layer), states, watch)
+        experts = watch.experts if watch.saw_experts else None
+        yield _Seen(states, watch.sink_mass, watch.received, experts)
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Sums over the predicted tokens of each sequence [S], in nats, and the number of these."""
+
+    tokens: Tensor
+    loss_source: Tensor
+    loss_result: Tensor
+    divergence: Tensor
 
     @property
-    def perplexity_source(self) -> float:
-        return _exp(self.loss_source)
-
-    @property
-    def perplexity_result(self) -> float:
-        return _exp(self.loss_result)
-
-    @property
-    def perplexity_increase(self) -> float:
-        return _exp(self.loss_result - self.loss_source) - 1.0
-
-    @property
-    def router_agreement(self) -> float:
-        shares = [c.router_agreement for c in self.layers if c.router_agreement is not None]
-        return sum(shares) / len(shares)
+    def perplexities(self) -> tuple[float, float]:
+        total = self.tokens.sum()
+        source, result = (loss.sum() / total for loss in (self.loss_source, self.loss_result))
+        return _exp(float(source)), _exp(float(result))
 
 
 def _exp(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def _compare(
-    original: StreamedModel, result: StreamedModel, batches: Sequence[Tensor], options: RunOptions
-) -> _Compared:
-    compared = _Compared()
-    source_states, result_states = original.embed(batches), result.embed(batches)
-    count = original.source.layer_count
-    for layer in range(count):
-        options.progress("validate", layer, count)
-        source_watch, result_watch = _Watch(), _Watch()
-        module = original.load_layer(layer)
-        source_states = original.run_layer(layer, module, source_states, source_watch)
-        module = result.load_layer(layer)
-        result_states = result.run_layer(layer, module, result_states, result_watch)
-        compared.layers.append(
-            _compare_layer(layer, source_states, result_states, source_watch, result_watch)
-        )
-        retention = _retention(source_states, result_states)
-        if retention is not None:
-            compared.retention[layer] = retention
-    options.progress("validate", count, count)
-    _compare_predictions(compared, original, result, batches, source_states, result_states)
-    return compared
+@dataclass(frozen=True)
+class _Compared:
+    """What the two streams showed. `received_*` [heads, T], mean over all layers."""
+
+    layers: tuple[LayerComparison, ...]
+    sinks: tuple[SinkPosition, ...]
+    predictions: _Predictions
 
 
-def _compare_layer(
-    layer: int,
-    source_states: Sequence[Tensor],
-    result_states: Sequence[Tensor],
-    source_watch: _Watch,
-    result_watch: _Watch,
-) -> LayerComparison:
-    source_heads = tuple(source_watch.sink_mass.tolist())
-    result_heads = tuple(result_watch.sink_mass.tolist())
-    return LayerComparison(
-        layer=layer,
-        peak_source=max(float(states.abs().max()) for states in source_states),
-        peak_result=max(float(states.abs().max()) for states in result_states),
-        sink_mass_source=sum(source_heads) / len(source_heads),
-        sink_mass_result=sum(result_heads) / len(result_heads),
-        sink_heads_source=source_heads,
-        sink_heads_result=result_heads,
-        hidden_error=relative_distance(result_states, source_states),
-        router_agreement=_agreement(source_watch, result_watch),
+def _compare(original: Original, result: StreamedModel, options: RunOptions) -> _Compared:
+    layers: list[LayerComparison] = []
+    sinks = _SinkSums()
+    count = result.source.layer_count
+    options.progress("validate", 0, count)
+    pairs = zip(original.walk(), _walk(result, original.batches), strict=True)
+    for layer, (old, new) in enumerate(pairs):
+        layers.append(_compare_layer(layer, old, new))
+        sinks.add(old, new)
+        options.progress("validate", layer + 1, count)
+    return _Compared(
+        tuple(layers), sinks.strongest(), _compare_predictions(original, result, old, new)
     )
 
 
-def _agreement(source_watch: _Watch, result_watch: _Watch) -> float | None:
-    if not source_watch.saw_experts:
-        return None
-    same = source_watch.experts[:, :, None] == result_watch.experts[:, None, :]
-    return float(same.any(dim=2).float().mean())
+def _compare_layer(layer: int, old: _Seen, new: _Seen) -> LayerComparison:
+    places = massive_places(old.states)
+    cosine, error = sink_token_change(old.states, new.states, places)
+    return LayerComparison(
+        layer=layer,
+        peak_source=peak_of(old.states),
+        peak_result=peak_of(new.states),
+        sink_mass_source=float(old.sink_mass.mean()),
+        sink_mass_result=float(new.sink_mass.mean()),
+        sink_heads_source=tuple(old.sink_mass.tolist()),
+        sink_heads_result=tuple(new.sink_mass.tolist()),
+        hidden_error=relative_distance(new.states, old.states),
+        router_agreement=_agreement(old.experts, new.experts),
+        massive=massive_elements(old.states, new.states, places)[:LISTED_ELEMENTS],
+        massive_result=is_massive(peak_of(new.states), median_of(new.states)),
+        sink_cosine=cosine,
+        sink_error=error,
+        sink_rate_source=float(sink_rate(old.received)[0]),
+        sink_rate_result=float(sink_rate(new.received)[0]),
+    )
 
 
-def _retention(source_states: Sequence[Tensor], result_states: Sequence[Tensor]) -> float | None:
-    """See massive_activation_ratio; None for a layer that is not massive in the source."""
-    old = torch.cat([states.flatten(1).float() for states in source_states])
-    new = torch.cat([states.flatten(1).float() for states in result_states])
-    median = float(old.abs().median(dim=1).values.mean())
-    if not is_massive(float(old.abs().max()), median):
+def _agreement(old: Tensor | None, new: Tensor | None) -> float | None:
+    if old is None or new is None:
         return None
-    at = old.abs().argmax(dim=1, keepdim=True)
-    ratio = (new.gather(1, at) / old.gather(1, at)).clamp(min=1e-6)
-    return float(torch.minimum(ratio, 1 / ratio).mean())
+    return float((old[:, :, None] == new[:, None, :]).any(dim=2).float().mean())
+
+
+@dataclass
+class _SinkSums:
+    """Over the layers: rate and mass of each position that enough queries can see."""
+
+    layers: int = 0
+    sums: Tensor | None = None
+
+    def add(self, old: _Seen, new: _Seen) -> None:
+        half = (old.received.shape[1] + 1) // 2
+        parts = [
+            part[:half]
+            for received in (old.received, new.received)
+            for part in (received.mean(dim=0), sink_rate(received))
+        ]
+        stacked = torch.stack(parts).double()
+        self.sums = stacked if self.sums is None else self.sums + stacked
+        self.layers += 1
+
+    def strongest(self) -> tuple[SinkPosition, ...]:
+        assert self.sums is not None
+        means = self.sums / self.layers
+        at = means[[0, 2]].amax(dim=0).topk(min(LISTED_SINKS, means.shape[1])).indices.tolist()
+        rows = ((position, *means[:, position].tolist()) for position in at)
+        return tuple(
+            SinkPosition(position, mass, mass_after, rate, rate_after)
+            for position, mass, rate, mass_after, rate_after in rows
+        )
 
 
 def _compare_predictions(
-    compared: _Compared,
-    original: StreamedModel,
-    result: StreamedModel,
-    batches: Sequence[Tensor],
-    source_states: Sequence[Tensor],
-    result_states: Sequence[Tensor],
-) -> None:
-    sequences = [row[1:] for batch in batches for row in batch]
-    targets = [piece for row in sequences for piece in row.split(PIECE_TOKENS)]
+    original: Original, result: StreamedModel, old: _Seen, new: _Seen
+) -> _Predictions:
+    sequences = [row[1:] for batch in original.batches for row in batch]
+    pieces = [(i, part) for i, row in enumerate(sequences) for part in row.split(PIECE_TOKENS)]
     predictions = zip(
-        targets,
-        original.logits(in_pieces([states[:, :-1] for states in source_states])),
-        result.logits(in_pieces([states[:, :-1] for states in result_states])),
+        pieces,
+        original.model.logits(in_pieces([states[:, :-1] for states in old.states])),
+        result.logits(in_pieces([states[:, :-1] for states in new.states])),
         strict=True,
     )
-    loss_source = loss_result = divergence = 0.0
-    for target, source_logits, result_logits in predictions:
+    sums = torch.zeros(4, len(sequences), dtype=torch.float64)
+    for (sequence, target), source_logits, result_logits in predictions:
         wanted = target[None].to(source_logits.device)
-        loss_source += _cross_entropy(source_logits, wanted)
-        loss_result += _cross_entropy(result_logits, wanted)
-        divergence += float(kl_divergence(source_logits, result_logits).double().sum())
-        compared.tokens += target.numel()
-    compared.loss_source = loss_source / compared.tokens
-    compared.loss_result = loss_result / compared.tokens
-    compared.divergence = divergence / compared.tokens
+        sums[0, sequence] += target.numel()
+        for row, part in enumerate(
+            (
+                cross_entropy(source_logits, wanted),
+                cross_entropy(result_logits, wanted),
+                kl_divergence(source_logits, result_logits),
+            )
+        ):
+            sums[row + 1, sequence] += float(part.double().sum())
+    return _Predictions(*sums)
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> float:
-    picked = logits.log_softmax(-1).gather(-1, target[..., None])
-    return -float(picked.double().sum())
+# -------------------------------------------------------------------------------------------- gates
 
 
-def _massive_check(compared: _Compared, rule: Validation) -> Check:
-    name, limit = "massive_activation_ratio", rule.massive_activation_ratio
-    if not compared.retention:
-        return Check(
-            name, None, limit, None, "not applicable: the source has no massive activation"
+def _at_most(
+    name: str,
+    value: float,
+    limit: float,
+    detail: str = "",
+    interval: tuple[float, float] | None = None,
+) -> Check:
+    """With an interval the check passes or fails if all of it does; where it holds the limit, the
+    value decides, and the detail says so. NaN fails."""
+    if interval is None:
+        return Check(name, value, limit, value <= limit, detail)
+    low, high = interval
+    if low <= limit < high:
+        detail = "; ".join(filter(None, [detail, "the sample is too small to tell"]))
+    return Check(name, value, limit, value <= limit, detail, low, high)
+
+
+def _at_least(name: str, value: float, limit: float, detail: str = "") -> Check:
+    return Check(name, value, limit, value >= limit, detail)
+
+
+def _prediction_checks(found: _Predictions, rule: Validation) -> tuple[Check, Check]:
+    total = float(found.tokens.sum())
+    loss = found.loss_result - found.loss_source
+    loss_interval = bootstrap_interval(loss, found.tokens)
+    increase = (_exp(loss_interval[0]) - 1, _exp(loss_interval[1]) - 1) if loss_interval else None
+    few = "" if loss_interval else f"{len(loss)} sequences are too few for an interval"
+    return (
+        _at_most(
+            "perplexity_increase",
+            _exp(float(loss.sum()) / total) - 1,
+            rule.perplexity_increase,
+            few,
+            increase,
+        ),
+        _at_most(
+            "kl_divergence",
+            float(found.divergence.sum()) / total,
+            rule.kl_divergence,
+            few,
+            bootstrap_interval(found.divergence, found.tokens),
+        ),
+    )
+
+
+def _massive_checks(layers: Sequence[LayerComparison], rule: Validation) -> tuple[Check, Check]:
+    common = [(e, c) for c in layers for e in c.massive if e.share >= COMMON_SHARE]
+    if not common:
+        none = "not applicable: the source has no massive activation"
+        return (
+            Check("massive_activation_ratio", None, rule.massive_activation_ratio, None, none),
+            Check("sink_token_error", None, rule.sink_token_error, None, none),
         )
-    layer = min(compared.retention, key=lambda layer: compared.retention[layer])
-    return _at_least(name, compared.retention[layer], limit, f"least in layer {layer}")
+    element, layer = min(common, key=lambda pair: _sortable(pair[0].retention))
+    where = f"position {element.position}" if element.position >= 0 else "several positions"
+    worst = max((c for _, c in common), key=lambda c: _sortable(c.sink_error, math.inf))
+    return (
+        _at_least(
+            "massive_activation_ratio",
+            element.retention,
+            rule.massive_activation_ratio,
+            f"least in layer {layer.layer}, {where}, channel {element.channel}",
+        ),
+        _at_most(
+            "sink_token_error",
+            worst.sink_error,
+            rule.sink_token_error,
+            f"most in layer {worst.layer}, where the cosine is {worst.sink_cosine:.4f}",
+        ),
+    )
+
+
+def _sortable(value: float, instead: float = -math.inf) -> float:
+    return instead if math.isnan(value) else value
 
 
 def _sink_check(compared: _Compared, rule: Validation) -> Check:
-    before = after = 0.0
-    for layer in compared.layers:
-        for old, new in zip(layer.sink_heads_source, layer.sink_heads_result, strict=True):
-            if old >= SINK_HEAD_FLOOR:
-                before, after = before + old, after + new
-    if not before:
-        return Check(
-            "sink_decay", None, rule.sink_decay, None,
-            f"not applicable: no head of the source gives position 0 a mass of {SINK_HEAD_FLOOR}",
-        )  # fmt: skip
-    return _at_most("sink_decay", 1.0 - after / before, rule.sink_decay)
+    decay = sink_decay(
+        pair
+        for layer in compared.layers
+        for pair in zip(layer.sink_heads_source, layer.sink_heads_result, strict=True)
+    )
+    sinks = ", ".join(
+        f"position {sink.position} ({sink.rate_source:.2f} -> {sink.rate_result:.2f})"
+        for sink in compared.sinks[:2]
+    )
+    if decay is None:
+        reason = f"not applicable: no head of the source gives position 0 {SINK_HEAD_FLOOR}"
+        return Check("sink_decay", None, rule.sink_decay, None, reason)
+    return _at_most("sink_decay", decay, rule.sink_decay, f"sink rates: {sinks}")
+
+
+def _router_checks(layers: Sequence[LayerComparison], rule: Validation) -> tuple[Check, Check]:
+    shares = {c.layer: c.router_agreement for c in layers if c.router_agreement is not None}
+    worst = min(shares, key=lambda layer: _sortable(shares[layer]))
+    mean = sum(shares.values()) / len(shares)
+    return (
+        _at_least("router_agreement", mean, rule.router_agreement),
+        _at_least(
+            "router_agreement_least",
+            shares[worst],
+            rule.router_agreement_least,
+            f"layer {worst}",
+        ),
+    )
 
 
 # --------------------------------------------------------------------------------------- generation
 
 
 def _generate(
-    original: StreamedModel,
-    result: StreamedModel,
-    tokens: Sequence[Sequence[int]],
-    rule: Validation,
-    options: RunOptions,
-) -> tuple[tuple[Continuation, ...], Check]:
-    wanted = rule.generation
+    original: Original, result: StreamedModel, rule: Validation, options: RunOptions
+) -> tuple[tuple[Continuation, ...], tuple[Check, Check]]:
+    wanted, tokens = rule.generation, original.tokens
     if not wanted.tokens:
-        return (), Check(
-            "repetition", None, rule.repetition, None, "not run: validation.generation.tokens is 0"
-        )
+        reason = "not run: validation.generation.tokens is 0"
+        limits = {"repetition": rule.repetition, "loops": rule.loops}
+        repetition, loops = (Check(n, None, at, None, reason) for n, at in limits.items())
+        return (), (repetition, loops)
     step = max(1, len(tokens) // wanted.prompts)
     prompts = torch.tensor([s[: wanted.prompt_tokens] for s in tokens[::step][: wanted.prompts]])
     steps = _steps("generate", 2 * wanted.tokens, options)
-    source_ids = original.generate(prompts, wanted.tokens, lambda: next(steps)).tolist()
+    source_ids = original.generate(prompts, wanted.tokens, lambda: next(steps))
     result_ids = result.generate(prompts, wanted.tokens, lambda: next(steps)).tolist()
-    repeated_source = sum(map(repetition, source_ids)) / len(source_ids)
-    repeated_result = sum(map(repetition, result_ids)) / len(result_ids)
-    detail = f"source {repeated_source:.3f}, result {repeated_result:.3f}"
-    check = _at_most("repetition", repeated_result - repeated_source, rule.repetition, detail)
-    return _texts(original.source, prompts.tolist(), source_ids, result_ids), check
+    continuations = _continuations(original.model.source, prompts.tolist(), source_ids, result_ids)
+    return continuations, _repetition_checks(source_ids, result_ids, rule)
 
 
 def _steps(stage: str, total: int, options: RunOptions) -> Iterator[None]:
@@ -397,15 +540,26 @@ def _steps(stage: str, total: int, options: RunOptions) -> Iterator[None]:
         yield
 
 
-def repetition(tokens: Sequence[int]) -> float:
-    """Share of the 4-grams of a continuation that occurred in it before: 0 for no repetition, near
-    1 for a loop."""
-    grams = Counter(tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1))
-    total = sum(grams.values())
-    return 1.0 - len(grams) / total if total else 0.0
+def _repetition_checks(
+    source_ids: Sequence[Sequence[int]], result_ids: Sequence[Sequence[int]], rule: Validation
+) -> tuple[Check, Check]:
+    count = len(source_ids)
+    old, new = (sum(1 - distinct(ids) for ids in side) / count for side in (source_ids, result_ids))
+    before, after = ([find_loop(ids) for ids in side] for side in (source_ids, result_ids))
+    loops_before, loops_after = (sum(map(bool, loops)) for loops in (before, after))
+    detail = f"source {loops_before} of {count}, result {loops_after}"
+    added = [loop for was, loop in zip(before, after, strict=True) if loop and not was]
+    if added:
+        worst = max(added, key=lambda loop: loop.length)
+        detail += f"; one says the same {worst.period} tokens for {worst.length}"
+    excess = (loops_after - loops_before) / count
+    return (
+        _at_most("repetition", new - old, rule.repetition, f"source {old:.3f}, result {new:.3f}"),
+        _at_most("loops", excess, rule.loops, detail),
+    )
 
 
-def _texts(
+def _continuations(
     source: ModelSource,
     prompts: Sequence[Sequence[int]],
     source_ids: Sequence[Sequence[int]],
@@ -414,8 +568,18 @@ def _texts(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    rows = zip(prompts, source_ids, result_ids, strict=True)
-    return tuple(Continuation(*(str(tokenizer.decode(list(ids))) for ids in r)) for r in rows)
+    return tuple(
+        Continuation(
+            prompt=str(tokenizer.decode(list(prompt))),
+            source=str(tokenizer.decode(list(old))),
+            result=str(tokenizer.decode(list(new))),
+            distinct_source=distinct(old),
+            distinct_result=distinct(new),
+            loop_source=find_loop(old),
+            loop_result=find_loop(new),
+        )
+        for prompt, old, new in zip(prompts, source_ids, result_ids, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------------------- reload

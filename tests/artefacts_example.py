@@ -23,8 +23,10 @@ from se_compress.artifacts import (
     LayerComparison,
     LayerRecord,
     LayerStats,
+    MassiveElement,
     OutlierExpert,
     Scheme,
+    SinkPosition,
     SuperExpert,
     ValidationReport,
 )
@@ -149,6 +151,7 @@ def example_validation(layers: int = 30, experts: int = 16, heads: int = 9) -> V
         expert_bytes=31_042_560,
         source_expert_bytes=106_168_320,
         layers=tuple(_comparison(layer, layers, heads, dice) for layer in range(layers)),
+        sinks=(SinkPosition(0, 0.41, 0.40, 0.52, 0.51), SinkPosition(5, 0.06, 0.06, 0.0, 0.0)),
         continuations=_continuations(),
         records=tuple(_record(layer, experts, dice) for layer in range(layers)),
         versions={"se-compress": "0.1.0", "torch": "2.13.0", "transformers": "5.17.0"},
@@ -273,7 +276,19 @@ def _comparison(layer: int, count: int, heads: int, dice: random.Random) -> Laye
         sink_heads_result=result,
         hidden_error=0.004 + 0.0021 * layer + 0.002 * dice.random(),
         router_agreement=0.985 - 0.003 * layer + 0.01 * dice.random(),
+        massive=_massive(peak, dice),
+        massive_result=peak > 2000,
+        sink_cosine=1 - 0.001 * dice.random(),
+        sink_error=0.01 + 0.02 * dice.random(),
+        sink_rate_source=sum(value > 0.3 for value in source) / heads,
+        sink_rate_result=sum(value > 0.3 for value in result) / heads,
     )
+
+
+def _massive(peak: float, dice: random.Random) -> tuple[MassiveElement, ...]:
+    kept = 1 - 0.013 * dice.random()
+    found = MassiveElement(0, CHANNEL, 1.0, -peak, -peak * kept, kept)
+    return (found,) if peak > 2000 else ()
 
 
 def _record(layer: int, experts: int, dice: random.Random) -> LayerRecord:

@@ -486,12 +486,14 @@ def test_a_rejected_result_is_told_in_one_line(settings: dict[str, Any], tmp_pat
     settings |= {"target": "gptqmodel", "policy": {"bits": 2}}
     settings["quantization"]["method"] = "rtn"
     settings["validation"] |= {"kl_divergence": 1e-6, "perplexity_increase": 1e9}
-    settings["validation"] |= {"router_agreement": 0.0, "sink_decay": 1.0}
+    settings["validation"] |= {"router_agreement": 0.0, "router_agreement_least": 0.0}
+    settings["validation"] |= {"sink_decay": 1.0, "loops": 10.0}
     write(settings, tmp_path)
     done = run("r.yaml", "--quiet", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 4
     assert re.fullmatch(
-        r"se-compress: nothing was published; kl_divergence is \S+, limit 1e-06; report in "
+        r"se-compress: nothing was published; kl_divergence is \S+, limit 1e-06 "
+        r"\(2 sequences are too few for an interval\); report in "
         r"out\.rejected/se_compress\n",
         done.stderr,
     )

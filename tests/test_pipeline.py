@@ -108,8 +108,10 @@ class Workplace:
                 "perplexity_increase": 1e9,
                 "kl_divergence": 1e3,
                 "router_agreement": 0.0,
+                "router_agreement_least": 0.0,
                 "sink_decay": 1.0,
                 "repetition": 10.0,
+                "loops": 10.0,
             },
         }
 
@@ -200,9 +202,12 @@ def test_all_files_of_the_contract_come_out(published: Path, tiny_model: TinyMod
         "perplexity_increase",
         "kl_divergence",
         "massive_activation_ratio",
+        "sink_token_error",
         "sink_decay",
         "router_agreement",
+        "router_agreement_least",
         "repetition",
+        "loops",
         "tensors_accounted",
         "reload",
     ]
