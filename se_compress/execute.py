@@ -1,7 +1,8 @@
 """Compress the model, one layer at a time, into a checkpoint that has been laid out already.
 
-Two streams run side by side: the source's hidden states, and those of the model compressed so far.
-The second one is what later layers will really see, so it is what they are calibrated on.
+Two streams run side by side: the hidden states of the model compressed so far, and the source's.
+The first one is what later layers will really see, so it is what they are calibrated on. The second
+shows how far the first has strayed; a few sequences of it are enough for that.
 
 For each layer, the compressed stream shows the input of every expert. Gate and up of an expert see
 the same input and share one Hessian and one factorisation; down is calibrated on what the
@@ -46,11 +47,14 @@ from se_compress.streaming import (
     RoutingCapture,
     StreamedModel,
     batches_of,
+    leading,
     load_states,
     save_states,
 )
 from se_compress.targets import planned_bits, result_name
 
+# Tokens of the source's own stream that are kept to compare with: its leading sequences.
+WITNESS_TOKENS = 2048
 # Float32 elements of all Hessians and stacks that are held at once: 1 GiB.
 STACK_ELEMENTS = 2**28
 # Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
@@ -166,24 +170,21 @@ def _compress_layer(
     started = time.perf_counter()
     module = model.load_layer(layer)
     decisions = [d for d in plan.experts if d.layer == layer and d.action == "quantize"]
-    unchanged_so_far = streams["result"] is streams["source"]
-    capture = RoutingCapture()
-    after = model.run_layer(layer, module, streams["source"], capture)
-    result, records = after, list[ExpertRecord]()
-    if decisions and not unchanged_so_far:
-        capture = RoutingCapture()
-        model.run_layer(layer, module, streams["result"], capture)
+    untouched = streams["result"] is streams["source"] and not decisions
+    source = [] if untouched else leading(streams["source"], WITNESS_TOKENS)
+    source = model.run_layer(layer, module, source)  # first: the weights are about to change
+    capture = RoutingCapture(runs_experts=not decisions)
+    result = model.run_layer(layer, module, streams["result"], capture)
+    records: list[ExpertRecord] = []
     if decisions:
         tensors, records = _quantize_experts(model, module, capture, decisions, recipe)
         named = {result_name(model.source, plan, n): tensor for n, tensor in tensors.items()}
         write_tensors(layout, named)
+        model.add_experts(module, result, capture)
     _copy_unchanged(model.source, plan, layer, layout)
-    if decisions or not unchanged_so_far:
-        result = model.run_layer(layer, module, streams["result"])
-    record = LayerRecord(
-        layer, time.perf_counter() - started, relative_distance(result, after), tuple(records)
-    )
-    return record, {"source": after, "result": result}
+    away = 0.0 if untouched else relative_distance(leading(result, WITNESS_TOKENS), source)
+    record = LayerRecord(layer, time.perf_counter() - started, away, tuple(records))
+    return record, {"source": result if untouched else source, "result": result}
 
 
 @dataclass(frozen=True)

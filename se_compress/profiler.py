@@ -213,6 +213,8 @@ class _Peak:
 class _Watch(RoutingCapture, SinkCapture):
     """Observes one layer over all batches: experts, dense MLP, attention to the sink."""
 
+    wants_inner = True
+
     def __init__(self, batches: Sequence[Tensor]) -> None:
         super().__init__()
         self.batches = batches

@@ -38,11 +38,15 @@ PIECE_TOKENS = 256
 class Observer:
     """What a run of a layer reports; override what is needed. Tensors are not to be changed.
 
-    `batch` is set before each batch: its index among the batches.
+    `batch` is set before each batch: its index among the batches. `wants_inner` asks for `expert`
+    of shared experts, whose inner state has to be computed once more for that. Without
+    `runs_experts` the routed experts are told of, not run: they add nothing.
     """
 
     batch: int = 0
     wants_attention = False
+    wants_inner = False
+    runs_experts = True
     silenced: frozenset[ExpertIndex] = frozenset()
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
@@ -87,6 +91,8 @@ def experts_forward(
         raise SourceError(f"{type(module).__name__}: this layout of fused experts is not supported")
     observer = cast(Observer | None, getattr(module, "observer", None)) or Observer()
     observer.routed(hidden, top_k_index, top_k_weights)
+    if not observer.runs_experts:
+        return torch.zeros_like(hidden)
     slots = top_k_index.shape[-1]
     order = torch.argsort(top_k_index.reshape(-1), stable=True)
     counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.gate_up_proj.shape[0])
@@ -122,6 +128,8 @@ def _shared_hook(gate: nn.Module | None, down: str) -> Callable[..., Tensor]:
         flat = output.flatten(0, -2)
         if "shared" in observer.silenced:
             return torch.zeros_like(output)
+        if not observer.wants_inner:
+            return output
         inner = module.act_fn(module.gate_proj(hidden)) * module.up_proj(hidden)  # type: ignore[operator]
         weights = torch.sigmoid(gate(hidden))[:, 0] if gate else hidden.new_ones(len(hidden))
         observer.expert("shared", torch.arange(len(hidden)), inner, flat, weights)
@@ -348,6 +356,17 @@ class StreamedModel:
             hook.remove()
         return results
 
+    @torch.no_grad()
+    def add_experts(
+        self, module: nn.Module, hidden: Sequence[Tensor], capture: "RoutingCapture"
+    ) -> None:
+        """Complete, in place, what `run_layer` returned under a capture that did not run the
+        experts. In every family of the table their output enters the stream as it is."""
+        experts = self.experts_module(module)
+        experts.observer = None
+        for states, routing in zip(hidden, capture.routings, strict=True):
+            states += experts_forward(experts, *routing).view_as(states)
+
     def _attach(self, layer: int, module: nn.Module, observer: Observer) -> list[RemovableHandle]:
         """Tell the experts and the attention of a layer whom to report to; the plain MLPs (shared
         experts, dense layers) have no interface for that and get a hook on their down_proj."""
@@ -434,6 +453,19 @@ def batches_of(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Tenso
     return [torch.tensor(batch) for batch in batches]
 
 
+def leading(hidden: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first sequences of batches [B, T, H], at most `tokens` tokens (but at least one)."""
+    kept: list[Tensor] = []
+    for states in hidden:
+        count = min(len(states), tokens // states.shape[1])
+        if count or not kept:
+            kept.append(states[: max(1, count)])
+        tokens -= max(1, count) * states.shape[1]
+        if count < len(states):
+            break
+    return kept
+
+
 def in_pieces(hidden: Sequence[Tensor]) -> list[Tensor]:
     """The same states [B, T, H] as pieces [1, n, H] of at most PIECE_TOKENS, in order: logits are
     wide, and what is computed from them position by position need not hold those of a batch."""
@@ -448,32 +480,36 @@ class RoutingCapture(Observer):
     """Keeps the input of a layer's routed experts and the routing, over all batches.
 
     After the run: `hidden` [N, H], `experts` [N, k], `weights` [N, k], rows in the order of the
-    batches.
+    batches; `routings` the same batch by batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, runs_experts: bool = True) -> None:
         super().__init__()
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.runs_experts = runs_experts
+        self.routings: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
-        self._parts.append((hidden.detach(), experts, weights))
+        self.routings.append((hidden.detach(), experts, weights))
 
     @property
     def saw_experts(self) -> bool:
         """False for a dense layer."""
-        return bool(self._parts)
+        return bool(self.routings)
 
     @cached_property
     def hidden(self) -> Tensor:
-        return torch.cat([part[0] for part in self._parts])
+        whole = torch.cat([routing[0] for routing in self.routings])
+        views = torch.split(whole, [len(routing[0]) for routing in self.routings])
+        self.routings = [(v, *r[1:]) for v, r in zip(views, self.routings, strict=True)]
+        return whole
 
     @cached_property
     def experts(self) -> Tensor:
-        return torch.cat([part[1] for part in self._parts])
+        return torch.cat([routing[1] for routing in self.routings])
 
     @cached_property
     def weights(self) -> Tensor:
-        return torch.cat([part[2] for part in self._parts])
+        return torch.cat([routing[2] for routing in self.routings])
 
     def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Rows [n] routed to `expert`, ascending, and their routing weights [n]."""

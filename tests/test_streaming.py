@@ -25,6 +25,7 @@ from se_compress.streaming import (
     RoutingCapture,
     StreamedModel,
     batches_of,
+    leading,
     load_states,
     save_states,
 )
@@ -139,6 +140,7 @@ class Recorder(Observer):
     """Keeps everything that it is told, by batch."""
 
     wants_attention = True
+    wants_inner = True
 
     def __init__(self) -> None:
         self.routings: list[tuple[int, Tensor, Tensor, Tensor]] = []
@@ -421,3 +423,37 @@ def test_saving_replaces_the_old_states_in_one_step(
 
 def test_no_states(tmp_path: Path) -> None:
     assert load_states(tmp_path / "states", torch.device("cpu")) == (-1, {})
+
+
+def test_leading_sequences_of_batches() -> None:
+    batches = [torch.zeros(2, 4, 3), torch.ones(2, 4, 3), torch.ones(1, 5, 3)]
+    for tokens, sizes in [
+        (1, [1]),
+        (8, [2]),
+        (11, [2]),
+        (12, [2, 1]),
+        (16, [2, 2]),
+        (99, [2, 2, 1]),
+    ]:
+        found = leading(batches, tokens)
+        assert [len(states) for states in found] == sizes
+        assert all(torch.equal(f, b[: len(f)]) for f, b in zip(found, batches, strict=False))
+        assert len(leading(found, tokens)) == len(found)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_experts_added_afterwards_give_the_whole_layer(tiny_model: TinyModel, name: str) -> None:
+    model = open_streamed(tiny_model(name))
+    hidden = model.embed(batches_of(TOKENS, BATCH_TOKENS))
+    for layer in range(model.source.layer_count):
+        module = model.load_layer(layer)
+        whole = model.run_layer(layer, module, hidden)
+        capture = RoutingCapture(runs_experts=False)
+        parts = model.run_layer(layer, module, hidden, capture)
+        if layer in model.source.moe_layers:
+            assert not any(torch.allclose(a, b) for a, b in zip(parts, whole, strict=True))
+            assert capture.hidden.shape[0] == sum(len(routing[0]) for routing in capture.routings)
+            model.add_experts(module, parts, capture)
+        for ours, expected in zip(parts, whole, strict=True):
+            torch.testing.assert_close(ours, expected)
+        hidden = whole
