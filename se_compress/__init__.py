@@ -2,10 +2,14 @@
 
 The Python API is five verbs: `open_source`, `profile_experts`, `make_plan`, `compress`, `validate`.
 They are loaded on first use, so that `import se_compress` needs neither torch nor transformers.
+
+With it imported, transformers' `from_pretrained` loads our bitsandbytes checkpoints (loading.py).
 """
 
 from importlib import import_module
 from typing import Any
+
+from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
 __all__ = ["compress", "make_plan", "open_source", "profile_experts", "validate"]
@@ -17,6 +21,12 @@ _HOME = {
     "compress": "se_compress.execute",
     "validate": "se_compress.validator",
 }
+
+
+# At once if transformers is imported already.
+register_post_import_hook(
+    lambda module: import_module("se_compress.loading"), "transformers.quantizers.auto"
+)
 
 
 def __getattr__(name: str) -> Any:

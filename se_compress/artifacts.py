@@ -308,12 +308,16 @@ class Scheme:
     method        how the codes are found
     group_size    input columns that share a scale; -1: one scale per row
     symmetric     one zero for all groups
+    data_type     bitsandbytes' nf4, fp4 or int8
+    double_quant  bitsandbytes' scales are quantised themselves
     """
 
     format: str
     method: str
     group_size: int
     symmetric: bool
+    data_type: str | None = field(default=None, metadata=UNLESS_NONE)
+    double_quant: bool | None = field(default=None, metadata=UNLESS_NONE)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from se_compress.artifacts import TensorInfo
+from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.errors import ResourceError, SourceError
 from se_compress.headers import INDEX_FILE, header_bytes
+from se_compress.quant.bnb import PARTS, dequantize_bnb
 from se_compress.quant.packing import PackedGptq, unpack_gptq
 
 Reader = Callable[[str], Tensor]
@@ -70,18 +71,24 @@ def open_result(
     found: Mapping[str, TensorInfo],
     source: Mapping[str, TensorInfo],
     result_name: Callable[[str], str] = lambda name: name,
+    scheme: Scheme | None = None,
 ) -> Reader:
     """A reader of a compressed checkpoint by the names of its source: packed weights come back
     dequantised, float32 [rows, columns], everything else as it is on disk.
 
     found, source   headers of the compressed checkpoint and of its source
     result_name     what the checkpoint calls a tensor of the source
+    scheme          how the quantised matrices are stored; GPTQ v1 if it is not given
     """
     read_stored = open_tensors(found)
 
     def read(name: str) -> Tensor:
         stored = result_name(name)
         stem = stored.removesuffix(".weight")
+        if scheme and scheme.data_type and found[stored].dtype in ("U8", "I8"):
+            parts = {p: read_stored(f"{stem}.{p}") for p in PARTS if f"{stem}.{p}" in found}
+            height, width = source[name].shape
+            return dequantize_bnb(parts, (height, width), scheme, torch.float32)
         if stored in found or f"{stem}.qweight" not in found:
             return read_stored(stored)
         packed = PackedGptq(*(read_stored(f"{stem}.{part}") for part in PackedGptq._fields))

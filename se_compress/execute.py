@@ -32,6 +32,7 @@ from se_compress.artifacts import (
     ModelSource,
     Role,
     RunOptions,
+    Scheme,
     TensorInfo,
     from_json,
     to_json,
@@ -39,6 +40,7 @@ from se_compress.artifacts import (
 )
 from se_compress.checkpoint import copy_tensor, open_tensors, write_tensors
 from se_compress.measures import relative_distance
+from se_compress.quant.bnb import dequantize_bnb, quantize_bnb
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
 from se_compress.quant.packing import pack_gptq
@@ -177,7 +179,10 @@ def _compress_layer(
     result = model.run_layer(layer, module, streams["result"], capture)
     records: list[ExpertRecord] = []
     if decisions:
-        tensors, records = _quantize_experts(model, module, capture, decisions, recipe)
+        if plan.scheme.format == "bitsandbytes":
+            tensors, records = _pack_experts(model, module, capture, decisions, plan.scheme)
+        else:
+            tensors, records = _quantize_experts(model, module, capture, decisions, recipe)
         named = {result_name(model.source, plan, n): tensor for n, tensor in tensors.items()}
         write_tensors(layout, named)
         model.add_experts(module, result, capture)
@@ -236,6 +241,61 @@ def _quantize_experts(
             tensors |= _pack(model.source.experts[identity], gate_up.stack, down.stack, i)
             records.append(_record(identity, bits, i, inputs, inner_inputs, gate_up, down))
     return tensors, sorted(records, key=lambda record: record.id)
+
+
+def _pack_experts(
+    model: StreamedModel,
+    module: nn.Module,
+    capture: RoutingCapture,
+    decisions: Sequence[ExpertDecision],
+    scheme: Scheme,
+) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
+    """The same through bitsandbytes, which looks at weights only; the tokens serve to measure."""
+    experts = model.experts_module(module)
+    tensors: dict[str, Tensor] = {}
+    records: list[ExpertRecord] = []
+    for decision in decisions:
+        assert isinstance(decision.expert, int)
+        assert decision.bits is not None
+        gate_up, down = experts.gate_up_proj[decision.expert], experts.down_proj[decision.expert]
+        before = gate_up.clone(), down.clone()
+        for role, live in zip(ROLES, (*gate_up.chunk(2), down), strict=True):
+            if decision.bits_of(role) != 16:
+                name = model.source.experts[decision.id][role].name
+                tensors |= _pack_in_place(name, live, scheme)
+        rows, _ = capture.rows_of(decision.expert)
+        inputs = capture.hidden[rows]
+        inner = _inner(experts, decision.expert, inputs)
+        errors = _output_error(before[0], gate_up, inputs), _output_error(before[1], down, inner)
+        records.append(
+            ExpertRecord(
+                layer=decision.layer,
+                expert=decision.expert,
+                bits=decision.bits,
+                tokens=len(rows),
+                shrinkage=0.0,
+                damping=0.0,
+                error_gate_up=errors[0],
+                error_down=errors[1],
+                fallback="",
+            )
+        )
+    return tensors, records
+
+
+def _pack_in_place(name: str, live: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """The packed parts of a live weight [R, C], which becomes what they stand for."""
+    parts = quantize_bnb(live, scheme)
+    live.copy_(dequantize_bnb(parts, (live.shape[0], live.shape[1]), scheme, torch.float32))
+    return {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
+
+
+def _output_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:
+    """|x dW^T| / |x W^T| over the inputs [n, C]; without any, |dW| / |W|."""
+    change, whole = (after - before).float(), before.float()
+    if len(inputs):
+        change, whole = inputs.float() @ change.T, inputs.float() @ whole.T
+    return float(change.norm() / whole.norm().clamp(min=1e-30))
 
 
 def _stacks(decisions: Sequence[ExpertDecision], experts: Any) -> Iterator[tuple[int, list[int]]]:

@@ -3,14 +3,20 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource, write_atomically
+from se_compress.artifacts import (
+    CompressionPlan,
+    ExpertDecision,
+    ModelSource,
+    TensorInfo,
+    write_atomically,
+)
 from se_compress.families import FAMILIES
 from se_compress.headers import INDEX_FILE
-from se_compress.targets import result_name
+from se_compress.targets import planned_bits, result_name
 
 # Weights in any format are not copied: the result has its own.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -27,7 +33,8 @@ def export_config(source: ModelSource, plan: CompressionPlan, directory: Path) -
     settings = quantization_config(source, plan)
     if settings:
         config["quantization_config"] = settings
-        write_atomically(directory / "quantize_config.json", _pretty(settings))
+        if plan.scheme.format == "gptq":
+            write_atomically(directory / "quantize_config.json", _pretty(settings))
     write_atomically(directory / "config.json", _pretty(config))
 
 
@@ -41,15 +48,43 @@ def _pretty(value: Mapping[str, Any]) -> str:
 
 
 def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
-    """The `quantization_config` of config.json; empty for a plan that quantises nothing.
-
-    GPTQ v1 as GPTQModel 7.6 reads it (quantization/config.py). The base width is the commonest one;
-    `dynamic` maps patterns of module names to what differs: "-:pattern" leaves a module in 16 bits,
-    "+:pattern" gives it another width.
-    """
+    """The `quantization_config` of config.json; empty for a plan that quantises nothing."""
     quantized = [d for d in plan.experts if d.action == "quantize"]
     if not quantized:
         return {}
+    if plan.scheme.format == "bitsandbytes":
+        return _bitsandbytes_config(source, plan)
+    return _gptq_config(source, plan, quantized)
+
+
+def _bitsandbytes_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
+    """As `loading.SeCompressConfig` reads it: each matrix that is not as one would expect, an
+    expert's in 16 bits or another's packed, by its name."""
+    scheme = plan.scheme
+    tensors = [(info, planned_bits(plan, info) == 16) for info in source.tensors.values()]
+    blocks = {"block_size": scheme.group_size, "double_quant": scheme.double_quant}
+    return {
+        "quant_method": "se-compress",
+        "format": "bitsandbytes",
+        "version": 1,
+        "data_type": scheme.data_type,
+        **({} if scheme.data_type == "int8" else blocks),
+        "in_16_bit": [_stem(i) for i, plain in tensors if i.kind == "expert" and i.role and plain],
+        "others": [_stem(i) for i, plain in tensors if i.kind != "expert" and not plain],
+    }
+
+
+def _stem(info: TensorInfo) -> str:
+    return info.name.removesuffix(".weight")
+
+
+def _gptq_config(
+    source: ModelSource, plan: CompressionPlan, quantized: Sequence[ExpertDecision]
+) -> dict[str, Any]:
+    """GPTQ v1 as GPTQModel 7.6 reads it (quantization/config.py). The base width is the commonest
+    one; `dynamic` maps patterns of module names to what differs: "-:pattern" leaves a module in 16
+    bits, "+:pattern" gives it another width.
+    """
     widths = [d.bits for d in quantized]
     base = max(set(widths), key=lambda bits: (widths.count(bits), bits))
     return {

@@ -30,7 +30,7 @@ from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError
 from se_compress.headers import lay_out
 from se_compress.policy import check_plan, make_plan, scheme_of
-from se_compress.preflight import check_disk, check_memory
+from se_compress.preflight import check_disk, check_memory, check_packages
 from se_compress.progress import (
     OURS,
     SETTINGS_FILE,
@@ -149,7 +149,9 @@ def run(request: Request) -> Outcome:
     source = open_source(request.recipe.model)
     check_output(request.output)
     # What can be refused without a profile is refused now, before the hours.
-    check_disk([_plan(source, None, request)], source, request.recipe)
+    plan = _plan(source, None, request)
+    check_packages([plan])
+    check_disk([plan], source, request.recipe)
     return _run(request, source)
 
 
@@ -166,6 +168,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     for name, one in requests.items():
         with _naming(name):
             plans.append(_plan(source, None, one))
+    check_packages(plans)
     check_disk(plans, source, request.recipe)
     outcomes = {}
     for name, one in requests.items():

@@ -22,7 +22,14 @@ from se_compress.artifacts import (
 from se_compress.errors import RecipeError
 from se_compress.knapsack import Option, choose
 from se_compress.recipe import ExpertName, Recipe
-from se_compress.targets import TARGETS, TargetRules, check_grid, expert_bytes, find_rules
+from se_compress.targets import (
+    TARGETS,
+    TargetRules,
+    check_grid,
+    expert_bytes,
+    find_rules,
+    widths_of,
+)
 
 
 def make_plan(
@@ -36,7 +43,7 @@ def make_plan(
     if quantization.method == "none":
         _check_unquantized_budget(source, recipe)
         return _assemble(source, profile, recipe, {}, _widths(source, protected, recipe, 16), ())
-    check_grid(source, rules, quantization.group_size, quantization.symmetric)
+    check_grid(source, rules, scheme_of(recipe))
     width = _widest_uniform(source, protected, recipe)
     widths, notes = _widths(source, protected, recipe, width), tuple[str, ...]()
     if len(recipe.policy.bits) > 1:
@@ -48,6 +55,9 @@ def scheme_of(recipe: Recipe) -> Scheme:
     """How the recipe stores what it quantises."""
     rule = recipe.quantization
     rules = find_rules(recipe.target, rule.method)
+    if rules.format == "bitsandbytes":
+        block = (-1, None) if rule.data_type == "int8" else (rule.block_size, rule.double_quant)
+        return Scheme(rules.format, rule.method, block[0], True, rule.data_type, block[1])
     return Scheme(rules.format, rule.method, rule.group_size, rule.symmetric)
 
 
@@ -62,7 +72,7 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
     try:
         rules = find_rules(plan.target, plan.scheme.method)
         if any(decision.action == "quantize" for decision in plan.experts):
-            check_grid(source, rules, plan.scheme.group_size, plan.scheme.symmetric)
+            check_grid(source, rules, plan.scheme)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     if len(plan.by_id) != len(plan.experts):
@@ -98,7 +108,7 @@ def _check_decision(
         raise RecipeError(
             f"{where}: expert {identity}: action {decision.action} cannot be done yet"
         )
-    packable = rules.widths if identity.expert != "shared" else ()
+    packable = widths_of(plan.scheme, rules) if identity.expert != "shared" else ()
     accepted = (16,) if decision.action == "keep" else packable
     if decision.bits not in accepted:
         raise RecipeError(
@@ -172,7 +182,7 @@ def _widest_uniform(source: ModelSource, protected: frozenset[ExpertId], recipe:
         kept = f"{len(protected)} protected at {recipe.policy.protected_bits} bits and all other "
         why = (
             f"{kept if protected else 'all '}experts at {widths[0]} bits, with scales in groups "
-            f"of {recipe.quantization.group_size}"
+            f"of {scheme_of(recipe).group_size}"
         )
         raise RecipeError(_impossible(recipe, min(measured.values()), why))
     return fitting[-1]

@@ -1,13 +1,24 @@
-"""Does it fit? Asked before the hours, not after them."""
+"""Can it be done here? Asked before the hours, not after them."""
 
+import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from se_compress.artifacts import CompressionPlan, ModelSource
-from se_compress.errors import ResourceError
+from se_compress.errors import RecipeError, ResourceError
 from se_compress.progress import partial
 from se_compress.recipe import Recipe
+
+
+def check_packages(plans: Sequence[CompressionPlan]) -> None:
+    """What the plans need is installed. Raises RecipeError."""
+    methods = {plan.scheme.method for plan in plans}
+    if "bitsandbytes" in methods and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "quantization.method is bitsandbytes, which is not installed: "
+            "pip install 'se-compress[bnb]'"
+        )
 
 
 def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from se_compress.errors import RecipeError
 
 Target = Literal["transformers", "gptqmodel"]
-Method = Literal["gptq", "rtn", "none"]
+Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
 Width = Literal[2, 3, 4, 8]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -148,6 +148,12 @@ class Quantization(_Section):
     group_size  input columns that share a scale; -1 means one scale per row
     damping     share of each input column's mean square that is added to it (raised where the
                 Hessian cannot be factorised): more trusts the calibration text less
+
+    Method bitsandbytes has keys of its own:
+
+    data_type     nf4 and fp4 are 4 bits, int8 is 8 bits with one scale per row
+    block_size    weights of a row that share a scale (nf4, fp4)
+    double_quant  the scales are quantised as well: 0.37 bits per weight less in blocks of 64
     """
 
     method: Method = "gptq"
@@ -156,6 +162,20 @@ class Quantization(_Section):
     act_order: Literal["static", "none"] = "static"
     scales: Literal["activation", "minmax"] = "activation"
     damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    data_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
+    double_quant: bool = True
+
+    @model_validator(mode="after")
+    def _keys_of_the_method(self) -> "Quantization":
+        integer = {"group_size", "symmetric", "act_order", "scales", "damping"}
+        blocks, own = {"block_size", "double_quant"}, {"data_type", "block_size", "double_quant"}
+        foreign = integer if self.method == "bitsandbytes" else own
+        if given := sorted(foreign & self.model_fields_set):
+            raise ValueError(f"{given[0]} is not a key of method {self.method}")
+        if self.data_type == "int8" and (given := sorted(blocks & self.model_fields_set)):
+            raise ValueError(f"{given[0]} is not a key of data_type int8: it has a scale per row")
+        return self
 
 
 class Generation(_Section):
@@ -209,6 +229,23 @@ class Recipe(_Section):
     @classmethod
     def _names(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _width_of_the_data_type(self) -> "Recipe":
+        if self.quantization.method == "bitsandbytes":
+            data_type = self.quantization.data_type
+            width = 8 if data_type == "int8" else 4
+            if self.policy.bits != (width,):
+                raise ValueError(
+                    f"policy.bits is {list(self.policy.bits)}, but data_type {data_type} stores "
+                    f"{width} bits: [{width}] is accepted"
+                )
+            if self.policy.protected_bits not in (width, 16):
+                raise ValueError(
+                    f"policy.protected_bits is {self.policy.protected_bits}, but data_type "
+                    f"{data_type} stores {width} bits: 16 is accepted"
+                )
+        return self
 
 
 def parse_size(text: str) -> int:

@@ -26,6 +26,10 @@ def main() -> int:
         return _not_run(f"loading needs about {2 * needed / 1e9:.1f} GB of memory")
     if request["target"] == "gptqmodel" and importlib.util.find_spec("gptqmodel") is None:
         return _not_run("gptqmodel is not installed (pip install 'se-compress[gptq]')")
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method == "se-compress" and importlib.util.find_spec("bitsandbytes") is None:
+        return _not_run("bitsandbytes is not installed (pip install 'se-compress[bnb]')")
     load = {"gptqmodel": _load_gptqmodel, "transformers": _load_transformers}[request["target"]]
     model = load(directory)
 

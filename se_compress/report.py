@@ -32,6 +32,7 @@ from se_compress.artifacts import (
     ExpertProfile,
     ExpertRecord,
     LayerComparison,
+    Scheme,
     ValidationReport,
 )
 from se_compress.recipe import Recipe
@@ -203,6 +204,7 @@ def _template(name: str) -> jinja2.Template:
         "listed": listed,
         "width": _width,
         "fate": _fate,
+        "scheme": _scheme,
         "mean": lambda values: statistics.fmean(values),
         "plain": _plain_text,
     }
@@ -284,6 +286,18 @@ def _width(bits: int | None) -> str:
     if not bits:
         return "pruned"
     return "16 bits (as in the source)" if bits == SOURCE_BITS else f"{bits} bits"
+
+
+def _scheme(scheme: Scheme) -> str:
+    """A plan's scheme in words."""
+    if scheme.method == "none":
+        return scheme.method
+    scales = "one scale per row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    if scheme.data_type is None:
+        zeros = "symmetric" if scheme.symmetric else "asymmetric"
+        return f"{scheme.method}, {scales}, {zeros}"
+    double = ", double quantisation" if scheme.double_quant else ""
+    return f"{scheme.method} {scheme.data_type}, {scales.replace('groups', 'blocks')}{double}"
 
 
 def _fate(decision: ExpertDecision | None) -> str:

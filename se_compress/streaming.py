@@ -81,11 +81,7 @@ class _Instrumented(Protocol):
 def experts_forward(
     module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The routed experts' output [N, H], as transformers' own implementations compute it.
-
-    Tokens are sorted by expert once; each expert then works on its contiguous rows. The weighted
-    outputs of a token are summed in the order of its top-k slots, so the result is deterministic.
-    """
+    """The routed experts' output [N, H], as transformers' own implementations compute it."""
     experts = cast(_Instrumented, module)
     if experts.is_transposed or experts.has_bias or not experts.has_gate:
         raise SourceError(f"{type(module).__name__}: this layout of fused experts is not supported")
@@ -93,9 +89,36 @@ def experts_forward(
     observer.routed(hidden, top_k_index, top_k_weights)
     if not observer.runs_experts:
         return torch.zeros_like(hidden)
+
+    def run(expert: int, rows: Tensor, weights: Tensor) -> Tensor:
+        gate_up = nn.functional.linear(hidden[rows], experts.gate_up_proj[expert])
+        inner = experts._apply_gate(gate_up)
+        output = nn.functional.linear(inner, experts.down_proj[expert])
+        if expert in observer.silenced:
+            output = torch.zeros_like(output)
+        observer.expert(expert, rows, inner, output, weights)
+        return output
+
+    return sum_routed(hidden, top_k_index, top_k_weights, experts.gate_up_proj.shape[0], run)
+
+
+def sum_routed(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    experts: int,
+    run: Callable[[int, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The weighted sum [N, H] of what the chosen experts make of `hidden` [N, H].
+
+    `run` gets an expert, its rows [n] and their weights [n], and returns its output [n, H] before
+    the weights. Tokens are sorted by expert once; each expert then works on its contiguous rows.
+    The weighted outputs of a token are summed in the order of its top-k slots, so the result is
+    deterministic.
+    """
     slots = top_k_index.shape[-1]
     order = torch.argsort(top_k_index.reshape(-1), stable=True)
-    counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.gate_up_proj.shape[0])
+    counts = torch.bincount(top_k_index.reshape(-1), minlength=experts)
     weighted = hidden.new_empty(order.shape[0], hidden.shape[-1])
     start = 0
     for expert, count in enumerate(counts.tolist()):
@@ -103,12 +126,7 @@ def experts_forward(
             continue
         chosen = order[start : start + count]
         rows, weights = chosen // slots, top_k_weights.reshape(-1)[chosen]
-        gate_up = nn.functional.linear(hidden[rows], experts.gate_up_proj[expert])
-        inner = experts._apply_gate(gate_up)
-        output = nn.functional.linear(inner, experts.down_proj[expert])
-        if expert in observer.silenced:
-            output = torch.zeros_like(output)
-        observer.expert(expert, rows, inner, output, weights)
+        output = run(expert, rows, weights)
         weighted[chosen] = (output * weights[:, None]).to(weighted.dtype)
         start += count
     return weighted.view(-1, slots, hidden.shape[-1]).sum(dim=1)

@@ -37,7 +37,24 @@ def _gptq_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
     yield "g_idx", "I32", (columns,)
 
 
-FORMATS: Mapping[str, Callable[[int, int, int, Scheme], Parts]] = {"gptq": _gptq_parts}
+def _bitsandbytes_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
+    """What `quant.bnb.quantize_bnb` gives, under bitsandbytes' own names; 8 bits are int8."""
+    if bits == 8:
+        yield "weight", "I8", (rows * columns, 1)
+        yield "SCB", "F32", (rows,)
+        return
+    blocks = rows * columns // scheme.group_size
+    yield "weight", "U8", (rows * columns // 2, 1)
+    yield "weight.absmax", "U8" if scheme.double_quant else "F32", (blocks,)
+    if scheme.double_quant:
+        yield "weight.nested_absmax", "F32", (-(-blocks // 256),)
+        yield "weight.nested_offset", "F32", ()
+
+
+FORMATS: Mapping[str, Callable[[int, int, int, Scheme], Parts]] = {
+    "gptq": _gptq_parts,
+    "bitsandbytes": _bitsandbytes_parts,
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,21 @@ TARGETS: tuple[TargetRules, ...] = (
     ),
     TargetRules(
         target="transformers",
+        format="bitsandbytes",
+        methods=("bitsandbytes",),
+        widths=(4, 8),
+        granularity="projection",
+        group_sizes=(-1, 32, 64, 128, 256, 512, 1024),
+        asymmetric=False,
+        row_multiple=1,
+        column_multiple=1,
+        unfused_names=False,
+        source="our own quantizer for transformers, loading.py; bitsandbytes 0.50.2 takes these"
+        " block sizes (functional.py), and its CPU kernel reads blocks that run on into the next"
+        " row with the wrong maxima; -1 is int8, which has one maximum per row",
+    ),
+    TargetRules(
+        target="transformers",
         format="source",
         methods=("none",),
         widths=(),
@@ -122,11 +154,20 @@ def rules_of(plan: CompressionPlan) -> TargetRules:
     return next(r for r in TARGETS if (r.target, r.format) == (plan.target, plan.scheme.format))
 
 
-def check_grid(source: ModelSource, rules: TargetRules, group_size: int, symmetric: bool) -> None:
+def widths_of(scheme: Scheme, rules: TargetRules) -> tuple[int, ...]:
+    """What a quantised matrix of the scheme may have: a data type of bitsandbytes has one width."""
+    if scheme.data_type is None:
+        return rules.widths
+    return (8,) if scheme.data_type == "int8" else (4,)
+
+
+def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
     """Raises RecipeError if the target does not load this grid or a matrix does not fit it."""
+    group_size, symmetric = scheme.group_size, scheme.symmetric
+    key = "quantization." + ("block_size" if scheme.data_type else "group_size")
     if group_size not in rules.group_sizes:
         raise RecipeError(
-            f"quantization.group_size is {group_size}; target {rules.target} loads "
+            f"{key} is {group_size}; target {rules.target} loads "
             f"{', '.join(map(str, rules.group_sizes))}"
         )
     if not symmetric and not rules.asymmetric:
@@ -139,8 +180,8 @@ def check_grid(source: ModelSource, rules: TargetRules, group_size: int, symmetr
             if group_size != -1 and columns % group_size:
                 fitting = [g for g in rules.group_sizes if g == -1 or columns % g == 0]
                 raise RecipeError(
-                    f"quantization.group_size {group_size} does not divide the {columns} columns of"
-                    f" {info.name}; accepted there: {', '.join(map(str, fitting))}"
+                    f"{key} {group_size} does not divide the {columns} columns of {info.name}; "
+                    f"accepted there: {', '.join(map(str, fitting))}"
                 )
             if rows % rules.row_multiple or columns % rules.column_multiple:
                 raise RecipeError(

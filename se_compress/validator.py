@@ -82,13 +82,21 @@ from se_compress.streaming import (
     batches_of,
     in_pieces,
 )
-from se_compress.targets import result_name, result_slots
+from se_compress.targets import planned_bits, result_name, result_slots
 
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
 RELOAD_LIMIT = 0.10
 RELOAD_TOKENS = 64
 LISTED_ELEMENTS, LISTED_SINKS = 8, 4
-PACKAGES = ("torch", "transformers", "safetensors", "gptqmodel", "datasets", "se-compress")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "gptqmodel",
+    "bitsandbytes",
+    "datasets",
+    "se-compress",
+)
 
 
 def validate(
@@ -113,7 +121,9 @@ def validate(
         return _report(source, [accounted], None, (), records, found)
     rule = recipe.validation
     original = original or Original(source, tokens, recipe, options)
-    read = open_result(found, source.tensors, lambda name: result_name(source, plan, name))
+    read = open_result(
+        found, source.tensors, lambda name: result_name(source, plan, name), plan.scheme
+    )
     result = _streamed(source, read, recipe, options)
     compared = _compare(original, result, options)
     continuations, repetition = _generate(original, result, rule, options)
@@ -176,7 +186,11 @@ def _account(source: ModelSource, plan: CompressionPlan, found: Mapping[str, Ten
     """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
     own bytes, and there is nothing else."""
     expected = {slot.name: slot for slot in result_slots(source, plan)}
-    originals = {result_name(source, plan, n): info for n, info in source.tensors.items()}
+    originals = {
+        result_name(source, plan, name): info
+        for name, info in source.tensors.items()
+        if planned_bits(plan, info) == 16
+    }
     problems = [f"{name} is not planned" for name in found if name not in expected]
     for name, slot in expected.items():
         info = found.get(name)

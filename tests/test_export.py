@@ -121,6 +121,29 @@ def test_equally_common_widths_are_settled_alike(tiny_model: TinyModel) -> None:
     assert configs == [8, 8]
 
 
+@pytest.mark.parametrize("data_type", ["nf4", "int8"])
+def test_bitsandbytes_settings_name_what_is_not_packed(
+    tiny_model: TinyModel, data_type: str
+) -> None:
+    source = open_source(str(tiny_model("mixtral")))
+    blocks = {} if data_type == "int8" else {"block_size": 32, "double_quant": False}
+    recipe = tiny.recipe(
+        source.name,
+        policy={"bits": 8 if blocks == {} else 4, "protect": [{"layer": 1, "expert": 2}]},
+        quantization={"method": "bitsandbytes", "data_type": data_type, **blocks},
+    )
+    expert = "model.layers.1.block_sparse_moe.experts.2"
+    assert quantization_config(source, make_plan(source, None, recipe)) == {
+        "quant_method": "se-compress",
+        "format": "bitsandbytes",
+        "version": 1,
+        "data_type": data_type,
+        **blocks,
+        "in_16_bit": [f"{expert}.w1", f"{expert}.w2", f"{expert}.w3"],
+        "others": [],
+    }
+
+
 # ------------------------------------------------------------------------------------------ files
 
 

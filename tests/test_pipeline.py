@@ -23,7 +23,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from se_compress import validator
+from se_compress import preflight, validator
 from se_compress.artifacts import (
     Check,
     Comparison,
@@ -433,6 +433,34 @@ def test_a_preview_does_not_use_the_profile_of_another_model(
 
 
 # ------------------------------------------------------------------------------------- pre-flight
+
+
+@pytest.mark.parametrize("data_type", ["nf4", "int8"])
+def test_a_bitsandbytes_checkpoint_comes_out_whole(place: Workplace, data_type: str) -> None:
+    blocks = {} if data_type == "int8" else {"block_size": 32}
+    place.settings |= {
+        "target": "transformers",
+        "policy": {"bits": 8 if data_type == "int8" else 4},
+        "quantization": {"method": "bitsandbytes", "data_type": data_type, **blocks},
+    }
+    outcome = run(place.request())
+    assert outcome.published
+    assert outcome.validation.check("tensors_accounted").passed
+    assert outcome.validation.size_bytes == outcome.plan.size_bytes
+    errors = [e.error_down for r in outcome.validation.records for e in r.experts]
+    least, most = (0.001, 0.02) if data_type == "int8" else (0.05, 0.15)
+    assert all(least < error < most for error in errors)
+    assert not (place.output / "quantize_config.json").exists()
+
+
+def test_a_missing_bitsandbytes_is_found_before_the_work(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.settings |= {"target": "transformers", "quantization": {"method": "bitsandbytes"}}
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"not installed: pip install 'se-compress\[bnb\]'$"):
+        run(place.request("quantization.block_size=32"))
+    assert not place.partial.exists()
 
 
 def test_too_little_memory_is_found_before_the_work(

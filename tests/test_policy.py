@@ -416,8 +416,8 @@ def test_nothing_is_quantised_by_method_none() -> None:
         (
             "transformers",
             {"method": "gptq"},
-            "target transformers does not load experts of method gptq; it loads none, and gptq "
-            "needs target gptqmodel",
+            "target transformers does not load experts of method gptq; it loads bitsandbytes, "
+            "none, and gptq needs target gptqmodel",
         ),
         (
             "gptqmodel",
@@ -447,6 +447,43 @@ def test_what_the_target_cannot_load_is_refused(
     target: str, quantization: dict[str, Any], message: str
 ) -> None:
     refuse(lambda: make(target, bits=4, quantization=quantization), message)
+
+
+def bitsandbytes(**settings: Any) -> Recipe:
+    bits = 8 if settings.get("data_type") == "int8" else 4
+    quantization = {"method": "bitsandbytes", **settings}
+    return tiny.recipe("m", policy={"protect": "none", "bits": bits}, quantization=quantization)
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_weight"),
+    [
+        ({"block_size": 32, "double_quant": False}, 4 + 32 / 32),
+        ({"data_type": "fp4", "block_size": 32}, 4 + 8 / 32 + 8 * (4 + 4) / (WIDTH * HIDDEN)),
+        ({"data_type": "int8"}, 8 + 32 * (2 * WIDTH + HIDDEN) / WEIGHTS),
+    ],
+)
+def test_sizes_of_bitsandbytes_count_all_statistics(
+    settings: dict[str, Any], per_weight: float
+) -> None:
+    plan = make_plan(SOURCE, None, bitsandbytes(**settings))
+    assert plan.bits_per_weight == pytest.approx(per_weight)
+
+
+def test_a_block_that_runs_on_into_the_next_row_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^quantization.block_size 1024 does not divide the"):
+        make_plan(SOURCE, None, bitsandbytes(block_size=1024))
+
+
+def test_an_edited_plan_keeps_to_the_width_of_the_data_type() -> None:
+    plan = make_plan(SOURCE, None, bitsandbytes(block_size=32))
+    eight = replace(plan.experts[0], bits=8)
+    edited = replace(plan, experts=(eight, *plan.experts[1:]))
+    refuse(
+        lambda: check_plan(edited, SOURCE, "plan.json"),
+        "plan.json: expert (0, 0) has 8 bits; for action quantize and target transformers accepted"
+        " are 4",
+    )
 
 
 def test_a_matrix_that_cannot_be_packed_is_refused() -> None:

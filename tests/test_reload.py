@@ -218,6 +218,19 @@ def test_a_missing_engine_is_told_from_a_broken_result(
     assert capsys.readouterr().err == message
 
 
+def test_a_missing_bitsandbytes_is_told_from_a_broken_result(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"quantization_config": {"quant_method": "se-compress"}}
+    (scratch.parent / "result").mkdir()
+    (scratch.parent / "result" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    monkeypatch.setattr(reload.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ask(scratch, "transformers"))
+    assert reload.main() == 77
+    message = "bitsandbytes is not installed (pip install 'se-compress[bnb]')\n"
+    assert capsys.readouterr().err == message
+
+
 def test_a_machine_that_is_too_small_is_told_from_a_broken_result(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -582,6 +582,15 @@ def test_card_says_how_to_load() -> None:
     assert "GPTQModel" not in body
 
 
+def test_card_of_a_bitsandbytes_file() -> None:
+    scheme = Scheme("bitsandbytes", "bitsandbytes", 64, True, "nf4", True)
+    plan = replace(example_plan(), target="transformers", scheme=scheme)
+    text = render_model_card(example_recipe(), "mit", example_profile(), plan, example_validation())
+    assert "```python\nimport se_compress  # teaches transformers this format\nfrom transf" in text
+    assert "pip install 'se-compress[bnb]'" in text
+    assert "- Method bitsandbytes nf4, blocks of 64, double quantisation; attention" in text
+
+
 def test_card_keeps_foreign_text_as_text() -> None:
     validation = replace(
         example_validation(), checks=(Check("reload", None, None, None, f"a|b\n{EVIL}"),)

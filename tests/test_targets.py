@@ -65,8 +65,8 @@ def test_a_target_is_asked_for_a_method() -> None:
     assert find_rules("gptqmodel", "gptq").format == "gptq"
     assert find_rules("transformers", "none").format == "source"
     message = (
-        "target transformers does not load experts of method rtn; it loads none, and rtn needs "
-        "target gptqmodel"
+        "target transformers does not load experts of method rtn; it loads bitsandbytes, none, "
+        "and rtn needs target gptqmodel"
     )
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         find_rules("transformers", "rtn")
