@@ -338,6 +338,29 @@ def test_a_member_does_not_depend_on_its_neighbours(grid: Grid) -> None:
         assert same_stack(member_of(together, e), alone.stack)
 
 
+@each_grid
+def test_members_that_share_a_hessian_come_out_as_with_copies_of_it(grid: Grid) -> None:
+    weight, hessian = stack(seed=20, members=4)
+    shared = hessian[:1]
+    together = gptq(weight, shared, grid)
+    apart = gptq(weight, shared.expand(4, -1, -1), grid)
+    assert torch.equal(together.stack.zeros, apart.stack.zeros)
+    assert torch.isclose(together.stack.scales, apart.stack.scales, rtol=1e-3).float().mean() > 0.98
+    assert (together.stack.codes == apart.stack.codes).float().mean() > 0.98
+    assert torch.allclose(together.error, apart.error, rtol=5e-2)
+    assert together.damping == apart.damping
+    assert together.unfactorable == apart.unfactorable == ()
+
+
+def test_a_shared_hessian_that_cannot_be_factorised_is_reported_for_all() -> None:
+    weight, _ = stack(seed=21)
+    hessian = torch.ones(1, COLUMNS, COLUMNS).mul(-9)
+    hessian[0].fill_diagonal_(1)
+    result = gptq(weight, hessian, Grid(4, 16, symmetric=True))
+    assert result.unfactorable == (0, 1, 2)
+    assert result.damping == (1.0, 1.0, 1.0)
+
+
 def test_a_member_that_cannot_be_factorised_climbs_alone() -> None:
     weight, hessian = stack(seed=13)
     grid = Grid(4, 16, symmetric=True)

@@ -96,7 +96,8 @@ def gptq(
     """Quantize a stack so that its outputs change least.
 
     weight     [E, R, C] float32
-    hessian    [E, C, C] float32, the mean of x x' over each member's inputs
+    hessian    [E, C, C] float32, the mean of x x' over each member's inputs; or [1, C, C] if all
+               see the same: it is factorised once
     damping    share of each column's own moment to add to it, above 0, up to 1; a member that
                cannot be factorised climbs in steps of ten up to 1
     act_order  static: columns with larger moments first; none: as they come
@@ -104,33 +105,41 @@ def gptq(
     Raises ValueError if shapes do not fit or an input is not finite.
     """
     _check(weight, hessian, damping)
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    group_scales = weight.new_empty(*weight.shape[:2], grid.groups(weight.shape[2]))
+    sharing = len(weight) // len(hessian)  # members under one Hessian are rows of one member
+    tall = weight.reshape(len(hessian), -1, weight.shape[2])
+    codes = torch.empty_like(tall, dtype=torch.uint8)
+    group_scales = tall.new_empty(*tall.shape[:2], grid.groups(tall.shape[2]))
     zeros = torch.empty_like(group_scales, dtype=torch.uint8)
-    lost, whole = weight.new_zeros(2, len(weight))
+    lost, whole = torch.empty_like(tall[:, :, 0]), torch.empty_like(tall[:, :, 0])
     used: list[float] = []
-    unfactorable: list[int] = []
-    for e, row_slices in _chunks(weight):
+    failed: list[int] = []
+    for e, row_slices in _chunks(tall):
         factors = _factor(hessian[e], damping, act_order)
         used += factors.damping
-        unfactorable += [e.start + member for member in factors.failed]
+        failed += [e.start + member for member in factors.failed]
         for r in row_slices:
-            part = _Part(weight[e, r], hessian[e], factors, grid)
+            part = _Part(tall[e, r], hessian[e], factors, grid)
             made = part.quantize(scales, rounds)
             codes[e, r], group_scales[e, r], zeros[e, r] = made.codes, made.scales, made.zeros
-            lost[e] += part.lost(made)
-            whole[e] += part.whole()
-    stack = QuantizedStack(codes, group_scales, zeros, grid)
-    error = torch.where(whole > 0, lost.clamp(min=0) / whole, 0).sqrt()
-    return GptqResult(stack, tuple(used), error, tuple(unfactorable))
+            lost[e, r], whole[e, r] = part.lost(made), part.whole()
+    apart = (*weight.shape[:2], -1)
+    stack = QuantizedStack(codes.view(apart), group_scales.view(apart), zeros.view(apart), grid)
+    energy = whole.view(weight.shape[:2]).sum(1)
+    share = lost.view(weight.shape[:2]).sum(1).clamp(min=0) / energy
+    return GptqResult(
+        stack,
+        tuple(share for share in used for _ in range(sharing)),
+        torch.where(energy > 0, share, 0).sqrt(),
+        tuple(member * sharing + i for member in failed for i in range(sharing)),
+    )
 
 
 def _check(weight: Tensor, hessian: Tensor, damping: float) -> None:
     members, _, columns = weight.shape
-    if hessian.shape != (members, columns, columns):
+    if hessian.shape not in ((members, columns, columns), (1, columns, columns)):
         raise ValueError(
             f"hessian is {list(hessian.shape)}: weight {list(weight.shape)} "
-            f"takes {[members, columns, columns]}"
+            f"takes {[members, columns, columns]} or {[1, columns, columns]}"
         )
     if not 0 < damping <= 1:
         raise ValueError(f"damping is {damping}: accepted are shares above 0, up to 1")
@@ -298,18 +307,18 @@ class _Part:
         return stack
 
     def lost(self, stack: QuantizedStack) -> Tensor:
-        """[E]: the output energy of what rounding changed."""
+        """[E, R]: the output energy of what rounding changed."""
         change = dequantize(stack).sub_(self.original)
         return self._energy(change, torch.bmm(change, self.hessian))
 
     def whole(self) -> Tensor:
-        """[E]: the output energy of the weights."""
+        """[E, R]: the output energy of the weights."""
         return self._energy(self.original, self._response.mT)
 
     def _energy(self, rows: Tensor, response: Tensor) -> Tensor:
-        energy = (rows * response).sum((1, 2))
+        energy = (rows * response).sum(2)
         for e in self.factors.failed:  # an indefinite Hessian gives no energy, its diagonal does
-            energy[e] = (rows[e].square() * self.factors.moments[e]).sum()
+            energy[e] = rows[e].square() @ self.factors.moments[e]
         return energy
 
     @cached_property
