@@ -418,6 +418,19 @@ class ExpertRecord:
 
 
 @dataclass(frozen=True)
+class LinearRecord:
+    """The same for a linear of attention or of a dense MLP, by the name of its weight; every token
+    passes it."""
+
+    name: str
+    bits: int
+    tokens: int
+    damping: float
+    error: float
+    fallback: str
+
+
+@dataclass(frozen=True)
 class LayerRecord:
     """What compressing one layer did. `hidden_error` is the relative distance between the hidden
     states of the compressed stream and those of the source after the layer."""
@@ -426,6 +439,7 @@ class LayerRecord:
     seconds: float
     hidden_error: float
     experts: tuple[ExpertRecord, ...]
+    linears: tuple[LinearRecord, ...] = ()
 
 
 # ------------------------------------------------------------------------------------- validation

@@ -74,10 +74,14 @@ class _Text(_Section):
 
 
 class Calibration(_Text):
-    """The text that the profile and the quantiser see."""
+    """The text that the profile and the quantiser see.
+
+    routing  what an expert is quantised on: the tokens routed to it, or all tokens of its layer
+    """
 
     samples: Positive = 256
     sequence_length: Annotated[int, Field(ge=16)] = 512
+    routing: Literal["routed", "all"] = "routed"
 
 
 class SuperExperts(_Section):

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("source", "targets", "checkpoint", "measures", "progress"),
     ("streaming",),
+    ("solver",),
     (
         "calibrate",
         "profiler",

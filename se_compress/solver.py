@@ -1,0 +1,518 @@
+"""Quantise the matrices of one loaded layer: what they see, what they become, how it went.
+
+Gate and up of an expert see the same input and share one Hessian and one factorisation; down is
+calibrated on what the *quantised* gate and up let through. The plain linears of attention, shared
+experts and dense MLPs are treated alike: those that are given one and the same tensor are rows of
+one matrix.
+
+An expert that saw fewer tokens than its inputs have dimensions has a singular Hessian; it is filled
+up with the layer's own, see `_hessian`. With `calibration.routing: all` every expert is calibrated
+on all tokens of the layer, and the gate and up of all experts are rows of one matrix: the layer has
+one Hessian for them. Hessians are made for as many experts at a time as memory allows, from the
+layer's kept inputs: nothing grows with the number of experts.
+
+The live module's weights are replaced by what the codes stand for, so that the next run of the
+layer is that of the compressed model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate, pairwise
+from math import sqrt
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from se_compress.artifacts import (
+    ROLES,
+    ExpertDecision,
+    ExpertId,
+    ExpertRecord,
+    LinearRecord,
+    ModelSource,
+    Scheme,
+)
+from se_compress.quant.bnb import dequantize_bnb, quantize_bnb
+from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
+from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
+from se_compress.quant.packing import pack_gptq
+from se_compress.recipe import Quantization, Recipe
+from se_compress.streaming import RoutingCapture
+
+# Float32 elements of all Hessians and stacks that are held at once: 1 GiB.
+STACK_ELEMENTS = 2**28
+# Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
+# calibrated.
+LAYER_TOKENS = 4096
+NOT_FACTORED = "Hessian could not be factorised: rounded to nearest"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Hessians of a stack of matrices, and how they came about.
+
+    hessian    [E, C, C] float32, mean of x x^T; or [1, C, C] if all see the same
+    tokens     [E] tokens that each saw
+    shrinkage  [E] share of the layer's Hessian in it
+    """
+
+    hessian: Tensor
+    tokens: list[int]
+    shrinkage: list[float]
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A quantised stack with, per member, its relative error, damping and fallback."""
+
+    stack: QuantizedStack
+    error: list[float]
+    damping: list[float]
+    fallback: list[str]
+
+
+# ------------------------------------------------------------------------------- the routed experts
+
+
+def quantize_experts(
+    source: ModelSource,
+    experts: Any,
+    capture: RoutingCapture,
+    decisions: Sequence[ExpertDecision],
+    scheme: Scheme,
+    recipe: Recipe,
+) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
+    """Quantise routed experts of one layer, given as the live fused module.
+
+    capture  what the layer's experts see
+    Returns the packed tensors, by the names of the weights that they stand for, and the records.
+    """
+    if scheme.format == "bitsandbytes":
+        return _pack_experts(source, experts, capture, decisions, scheme)
+    tensors: dict[str, Tensor] = {}
+    records: list[ExpertRecord] = []
+    rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
+    for widths, members in _stacks(decisions, experts):
+        inputs = _gate_up_inputs(capture, members, everyone)
+        gate_up = _replace(experts.gate_up_proj, members, inputs, widths[0], scheme, rule)
+        inner_inputs = _down_inputs(capture, experts, members, everyone)
+        down = _replace(experts.down_proj, members, inner_inputs, widths[1], scheme, rule)
+        for i, expert in enumerate(members):
+            identity = ExpertId(decisions[0].layer, expert)
+            names = [source.experts[identity][role].name for role in ROLES]
+            for part, solved in ((names[:2], gate_up), (names[2:], down)):
+                if solved is not None:
+                    tensors |= _packed(part, solved.stack, i)
+            records.append(_record(identity, widths, i, inputs, inner_inputs, gate_up, down))
+    return tensors, sorted(records, key=lambda record: record.id)
+
+
+def _pack_experts(
+    source: ModelSource,
+    experts: Any,
+    capture: RoutingCapture,
+    decisions: Sequence[ExpertDecision],
+    scheme: Scheme,
+) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
+    """The same through bitsandbytes, which looks at weights only; the tokens serve to measure."""
+    tensors: dict[str, Tensor] = {}
+    records: list[ExpertRecord] = []
+    for decision in decisions:
+        assert isinstance(decision.expert, int)
+        assert decision.bits is not None
+        gate_up, down = experts.gate_up_proj[decision.expert], experts.down_proj[decision.expert]
+        before = gate_up.clone(), down.clone()
+        for role, live in zip(ROLES, (*gate_up.chunk(2), down), strict=True):
+            if decision.bits_of(role) != 16:
+                name = source.experts[decision.id][role].name
+                tensors |= _pack_in_place(name, live, scheme)
+        rows, _ = capture.rows_of(decision.expert)
+        inputs = capture.hidden[rows]
+        inner = _inner(experts, decision.expert, inputs)
+        errors = _output_error(before[0], gate_up, inputs), _output_error(before[1], down, inner)
+        records.append(
+            ExpertRecord(
+                layer=decision.layer,
+                expert=decision.expert,
+                bits=decision.bits,
+                tokens=len(rows),
+                shrinkage=0.0,
+                damping=0.0,
+                error_gate_up=errors[0],
+                error_down=errors[1],
+                fallback="",
+            )
+        )
+    return tensors, records
+
+
+def _pack_in_place(name: str, live: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """The packed parts of a live weight [R, C], which becomes what they stand for."""
+    parts = quantize_bnb(live, scheme)
+    live.copy_(dequantize_bnb(parts, (live.shape[0], live.shape[1]), scheme, torch.float32))
+    return {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
+
+
+def _output_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:
+    """|x dW^T| / |x W^T| over the inputs [n, C]; without any, |dW| / |W|."""
+    change, whole = (after - before).float(), before.float()
+    if len(inputs):
+        change, whole = inputs.float() @ change.T, inputs.float() @ whole.T
+    return float(change.norm() / whole.norm().clamp(min=1e-30))
+
+
+def _stacks(
+    decisions: Sequence[ExpertDecision], experts: Any
+) -> Iterator[tuple[tuple[int, int], list[int]]]:
+    """Experts of equal widths (of gate and up, and of down), as many at a time as fit into
+    STACK_ELEMENTS."""
+    hidden, inner = experts.gate_up_proj.shape[-1], experts.down_proj.shape[-1]
+    each = hidden**2 + inner**2 + 3 * hidden * inner
+    size = max(1, STACK_ELEMENTS // each)
+    members: dict[tuple[int, int], list[int]] = {}
+    for decision in decisions:
+        if isinstance(decision.expert, int):
+            widths = (decision.bits_of("gate") or 16, decision.bits_of("down") or 16)
+            members.setdefault(widths, []).append(decision.expert)
+    for widths in sorted(members):
+        for start in range(0, len(members[widths]), size):
+            yield widths, members[widths][start : start + size]
+
+
+def _gate_up_inputs(capture: RoutingCapture, members: Sequence[int], everyone: bool) -> _Inputs:
+    layer_mean = cache(lambda: _second_moment(capture.hidden))
+    if everyone:
+        count = len(members)
+        return _Inputs(layer_mean()[None], [len(capture.hidden)] * count, [0.0] * count)
+    parts = []
+    for expert in members:
+        rows, _ = capture.rows_of(expert)
+        parts.append(_hessian(capture.hidden[rows], layer_mean))
+    return _stack_inputs(parts)
+
+
+def _down_inputs(
+    capture: RoutingCapture, experts: Any, members: Sequence[int], everyone: bool
+) -> _Inputs:
+    some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
+    parts = []
+    for expert in members:
+        hidden = capture.hidden if everyone else capture.hidden[capture.rows_of(expert)[0]]
+        inner = _inner(experts, expert, hidden)
+        parts.append(_hessian(inner, partial(_down_prior, experts, expert, some)))
+    return _stack_inputs(parts)
+
+
+def _down_prior(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    return _second_moment(_inner(experts, expert, hidden))
+
+
+def _stack_inputs(parts: Sequence[tuple[Tensor, int, float]]) -> _Inputs:
+    hessians, tokens, shares = zip(*parts, strict=True)
+    return _Inputs(torch.stack(hessians), list(tokens), list(shares))
+
+
+def _inner(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    inner: Tensor = experts._apply_gate(nn.functional.linear(hidden, experts.gate_up_proj[expert]))
+    return inner
+
+
+def _second_moment(inputs: Tensor) -> Tensor:
+    moment = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
+    accumulate_hessian(moment, inputs)
+    return moment.div_(max(1, len(inputs)))
+
+
+def _hessian(inputs: Tensor, prior: Callable[[], Tensor]) -> tuple[Tensor, int, float]:
+    """Mean of x x^T over an expert's own tokens [n, C], n, and the share of the prior in it.
+
+    With n < C tokens the mean is singular: directions that happened not to occur would cost nothing
+    and be rounded away. The missing share, 1 - n / C, comes from the prior: what the expert would
+    see if all tokens of the layer went to it. An expert that saw nothing gets the prior alone.
+    """
+    tokens, columns = inputs.shape
+    hessian = _second_moment(inputs)
+    if tokens < columns:
+        hessian = shrink_towards(hessian, tokens, prior(), columns)
+    return hessian, tokens, max(0.0, 1.0 - tokens / columns)
+
+
+def _replace(
+    live: Tensor,
+    members: Sequence[int],
+    inputs: _Inputs,
+    bits: int,
+    scheme: Scheme,
+    rule: Quantization,
+) -> _Solved | None:
+    """Quantise members of a live stack [E, R, C] in place; None at 16 bits."""
+    if bits == 16:
+        return None
+    solved = _solve(live[members].float(), inputs.hessian, _grid(bits, scheme), rule)
+    live[members] = dequantize(solved.stack).to(live.dtype)
+    return solved
+
+
+def _record(
+    identity: ExpertId,
+    widths: tuple[int, int],
+    member: int,
+    inputs: _Inputs,
+    inner_inputs: _Inputs,
+    gate_up: _Solved | None,
+    down: _Solved | None,
+) -> ExpertRecord:
+    made = [solved for solved in (gate_up, down) if solved is not None]
+    return ExpertRecord(
+        layer=identity.layer,
+        expert=identity.expert,
+        bits=widths[0],
+        tokens=inputs.tokens[member],
+        shrinkage=max(inputs.shrinkage[member], inner_inputs.shrinkage[member]),
+        damping=max(solved.damping[member] for solved in made),
+        error_gate_up=gate_up.error[member] if gate_up else 0.0,
+        error_down=down.error[member] if down else 0.0,
+        fallback=next((s.fallback[member] for s in made if s.fallback[member]), ""),
+    )
+
+
+# ------------------------------------------------------------------------------------ plain linears
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """A plain linear after quantisation.
+
+    tensors      its packed tensors, by the names of the weight that they stand for
+    lost, whole  output energy per token, tr(dW H dW^T) and tr(W H W^T), over its inputs
+    """
+
+    name: str
+    bits: int
+    tensors: dict[str, Tensor]
+    tokens: int
+    damping: float
+    lost: float
+    whole: float
+    fallback: str
+
+    @property
+    def record(self) -> LinearRecord:
+        error = joint_error([self])
+        return LinearRecord(self.name, self.bits, self.tokens, self.damping, error, self.fallback)
+
+
+def joint_error(linears: Sequence[SolvedLinear]) -> float:
+    """Relative output error of several linears together."""
+    whole = sum(linear.whole for linear in linears)
+    return sqrt(max(0.0, sum(linear.lost for linear in linears)) / whole) if whole else 0.0
+
+
+def quantize_linears(
+    module: nn.Module,
+    stages: Sequence[Mapping[str, int]],
+    run: Callable[[], object],
+    scheme: Scheme,
+    rule: Quantization,
+) -> list[SolvedLinear]:
+    """Quantise plain linears of a loaded layer on what they see in `run`.
+
+    stages  name of the weight in the checkpoint -> width; a later stage sees what the quantised
+            linears of the earlier ones let through
+    """
+    done: list[SolvedLinear] = []
+    for bits in filter(None, stages):
+        linears = {name: cast(nn.Linear, module.get_submodule(_path(name))) for name in bits}
+        moments = _InputMoments(linears)
+        with moments:
+            run()
+        for names, hessian, tokens in moments.groups():
+            for width in sorted({bits[name] for name in names}):
+                alike = {name: linears[name] for name in names if bits[name] == width}
+                done += _replace_linears(alike, hessian, tokens, _grid(width, scheme), rule)
+    return done
+
+
+def quantize_shared(
+    module: nn.Module,
+    identity: ExpertId,
+    stages: Sequence[Mapping[str, int]],
+    hidden: Tensor,
+    scheme: Scheme,
+    rule: Quantization,
+) -> tuple[dict[str, Tensor], ExpertRecord]:
+    """Quantise the shared expert of a loaded layer: gate and up, then down.
+
+    stages as in `quantize_linears`, one of them may be empty; hidden [N, H] is its input
+    """
+    first = next(name for stage in stages for name in stage)
+    shared = module.get_submodule(_path(first).rpartition(".")[0])
+
+    def run() -> None:
+        for piece in torch.split(hidden, LAYER_TOKENS):
+            shared(piece)
+
+    done = quantize_linears(module, stages, run, scheme, rule)
+    gate_up, down = ([linear for linear in done if linear.name in stage] for stage in stages)
+    tensors: dict[str, Tensor] = {}
+    for linear in done:
+        tensors |= linear.tensors
+    record = ExpertRecord(
+        layer=identity.layer,
+        expert=identity.expert,
+        bits=gate_up[0].bits if gate_up else 16,
+        tokens=done[0].tokens,
+        shrinkage=0.0,
+        damping=max(linear.damping for linear in done),
+        error_gate_up=joint_error(gate_up),
+        error_down=joint_error(down),
+        fallback=next((linear.fallback for linear in done if linear.fallback), ""),
+    )
+    return tensors, record
+
+
+def _path(name: str) -> str:
+    """Of a linear in its decoder layer: model.layers.3.self_attn.q_proj.weight is self_attn.q_proj.
+
+    Only fused experts have other names in memory than on disk."""
+    return name.split(".", 3)[3].removesuffix(".weight")
+
+
+class _InputMoments:
+    """Second moments of what linears are given while this is entered.
+
+    Linears that are given one and the same tensor (q, k and v; gate and up) share a moment.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self._linears = linears
+        self._first: dict[str, str] = {}  # linear -> the first one that sees the same
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._latest: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        self._hooks = [
+            linear.register_forward_pre_hook(partial(self._see, name))
+            for name, linear in self._linears.items()
+        ]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._latest.clear()
+
+    def _see(self, name: str, linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        given = arguments[0]
+        first = next((n for n, seen in self._latest.items() if seen is given), name)
+        if self._first.setdefault(name, first) != first:
+            raise RuntimeError(f"{name} no longer sees the same as {self._first[name]}")
+        if first == name:
+            self._latest[name] = given
+            flat = given.flatten(0, -2)
+            if name not in self._sums:
+                size = flat.shape[1]
+                self._sums[name] = flat.new_zeros(size, size, dtype=torch.float32)
+            accumulate_hessian(self._sums[name], flat)
+            self._tokens[name] = self._tokens.get(name, 0) + len(flat)
+
+    def groups(self) -> Iterator[tuple[list[str], Tensor, int]]:
+        """Linears that see the same, the mean [C, C] of x x^T and the number of tokens."""
+        for name in self._linears:
+            if name not in self._first:
+                raise RuntimeError(f"{name} was never called: it cannot be calibrated")
+        for first, moment in self._sums.items():
+            names = [name for name in self._linears if self._first[name] == first]
+            yield names, moment / max(1, self._tokens[first]), self._tokens[first]
+
+
+def _replace_linears(
+    linears: Mapping[str, nn.Linear], hessian: Tensor, tokens: int, grid: Grid, rule: Quantization
+) -> list[SolvedLinear]:
+    """Quantise linears with one Hessian in place, as rows of one matrix."""
+    weights = {name: linear.weight for name, linear in linears.items()}
+    tall = torch.cat([weight.float() for weight in weights.values()])
+    solved = _solve(tall[None], hessian[None], grid, rule)
+    rounded = dequantize(solved.stack)[0]
+    done: list[SolvedLinear] = []
+    ends = accumulate((len(weight) for weight in weights.values()), initial=0)
+    for (name, weight), (start, end) in zip(weights.items(), pairwise(ends), strict=True):
+        rows = slice(start, end)
+        lost, whole = (
+            float(_energy(part[None], hessian)) for part in (rounded[rows] - tall[rows], tall[rows])
+        )
+        weight.copy_(rounded[rows])
+        solved_linear = SolvedLinear(
+            name=name,
+            bits=grid.bits,
+            tensors=_packed_rows(name, solved.stack, 0, rows),
+            tokens=tokens,
+            damping=solved.damping[0],
+            lost=lost,
+            whole=whole,
+            fallback=solved.fallback[0],
+        )
+        done.append(solved_linear)
+    return done
+
+
+# ---------------------------------------------------------------------------------------- any stack
+
+
+def _grid(bits: int, scheme: Scheme) -> Grid:
+    return Grid(bits, scheme.group_size, scheme.symmetric)
+
+
+def _solve(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> _Solved:
+    """weight [E, R, C] float32; hessian [E, C, C], or [1, C, C] if all see the same."""
+    if rule.method == "rtn":
+        moments = hessian.diagonal(dim1=1, dim2=2).expand(len(weight), -1)
+        stack = rtn(weight, grid, moments if rule.scales == "activation" else None)
+        lost, whole = (_energy(w, hessian) for w in (dequantize(stack) - weight, weight))
+        error = (lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt().tolist()
+        return _Solved(stack, error, [0.0] * len(weight), [""] * len(weight))
+    result = gptq(
+        weight,
+        hessian,
+        grid,
+        damping=rule.damping,
+        act_order=rule.act_order,
+        scales=rule.scales,
+    )
+    fallback = [NOT_FACTORED if i in result.unfactorable else "" for i in range(len(weight))]
+    return _Solved(result.stack, result.error.tolist(), list(result.damping), fallback)
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """[E]: output energy per token of weights [E, R, C]."""
+    return ((rows @ hessian) * rows).sum(dim=(1, 2))
+
+
+def _packed(names: Sequence[str], stack: QuantizedStack, member: int) -> dict[str, Tensor]:
+    """The packed tensors of a member that holds the rows of equally tall matrices."""
+    height = stack.codes.shape[1] // len(names)
+    tensors: dict[str, Tensor] = {}
+    for i, name in enumerate(names):
+        tensors |= _packed_rows(name, stack, member, slice(i * height, (i + 1) * height))
+    return tensors
+
+
+def _packed_rows(name: str, stack: QuantizedStack, member: int, rows: slice) -> dict[str, Tensor]:
+    """The packed tensors of the matrix that some rows of a member are."""
+    packed = pack_gptq(
+        stack.codes[member, rows],
+        stack.scales[member, rows],
+        stack.zeros[member, rows],
+        bits=stack.grid.bits,
+        group_size=stack.grid.group_size,
+    )
+    stem = name.removesuffix(".weight")
+    return {f"{stem}.{part}": tensor for part, tensor in packed._asdict().items()}
