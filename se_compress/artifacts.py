@@ -159,7 +159,8 @@ class ExpertStats:
     saliency          mean of routing weight x output norm over its tokens (REAP, arXiv:2510.13999)
     loss              bits -> mean over all tokens of |weight x (output - quantised output)|^2 /
                       |h|^2, h the token's residual after the layer: the error that rounding the
-                      expert to that width (no GPTQ) puts into the stream
+                      expert to that width (no GPTQ) puts into the stream. 0 bits: nothing is
+                      left of the output
     """
 
     layer: int

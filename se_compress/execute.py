@@ -10,8 +10,8 @@ attention.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
-from se_compress.checkpoint import copy_tensor, open_tensors, write_tensors
+from se_compress.checkpoint import Reader, copy_tensor, open_tensors, write_tensors
 from se_compress.families import FAMILIES
 from se_compress.measures import relative_distance
 from se_compress.recipe import Recipe
@@ -42,6 +42,7 @@ from se_compress.solver import (
     quantize_linears,
     quantize_shared,
 )
+from se_compress.splice import open_shrunk
 from se_compress.streaming import (
     Observer,
     RoutingCapture,
@@ -51,6 +52,7 @@ from se_compress.streaming import (
     load_states,
     save_states,
 )
+from se_compress.surgery import Shrunk, is_made, shrink
 from se_compress.targets import planned_bits, result_name
 
 # Tokens of the source's own stream that are kept to compare with: its leading sequences.
@@ -70,17 +72,16 @@ def compress(
     With a work directory, progress is saved after every layer and taken up again; the tensors that
     come out are the same, byte for byte.
     """
-    _copy_outside_layers(source, plan, layout)
-    if not any(_planned(source, plan, layer) for layer in range(source.layer_count)):
-        return tuple(
-            _copy_layer(source, plan, layer, layout) for layer in range(source.layer_count)
-        )
-    model = StreamedModel(
-        source,
-        open_tensors(source.tensors),
-        torch.device(options.device),
-        getattr(torch, recipe.compute_dtype),
-    )
+    small = shrink(source, plan)
+    read, untouched = open_shrunk(source, small), small.source is source
+    _copy(small, read, layout, [i for i in small.source.tensors.values() if i.layer is None])
+    if untouched and not any(_planned(small, layer) for layer in range(source.layer_count)):
+        return tuple(_copy_layer(small, read, n, layout) for n in range(source.layer_count))
+    device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
+    model = StreamedModel(small.source, read, device, dtype)
+    original = model
+    if not untouched:
+        original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
     done, streams = _resume(options, model)
     if not streams:
         embedded = model.embed(batches_of(tokens, options.batch_tokens))
@@ -89,7 +90,9 @@ def compress(
     for layer in range(source.layer_count):
         options.progress("compress", layer, source.layer_count)
         if layer > done:
-            record, streams = _compress_layer(model, plan, layer, streams, recipe, layout)
+            record, streams = _compress_layer(
+                original, model, small, layer, streams, recipe, layout
+            )
             _save(options, record, streams)
         else:
             record = _load_record(options, layer)
@@ -127,27 +130,30 @@ def _load_record(options: RunOptions, layer: int) -> LayerRecord:
 # ------------------------------------------------------------------------------------------ copying
 
 
-def _copy_outside_layers(
-    source: ModelSource, plan: CompressionPlan, layout: Mapping[str, TensorInfo]
+def _copy(
+    small: Shrunk, read: Reader, layout: Mapping[str, TensorInfo], tensors: Iterable[TensorInfo]
 ) -> None:
-    for info in source.tensors.values():
-        if info.layer is None:
-            copy_tensor(info, layout[result_name(source, plan, info.name)])
+    """Put tensors that keep their precision into the result: byte for byte, or as surgery makes
+    them."""
+    for info in tensors:
+        name = result_name(small.source, small.plan, info.name)
+        if is_made(info):
+            write_tensors(layout, {name: read(info.name)})
+        else:
+            copy_tensor(info, layout[name])
 
 
-def _copy_unchanged(
-    source: ModelSource, plan: CompressionPlan, layer: int, layout: Mapping[str, TensorInfo]
-) -> None:
-    for info in source.tensors.values():
-        if info.layer == layer and planned_bits(plan, info) == 16:
-            copy_tensor(info, layout[result_name(source, plan, info.name)])
+def _unquantized(small: Shrunk, layer: int) -> Iterator[TensorInfo]:
+    for info in small.source.tensors.values():
+        if info.layer == layer and planned_bits(small.plan, info) == 16:
+            yield info
 
 
 def _copy_layer(
-    source: ModelSource, plan: CompressionPlan, layer: int, layout: Mapping[str, TensorInfo]
+    small: Shrunk, read: Reader, layer: int, layout: Mapping[str, TensorInfo]
 ) -> LayerRecord:
     started = time.perf_counter()
-    _copy_unchanged(source, plan, layer, layout)
+    _copy(small, read, layout, _unquantized(small, layer))
     return LayerRecord(layer, time.perf_counter() - started, 0.0, ())
 
 
@@ -174,7 +180,8 @@ class _Planned:
         return bool(self.experts or any(self.shared) or self.attention or any(self.dense))
 
 
-def _planned(source: ModelSource, plan: CompressionPlan, layer: int) -> _Planned:
+def _planned(small: Shrunk, layer: int) -> _Planned:
+    source, plan = small.source, small.plan
     family = FAMILIES[source.family]
     widths: dict[str, dict[str, int]] = {}
     for info in source.tensors.values():
@@ -196,34 +203,45 @@ def _planned(source: ModelSource, plan: CompressionPlan, layer: int) -> _Planned
 
 
 def _compress_layer(
+    original: StreamedModel,
     model: StreamedModel,
-    plan: CompressionPlan,
+    small: Shrunk,
     layer: int,
     streams: Mapping[str, list[Tensor]],
     recipe: Recipe,
     layout: Mapping[str, TensorInfo],
 ) -> tuple[LayerRecord, dict[str, list[Tensor]]]:
-    started = time.perf_counter()
-    module = model.load_layer(layer)
-    planned = _planned(model.source, plan, layer)
-    untouched = streams["result"] is streams["source"] and not planned
+    """`original` is the source, `model` what surgery left of it: one and the same without any."""
+    started, plan = time.perf_counter(), small.plan
+    module = original.load_layer(layer)
+    planned = _planned(small, layer)
+    same = streams["result"] is streams["source"] and model is original
+    untouched = same and not planned
     source = [] if untouched else leading(streams["source"], WITNESS_TOKENS)
-    source = model.run_layer(layer, module, source)  # first: the weights are about to change
+    source = original.run_layer(layer, module, source)  # first: the weights are about to change
+    if model is not original:
+        del module  # one layer in memory
+        module = model.load_layer(layer)
     if planned:
         made = _quantize_layer(model, module, planned, streams["result"], plan.scheme, recipe)
     else:
         made = _Made(model.run_layer(layer, module, streams["result"]))
     write_tensors(layout, {result_name(model.source, plan, n): t for n, t in made.tensors.items()})
-    _copy_unchanged(model.source, plan, layer, layout)
+    _copy(small, model.read, layout, _unquantized(small, layer))
     away = 0.0 if untouched else relative_distance(leading(made.result, WITNESS_TOKENS), source)
     record = LayerRecord(
         layer=layer,
         seconds=time.perf_counter() - started,
         hidden_error=away,
-        experts=tuple(made.experts),
+        experts=tuple(_by_source_id(record, small) for record in made.experts),
         linears=tuple(linear.record for linear in made.linears),
     )
     return record, {"source": made.result if untouched else source, "result": made.result}
+
+
+def _by_source_id(record: ExpertRecord, small: Shrunk) -> ExpertRecord:
+    """Records speak of the source's experts; of merged ones, the first stands for all."""
+    return replace(record, expert=small.origin[record.id][0].expert)
 
 
 @dataclass

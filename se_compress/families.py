@@ -31,6 +31,7 @@ class Family:
     width_key      config key of the routed experts' intermediate width
     shared_width   config keys whose product is the shared expert's intermediate width
     renames        (on disk, in memory) name parts, where transformers' live module differs
+    groups         groups of a group-limited router if the config does not say (`n_group`)
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class Family:
     width_key: str = "moe_intermediate_size"
     shared_width: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    groups: int = 1
 
 
 _QWEN3_MOE = Family(
@@ -93,6 +95,7 @@ FAMILIES: Mapping[str, Family] = {
             model_type="deepseek_v3",
             source="transformers, modeling_deepseek_v3.py; deepseek-ai/DeepSeek-V3",
             per_expert=("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
+            groups=8,
         ),
     )
 }
@@ -115,6 +118,12 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 def count_key(family: Family, config: Mapping[str, Any]) -> str:
     """The config key that holds the number of routed experts."""
     return next((key for key in family.count_keys if key in config), family.count_keys[0])
+
+
+def routing_groups(family: Family, config: Mapping[str, Any]) -> int:
+    """Groups of neighbouring experts that a group-limited router chooses among first; 1 for any
+    other router."""
+    return int(config.get("n_group") or family.groups)
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
@@ -213,6 +222,11 @@ def router_tensors(family: Family, layer: int) -> tuple[str, ...]:
     """Names of the layer's tensors that decide who computes: never quantised."""
     templates = (family.router, *family.per_expert, family.shared_gate)
     return tuple(template.format(layer=layer) for template in templates if template)
+
+
+def per_expert_tensors(family: Family, layer: int) -> tuple[str, ...]:
+    """Names of the layer's tensors whose axis 0 runs over the routed experts."""
+    return tuple(t.format(layer=layer) for t in (family.router, *family.per_expert))
 
 
 def _kind_outside_layers(name: str) -> TensorKind:

@@ -47,6 +47,7 @@ from se_compress.progress import (
 )
 from se_compress.recipe import Recipe, flatten
 from se_compress.source import open_source
+from se_compress.surgery import shrink
 from se_compress.targets import result_slots
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -228,7 +229,8 @@ def _run(request: Request, source: ModelSource) -> Outcome:
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
         staged = work / "checkpoint"
-        layout = lay_out(result_slots(source, plan), staged, MAX_SHARD_BYTES)
+        small = shrink(source, plan)
+        layout = lay_out(result_slots(small.source, small.plan), staged, MAX_SHARD_BYTES)
         records = _compress(source, plan, calibration, layout, work, request)
         validation = _validate(source, plan, staged, held_out, records, request)
         _write_reports(source, staged, profile, plan, validation, request)
@@ -297,7 +299,8 @@ def _compress(
     allocate(layout)
     options = replace(request.options, work=work)
     records = compress(source, plan, tokens, request.recipe, layout, options)
-    export_config(source, plan, work / "checkpoint")
+    small = shrink(source, plan)
+    export_config(small.source, small.plan, work / "checkpoint")
     return records
 
 

@@ -1,15 +1,18 @@
 """Decide what becomes of every expert. Pure Python on numbers: no torch, deterministic.
 
-Protection comes first: a super expert keeps `protected_bits`, whatever the budget. With one allowed
-width every other routed expert gets that. With several, the profile says what each width would cost
-each expert, and a knapsack solver spends the budget where it saves most. What the target cannot
-load is refused here, before any weight is read.
+Protection comes first: a super expert keeps `protected_bits`, whatever the budget, and stays where
+others are pruned. What is pruned, merged or zeroed is decided next (structure.py); the widths are
+then those of the smaller model that is left (surgery.py), so that nothing here has to know of it.
+With one allowed width every other routed expert gets that. With several, the profile says what each
+width would cost each expert, and a knapsack solver spends the budget where it saves most. What the
+target cannot load is refused here, before any weight is read.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, floor
 
+from se_compress import structure
 from se_compress.artifacts import (
     Action,
     CompressionPlan,
@@ -21,7 +24,14 @@ from se_compress.artifacts import (
 )
 from se_compress.errors import RecipeError
 from se_compress.knapsack import Option, choose
-from se_compress.recipe import ExpertName, Recipe
+from se_compress.recipe import Prune, Recipe
+from se_compress.surgery import (
+    check_structure,
+    lifted,
+    renumbered,
+    shrink,
+    shrunk_profile,
+)
 from se_compress.targets import (
     TARGETS,
     TargetRules,
@@ -37,9 +47,114 @@ def make_plan(
 ) -> CompressionPlan:
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
+    reasons, rule = _protected(source, profile, recipe), recipe.policy.prune
+    if recipe.policy.zero:
+        zeroed = structure.zero(source, profile, recipe.policy)
+        silent = {decision.id for decision in zeroed}
+        reasons = {i: reason for i, reason in reasons.items() if i not in silent}
+        return _with_structure(source, profile, recipe, reasons, zeroed, ())
+    if rule is None:
+        return _allocate(source, profile, recipe, reasons)
+    if rule.fraction == "auto":
+        return _best_pruned(source, profile, recipe, reasons, rule)
+    count = structure.count_of(source, reasons.keys(), rule.fraction, "policy.prune.fraction")
+    return _pruned(source, profile, recipe, reasons, rule, count)
+
+
+def _pruned(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    recipe: Recipe,
+    reasons: Mapping[ExpertId, str],
+    rule: Prune,
+    count: int,
+) -> CompressionPlan:
+    """The plan with `count` experts of each routing group gone."""
+    gone = structure.prune(source, profile, reasons.keys(), rule.score, count)
+    notes = structure.notes(source, count, "pruned")
+    return _with_structure(source, profile, recipe, reasons, gone, notes)
+
+
+def _best_pruned(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    recipe: Recipe,
+    reasons: Mapping[ExpertId, str],
+    rule: Prune,
+) -> CompressionPlan:
+    """`fraction: auto`: of all counts that can meet the budget, the one of least predicted loss.
+    Without a profile no loss is known, and the least count that can meet it is taken."""
+    best: tuple[float, CompressionPlan] | None = None
+    tried, last = [], None
+    for count in structure.steps(source, reasons.keys()):
+        try:
+            plan = _pruned(source, profile, recipe, reasons, rule, count)
+        except RecipeError as error:
+            last = error
+            continue
+        if profile is None:
+            return plan
+        loss = predicted_loss(plan, profile)
+        tried.append(f"{loss:.4g} with {count}")
+        if best is None or loss < best[0]:
+            best = loss, plan
+    if best is None:
+        raise last or RuntimeError("no number of experts could be tried")
+    tried_text = f"predicted loss by experts pruned per routing group: {', '.join(tried)}"
+    return replace(best[1], notes=(tried_text, *best[1].notes))
+
+
+def predicted_loss(plan: CompressionPlan, profile: ExpertProfile) -> float:
+    """Sum over the routed experts of what the profile says that their widths cost, see
+    ExpertStats.loss; an expert that is gone or silent has 0 bits."""
+    total = 0.0
+    for decision in plan.experts:
+        gone = decision.action in ("prune", "zero")
+        if decision.expert != "shared" and (gone or decision.action == "quantize"):
+            total += profile.by_id[decision.id].loss[0 if gone else decision.bits or 0]
+    return total
+
+
+def _with_structure(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    recipe: Recipe,
+    reasons: Mapping[ExpertId, str],
+    decisions: Sequence[ExpertDecision],
+    notes: tuple[str, ...],
+) -> CompressionPlan:
+    """The plan in which `decisions` hold for the experts that they name, and widths are allocated
+    to what is left of the model."""
+    if not decisions:
+        return _allocate(source, profile, recipe, reasons)
+    whole = CompressionPlan(
+        target=recipe.target,
+        scheme=scheme_of(recipe),
+        bits_per_weight=0.0,
+        size_bytes=0,
+        source_size_bytes=source.size_bytes,
+        protected=tuple(sorted(reasons)),
+        profile_digest="",
+        notes=notes,
+        experts=tuple(renumbered(source, structure.complete(source, decisions))),
+    )
+    check_structure(source, whole, "policy")
+    small = shrink(source, whole)
+    left = {new: reasons[m[0]] for new, m in small.origin.items() if m[0] in reasons}
+    known = shrunk_profile(profile, whole, small) if profile else None
+    return lifted(whole, _allocate(small.source, known, recipe, left))
+
+
+def _allocate(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    recipe: Recipe,
+    reasons: Mapping[ExpertId, str],
+) -> CompressionPlan:
+    """Widths for all experts of a model; `reasons` says which are protected and why."""
     quantization = recipe.quantization
     rules = find_rules(recipe.target, quantization.method)
-    protected, reasons = _protected(source, profile, recipe)
+    protected = frozenset(reasons)
     if quantization.method == "none":
         _check_unquantized_budget(source, recipe)
         return _assemble(source, profile, recipe, {}, _widths(source, protected, recipe, 16), ())
@@ -85,11 +200,14 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
             raise RecipeError(f"{where}: protected lists {identity}, which the model does not have")
     for decision in plan.experts:
         _check_decision(plan, decision, source, rules, where)
-    widths = {d.id: d.bits for d in plan.experts if d.expert != "shared" and d.bits is not None}
+    plan = replace(plan, experts=tuple(renumbered(source, plan.experts)))
+    check_structure(source, plan, where)
+    small = shrink(source, plan)
+    widths = {d.id: d.bits or 16 for d in small.plan.experts if d.expert != "shared"}
     return replace(
         plan,
-        bits_per_weight=bits_per_weight(source, widths, plan.scheme),
-        size_bytes=_size_bytes(source, widths, plan.scheme),
+        bits_per_weight=bits_per_weight(small.source, widths, plan.scheme),
+        size_bytes=_size_bytes(small.source, widths, plan.scheme),
         source_size_bytes=source.size_bytes,
     )
 
@@ -104,18 +222,18 @@ def _check_decision(
     identity = decision.id
     if identity not in source.experts:
         raise RecipeError(f"{where}: the model has no expert {identity}")
-    if decision.action not in ("keep", "quantize"):
-        raise RecipeError(
-            f"{where}: expert {identity}: action {decision.action} cannot be done yet"
-        )
     packable = widths_of(plan.scheme, rules) if identity.expert != "shared" else ()
-    accepted = (16,) if decision.action == "keep" else packable
-    if decision.bits not in accepted:
+    accepted: dict[Action, tuple[int | None, ...]] = {
+        "keep": (16,), "quantize": packable, "prune": (None,)
+    }  # fmt: skip
+    widths = accepted.get(decision.action, (*packable, 16))
+    if decision.bits not in widths:
+        named = ", ".join("null" if width is None else str(width) for width in widths)
         raise RecipeError(
             f"{where}: expert {identity} has {decision.bits} bits; for action {decision.action} and"
-            f" target {plan.target} accepted are {', '.join(map(str, accepted)) or 'none'}"
+            f" target {plan.target} accepted are {named or 'none'}"
         )
-    if identity in plan.protected and (decision.bits or 0) < 8:
+    if identity in plan.protected and (decision.bits or 16) < 8:
         raise RecipeError(
             f"{where}: expert {identity} is protected but has {decision.bits} bits; accepted are 8 "
             "and 16, unless it is taken off the list of protected"
@@ -134,12 +252,12 @@ def bits_per_weight(source: ModelSource, widths: Mapping[ExpertId, int], scheme:
 
 def _protected(
     source: ModelSource, profile: ExpertProfile | None, recipe: Recipe
-) -> tuple[frozenset[ExpertId], dict[ExpertId, str]]:
+) -> dict[ExpertId, str]:
     """The protected experts and why."""
     protect, bits = recipe.policy.protect, recipe.policy.protected_bits
     reasons: dict[ExpertId, str] = {}
     if isinstance(protect, tuple):
-        for identity in _listed(source, protect):
+        for identity in structure.listed(source, protect, "policy.protect"):
             kept = 16 if identity.expert == "shared" else bits
             reasons[identity] = f"protected at {kept} bits: listed in policy.protect"
     elif protect == "super-experts" and profile is not None:
@@ -149,21 +267,7 @@ def _protected(
                 f"protected at {bits} bits: super expert, peak {expert.peak:.0f} on channel "
                 f"{expert.channel} at position {expert.position}, {state[expert.confirmed]}"
             )
-    return frozenset(reasons), reasons
-
-
-def _listed(source: ModelSource, names: Sequence[ExpertName]) -> list[ExpertId]:
-    identities = []
-    for i, name in enumerate(names):
-        identity = ExpertId(name.layer, name.expert)
-        if identity not in source.experts:
-            layers = source.moe_layers
-            raise RecipeError(
-                f"policy.protect.{i}: there is no expert {identity}; expert layers are {layers[0]} "
-                f"to {layers[-1]}, experts 0 to {source.expert_count - 1}"
-            )
-        identities.append(identity)
-    return identities
+    return reasons
 
 
 def _widest_uniform(source: ModelSource, protected: frozenset[ExpertId], recipe: Recipe) -> int:

@@ -121,7 +121,7 @@ def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe:
     """Equal if a profile made from these inputs would be equal."""
     grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
     criterion = recipe.super_experts.model_dump()
-    return digest_of("profile-2", source.digest, tokens, criterion, grid, recipe.compute_dtype)
+    return digest_of("profile-3", source.digest, tokens, criterion, grid, recipe.compute_dtype)
 
 
 def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedModel:
@@ -324,14 +324,15 @@ def _rounding_losses(
         samples = [_sample(experts, expert, watch, residual) for expert in range(start, stop)]
         hidden_power = torch.stack([_mean_square(s.hidden) for s in samples])
         inner_power = torch.stack([_mean_square(s.inner) for s in samples])
+        for i, sample in enumerate(samples):
+            losses[start + i] = {0: _loss(sample, sample.output.float(), len(residual))}
         for grid in grids:
             rounded_in = dequantize(rtn(gate_up[start:stop].float(), grid, hidden_power))
             rounded_out = dequantize(rtn(down[start:stop].float(), grid, inner_power))
             for i, sample in enumerate(samples):
                 inner = experts._apply_gate(sample.hidden.float() @ rounded_in[i].T)
-                error = (inner @ rounded_out[i].T - sample.output.float()).square().sum(dim=1)
-                loss = float((error * sample.factor).sum() / len(residual))
-                losses.setdefault(start + i, {})[grid.bits] = loss
+                error = inner @ rounded_out[i].T - sample.output.float()
+                losses[start + i][grid.bits] = _loss(sample, error, len(residual))
     return losses
 
 
@@ -366,6 +367,11 @@ def _sample(experts: nn.Module, expert: int, watch: _Watch, residual: Tensor) ->
     inner = experts._apply_gate(nn.functional.linear(hidden, experts.gate_up_proj[expert]))  # type: ignore
     output = nn.functional.linear(inner, experts.down_proj[expert])  # type: ignore[index]
     return _Sample(hidden, inner, output, importance * stands_for)
+
+
+def _loss(sample: _Sample, error: Tensor, tokens: int) -> float:
+    """What an error [n, H] of an expert's output costs, over all `tokens` of the layer."""
+    return float((error.square().sum(dim=1) * sample.factor).sum() / tokens)
 
 
 def _mean_square(inputs: Tensor) -> Tensor:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from se_compress.errors import RecipeError
@@ -99,13 +107,27 @@ class ExpertName(_Section):
     expert: Annotated[int, Field(ge=0)] | Literal["shared"]
 
 
+class Prune(_Section):
+    """Which experts go: the same number in each layer (and routing group), super experts never.
+
+    fraction   share of the routed experts; auto: what the predicted loss likes best under `size`
+    score      those with the least go. reap: routing weight x output norm, mean over an expert's
+               tokens (arXiv:2510.13999); frequency: tokens routed to it; gate: routing weight, sum
+    """
+
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"]
+    score: Literal["reap", "frequency", "gate"] = "reap"
+
+
 class Policy(_Section):
     """What may be done to the experts, and under which budget.
 
     bits             widths to choose from; a single number means that width
-    bits_per_weight  budget over all expert weights, scales included
+    bits_per_weight  budget over all weights of the experts that are left, scales included
     size             budget for all tensor data of the checkpoint, in bytes
     other_bits       attention, dense MLP, shared experts; 16 keeps them as they are
+    zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
+                     nothing renumbered; random: as many others of the same layers, by `zero_seed`
     """
 
     protect: Literal["super-experts", "none"] | tuple[ExpertName, ...] = "super-experts"
@@ -114,15 +136,21 @@ class Policy(_Section):
     bits_per_weight: Annotated[float, Field(gt=0.0)] | None = None
     size: Positive | None = None
     other_bits: Literal[16] = 16
+    prune: Prune | None = None
+    zero: Literal["super-experts", "random"] | tuple[ExpertName, ...] | None = None
+    zero_seed: Annotated[int, Field(ge=0)] = 0
 
-    @field_validator("protect", mode="before")
+    @field_validator("protect", "zero", mode="before")
     @classmethod
-    def _list_of_experts(cls, value: object) -> object:
+    def _list_of_experts(cls, value: object, field: ValidationInfo) -> object:
         if isinstance(value, list):
             return tuple(value)
-        if value not in ("super-experts", "none") and not isinstance(value, tuple):
+        known = {"protect": ("super-experts", "none"), "zero": ("super-experts", "random", None)}
+        words = known[str(field.field_name)]
+        if value not in words and not isinstance(value, tuple):
             raise ValueError(
-                f"{value!r} is not super-experts, none or a list such as [{{layer: 1, expert: 68}}]"
+                f"{value!r} is not {words[0]}, {words[1]} or a list such as "
+                "[{layer: 1, expert: 68}]"
             )
         return value
 
@@ -143,6 +171,14 @@ class Policy(_Section):
     def _one_budget(self) -> "Policy":
         if self.bits_per_weight is not None and self.size is not None:
             raise ValueError("give bits_per_weight or size, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_surgery(self) -> "Policy":
+        if self.prune and self.zero:
+            raise ValueError("give prune or zero, not both")
+        if self.prune and self.prune.fraction == "auto" and self.size is None:
+            raise ValueError("prune.fraction is auto, which needs size, the budget it is to meet")
         return self
 
 

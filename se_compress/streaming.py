@@ -261,11 +261,11 @@ class StreamedModel:
     _calls: dict[tuple[int, int], list[_Call]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
         _register()
         self.family: Family = FAMILIES[self.source.family]
-        config = AutoConfig.from_pretrained(self.source.path)
+        config = CONFIG_MAPPING[self.source.family].from_dict(dict(self.source.config))
         config._attn_implementation = IMPLEMENTATION
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

@@ -11,13 +11,17 @@ The measures are defined in `measures.py`; these are the gates:
                               in a layer, relative to its size
     sink_decay                share of the attention to position 0 that is gone, queries from
                               position 8 on, all layers, heads with a sink
-    router_agreement          share of a token's top-k experts that both chose; mean over tokens and
-                              layers; `router_agreement_least` is that of the worst layer
+    router_agreement          share of the experts that the source chose for a token which the
+                              result chose too, by their identity in the source: a merged expert
+                              stands for all its members, a pruned one is never chosen; mean over
+                              tokens and layers; `router_agreement_least` is that of the worst layer
     repetition                share of 4-grams of a greedy continuation that occurred in it before;
                               result - source, mean over prompts
     loops                     share of the continuations that end in a loop, result - source
     tensors_accounted         share of the planned tensors that are in the result as planned,
-                              unchanged ones byte for byte, with nothing else beside them
+                              unchanged ones byte for byte, those that surgery makes (router rows
+                              of the experts that are left, merged and zeroed weights) value for
+                              value, with nothing else beside them
     reload                    relative error of the logits after loading the result with its target
                               engine, against those that were validated here; median over positions,
                               as round-off that sends a few tokens to another expert is no fault
@@ -74,6 +78,7 @@ from se_compress.measures import (
     sink_token_change,
 )
 from se_compress.recipe import Recipe, Validation
+from se_compress.splice import open_shrunk
 from se_compress.streaming import (
     PIECE_TOKENS,
     RoutingCapture,
@@ -82,6 +87,7 @@ from se_compress.streaming import (
     batches_of,
     in_pieces,
 )
+from se_compress.surgery import Shrunk, is_made, shrink
 from se_compress.targets import planned_bits, result_name, result_slots
 
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
@@ -115,17 +121,20 @@ def validate(
     records   what compression said of each layer; goes into the report
     original  the source's side, if several results are judged on the same tokens
     """
-    found = read_headers(directory)
-    accounted = _account(source, plan, found)
-    if not _is_complete(source, plan, found):  # and so cannot be run
+    found, small = read_headers(directory), shrink(source, plan)
+    accounted = _account(source, small, found)
+    if not _is_complete(small, found):  # and so cannot be run
         return _report(source, [accounted], None, (), records, found)
     rule = recipe.validation
     original = original or Original(source, tokens, recipe, options)
     read = open_result(
-        found, source.tensors, lambda name: result_name(source, plan, name), plan.scheme
+        found,
+        small.source.tensors,
+        lambda name: result_name(small.source, small.plan, name),
+        plan.scheme,
     )
-    result = _streamed(source, read, recipe, options)
-    compared = _compare(original, result, options)
+    result = _streamed(small.source, read, recipe, options)
+    compared = _compare(original, result, small, options)
     continuations, repetition = _generate(original, result, rule, options)
     checks = [
         *_prediction_checks(compared.predictions, rule),
@@ -182,15 +191,16 @@ def _versions() -> dict[str, str]:
 # --------------------------------------------------------------------------------------- accounting
 
 
-def _account(source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]) -> Check:
+def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]) -> Check:
     """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
-    own bytes, and there is nothing else."""
-    expected = {slot.name: slot for slot in result_slots(source, plan)}
-    originals = {
-        result_name(source, plan, name): info
-        for name, info in source.tensors.items()
-        if planned_bits(plan, info) == 16
+    own bytes, made ones have the values that surgery gives them, and there is nothing else."""
+    expected = {slot.name: slot for slot in result_slots(small.source, small.plan)}
+    kept = {
+        result_name(small.source, small.plan, name): info
+        for name, info in small.source.tensors.items()
+        if planned_bits(small.plan, info) == 16
     }
+    made, stored = open_shrunk(source, small), open_tensors(found)
     problems = [f"{name} is not planned" for name in found if name not in expected]
     for name, slot in expected.items():
         info = found.get(name)
@@ -198,19 +208,22 @@ def _account(source: ModelSource, plan: CompressionPlan, found: Mapping[str, Ten
             problems.append(f"{name} is missing")
         elif Slot(name, info.dtype, info.shape) != slot:
             problems.append(f"{name} is {info.dtype} {list(info.shape)}")
-        elif name in originals and not _same_bytes(originals[name], info):
+        elif name not in kept:
+            continue  # a part of a packed weight
+        elif is_made(kept[name]):
+            if not torch.equal(stored(name), made(kept[name].name)):
+                problems.append(f"{name} differs from what surgery makes")
+        elif not _same_bytes(kept[name], info):
             problems.append(f"{name} differs from the source")
     share = 1.0 - len(problems) / max(len(expected), 1)
     detail = "; ".join(problems[:3])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
 
 
-def _is_complete(
-    source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]
-) -> bool:
+def _is_complete(small: Shrunk, found: Mapping[str, TensorInfo]) -> bool:
     """Every slot of the plan is there with its dtype and shape."""
     there = {Slot(info.name, info.dtype, info.shape) for info in found.values()}
-    return there.issuperset(result_slots(source, plan))
+    return there.issuperset(result_slots(small.source, small.plan))
 
 
 def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
@@ -319,14 +332,16 @@ class _Compared:
     predictions: _Predictions
 
 
-def _compare(original: Original, result: StreamedModel, options: RunOptions) -> _Compared:
+def _compare(
+    original: Original, result: StreamedModel, small: Shrunk, options: RunOptions
+) -> _Compared:
     layers: list[LayerComparison] = []
     sinks = _SinkSums()
     count = result.source.layer_count
     options.progress("validate", 0, count)
     pairs = zip(original.walk(), _walk(result, original.batches), strict=True)
     for layer, (old, new) in enumerate(pairs):
-        layers.append(_compare_layer(layer, old, new))
+        layers.append(_compare_layer(layer, old, new, _new_ids(small, layer)))
         sinks.add(old, new)
         options.progress("validate", layer + 1, count)
     return _Compared(
@@ -334,7 +349,9 @@ def _compare(original: Original, result: StreamedModel, options: RunOptions) -> 
     )
 
 
-def _compare_layer(layer: int, old: _Seen, new: _Seen) -> LayerComparison:
+def _compare_layer(
+    layer: int, old: _Seen, new: _Seen, new_ids: Mapping[int, int]
+) -> LayerComparison:
     places = massive_places(old.states)
     cosine, error = sink_token_change(old.states, new.states, places)
     return LayerComparison(
@@ -346,7 +363,7 @@ def _compare_layer(layer: int, old: _Seen, new: _Seen) -> LayerComparison:
         sink_heads_source=tuple(old.sink_mass.tolist()),
         sink_heads_result=tuple(new.sink_mass.tolist()),
         hidden_error=relative_distance(new.states, old.states),
-        router_agreement=_agreement(old.experts, new.experts),
+        router_agreement=_agreement(old.experts, new.experts, new_ids),
         massive=massive_elements(old.states, new.states, places)[:LISTED_ELEMENTS],
         massive_result=is_massive(peak_of(new.states), median_of(new.states)),
         sink_cosine=cosine,
@@ -356,10 +373,23 @@ def _compare_layer(layer: int, old: _Seen, new: _Seen) -> LayerComparison:
     )
 
 
-def _agreement(old: Tensor | None, new: Tensor | None) -> float | None:
+def _new_ids(small: Shrunk, layer: int) -> Mapping[int, int]:
+    """What the result calls each routed expert of the source's layer that it still has."""
+    return {
+        member.expert: new.expert
+        for new, members in small.origin.items()
+        for member in members
+        if new.layer == layer and isinstance(new.expert, int) and isinstance(member.expert, int)
+    }
+
+
+def _agreement(old: Tensor | None, new: Tensor | None, new_ids: Mapping[int, int]) -> float | None:
     if old is None or new is None:
         return None
-    return float((old[:, :, None] == new[:, None, :]).any(dim=2).float().mean())
+    renamed = torch.full((int(old.max()) + 1,), -1, device=old.device)
+    for expert in range(len(renamed)):
+        renamed[expert] = new_ids.get(expert, -1)
+    return float((renamed[old][:, :, None] == new[:, None, :]).any(dim=2).float().mean())
 
 
 @dataclass

@@ -25,8 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.gptq",
         "quant.bnb",
     ),
-    ("source", "targets", "checkpoint", "measures", "progress"),
-    ("streaming",),
+    ("source", "targets", "checkpoint", "measures", "progress", "surgery"),
+    ("streaming", "splice", "structure"),
     ("solver",),
     (
         "calibrate",
@@ -58,8 +58,8 @@ MODULES = {
 }  # fmt: skip
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
-    "source", "targets", "policy", "export", "report", "comparison", "progress",
-    "preflight", "pipeline", "cli", "",
+    "source", "targets", "surgery", "structure", "policy", "export", "report", "comparison",
+    "progress", "preflight", "pipeline", "cli", "",
 ]  # fmt: skip
 
 

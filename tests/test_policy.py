@@ -580,7 +580,8 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
         ),
         (
             edited(ExpertId(0, 1), action="prune", bits=None),
-            "expert (0, 1): action prune cannot be done yet",
+            "4 experts are left in group 0 of layer 1, but 3 in group 0 of layer 0; no engine "
+            "loads layers or routing groups of different sizes",
         ),
         (
             edited(ExpertId(0, 1), bits=5),
