@@ -32,6 +32,7 @@ from se_compress.artifacts import (
     ExpertRecord,
     LayerRecord,
     ModelSource,
+    OtherDecision,
     RunOptions,
     TensorInfo,
 )
@@ -40,6 +41,7 @@ from se_compress.errors import SourceError
 from se_compress.execute import compress
 from se_compress.headers import lay_out, read_headers
 from se_compress.policy import make_plan
+from se_compress.quant.grid import Grid, dequantize
 from se_compress.recipe import Recipe
 from se_compress.source import open_source
 from se_compress.targets import planned_bits, result_name, result_slots
@@ -91,6 +93,24 @@ class Made:
         return weight
 
 
+def with_others(plan: CompressionPlan, source: ModelSource, bits: int) -> CompressionPlan:
+    """The plan with everything else quantised that can be packed in groups of 32."""
+    fitting = [
+        info
+        for info in source.tensors.values()
+        if len(info.shape) == 2 and not any(size % 32 for size in info.shape)
+    ]
+    others = [
+        i.name for i in fitting if i.kind in ("attention", "dense_mlp") and i.layer is not None
+    ]
+    experts = [
+        replace(d, action="quantize", bits=bits) if d.expert == "shared" else d
+        for d in plan.experts
+    ]
+    decisions = tuple(OtherDecision(name, bits, "a test") for name in others)
+    return replace(plan, experts=tuple(experts), others=decisions)
+
+
 def unpacked(words: Tensor, bits: int) -> np.ndarray:
     """Rows of int32 words as rows of codes: a little-endian string of bits, `bits` to a code."""
     octets = np.ascontiguousarray(words.numpy()).view(np.uint8)
@@ -108,10 +128,13 @@ def run(
     fill: int = 0,
     widths: Mapping[int, int] | None = None,
     shard_bytes: int = 150_000,
+    routing: str = "routed",
+    others: int = 16,
     **quantization: Any,
 ) -> Made:
     """Compress into `directory`. `fill` is what every byte of the data holds beforehand; `widths`
-    maps experts (of any layer) to other widths than 4."""
+    maps experts (of any layer) to other widths than 4; `others` is the width of attention, dense
+    MLPs and shared experts."""
     source = open_source(str(path))
     protect = {"layer": source.moe_layers[0], "expert": PROTECTED}
     settings = recipe(
@@ -119,9 +142,12 @@ def run(
         target="transformers" if method == "none" else "gptqmodel",
         policy={"bits": [4], "protect": [protect]},
         quantization={"method": method, "group_size": 32},
+        calibration={"data": "unused.txt", "routing": routing},
     )
     plan = make_plan(source, None, settings)
     plan = replace(plan, experts=tuple(widened(d, widths or {}) for d in plan.experts))
+    if others != 16:
+        plan = with_others(plan, source, others)
     quantized = settings.quantization.model_copy(update=quantization)
     settings = settings.model_copy(update={"quantization": quantized})
     layout = lay_out(result_slots(source, plan), directory, shard_bytes)
@@ -373,6 +399,162 @@ def test_as_many_at_a_time_as_memory_allows(
     for name, tensor in together.tensors.items():
         same = (alone.tensors[name] == tensor).float().mean() if tensor.numel() else 1.0
         assert same > 0.99, name  # sums in another order may tip a rounding
+
+
+# ---------------------------------------------------- attention, dense MLPs and shared experts
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*((name, "gptq") for name in CONFIGS), ("qwen2_moe", "rtn")],
+    ids="-".join,
+)
+def all_made(
+    request: pytest.FixtureRequest,
+    tiny_model: TinyModel,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    """Everything quantised that can be packed."""
+    name, method = request.param
+    return run(tiny_model(name), tmp_path_factory.mktemp(name) / "result", method, others=4)
+
+
+def inputs_of(model: Any, at: int, paths: Sequence[str]) -> dict[str, Tensor]:
+    """What linears of a layer of the plain model see, [N, C]."""
+    kept: dict[str, Tensor] = {}
+    hooks = [
+        model.model.layers[at]
+        .get_submodule(path)
+        .register_forward_pre_hook(
+            lambda module, inputs, path=path: kept.update({path: inputs[0].flatten(0, -2)})
+        )
+        for path in paths
+    ]
+    with torch.no_grad():
+        model(torch.tensor(TOKENS))
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def replace_linears(twin: Twin, at: int, infos: Mapping[str, TensorInfo]) -> dict[str, float]:
+    """Give linears of the second model, by their paths, the result's weights; returns the relative
+    errors of their outputs."""
+    seen = inputs_of(twin.result, at, list(infos))
+    errors = {}
+    for path, info in infos.items():
+        linear = twin.result.model.layers[at].get_submodule(path)
+        moment, _ = hessian(seen[path], seen[path])
+        rounded = twin.made.dequantised(info)
+        errors[info.name] = relative_error(linear.weight.detach(), rounded, moment)
+        with torch.no_grad():
+            linear.weight.copy_(rounded)
+    return errors
+
+
+def test_other_linears_equal_those_of_the_slow_twin(all_made: Made) -> None:
+    """Attention first; experts and MLPs see what the quantised attention lets through, and down
+    what the quantised gate and up do."""
+    made, twin = all_made, Twin(all_made)
+    quantized = [i for i in made.source.tensors.values() if planned_bits(made.plan, i) != 16]
+    checked = 0
+    for at, record in enumerate(made.records):
+        stages: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
+        for info in quantized:
+            if info.layer == at and info.kind != "expert":
+                path = info.name.removeprefix(f"model.layers.{at}.").removesuffix(".weight")
+                stages.setdefault((info.kind, "down" in path), {})[path] = info
+        errors = replace_linears(twin, at, stages.pop(("attention", False)))
+        if at in made.source.moe_layers:
+            hidden, chosen = twin.routed(at)
+            for expert in record.experts:
+                if expert.expert != "shared":
+                    assert_record(twin, expert, hidden, chosen)
+            twin.replace_layer(at)
+        for key in sorted(stages):  # gate and up, then down
+            errors |= replace_linears(twin, at, stages[key])
+        for linear in record.linears:
+            assert linear.error == pytest.approx(errors.pop(linear.name), rel=5e-3)
+            assert (linear.bits, linear.tokens, linear.fallback) == (4, 240, "")
+            checked += 1
+        assert_shared(made, record, errors)
+        result, source = (twin.layer_outputs(m, at) for m in (twin.result, twin.source))
+        away = (result - source).norm(dim=1) / source.norm(dim=1)
+        assert record.hidden_error == pytest.approx(float(away.mean()), rel=2e-3, abs=1e-6)
+    assert checked == len(made.plan.others) > 3
+
+
+def assert_shared(made: Made, record: LayerRecord, errors: Mapping[str, float]) -> None:
+    """The errors that are left are those of the shared expert, gate and up together."""
+    shared = [expert for expert in record.experts if expert.expert == "shared"]
+    assert len(shared) == bool(errors)
+    for expert in shared:
+        gate, up, down = (errors[made.source.experts[expert.id][role].name] for role in ROLES)
+        low, high = sorted((gate, up))
+        assert low * 0.999 <= expert.error_gate_up <= high * 1.001
+        assert expert.error_down == pytest.approx(down, rel=5e-3)
+        assert (expert.bits, expert.tokens, expert.shrinkage) == (4, 240, 0.0)
+
+
+def test_every_other_linear_is_written(all_made: Made) -> None:
+    slots = {slot.name for slot in result_slots(all_made.source, all_made.plan)}
+    assert set(all_made.tensors) == slots
+    original = load_file(all_made.source.path / "model.safetensors")
+    for decision in all_made.plan.others:
+        weight = original[decision.name].float()
+        found = all_made.dequantised(all_made.source.tensors[decision.name])
+        assert 0.01 < float((found - weight).norm() / weight.norm()) < 0.25
+
+
+def test_what_sees_the_same_shares_a_hessian(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    plain = solver.gptq
+
+    def watched(weight: Tensor, hessian: Tensor, *rest: Any, **options: Any) -> Any:
+        shapes.append((*weight.shape[:2], len(hessian)))
+        return plain(weight, hessian, *rest, **options)
+
+    monkeypatch.setattr(solver, "gptq", watched)
+    run(tiny_model("qwen2_moe"), tmp_path / "result", others=4, routing="all")
+    dense = [(1, 128, 1), (1, 64, 1), (1, 192, 1), (1, 64, 1)]  # q k v | o | gate up | down
+    moe = [(1, 128, 1), (1, 64, 1), (7, 64, 1), (7, 64, 7), (1, 128, 1), (1, 64, 1)]
+    assert shapes[:10] == dense + moe
+
+
+# ------------------------------------------------------------------ calibration.routing: all
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_with_routing_all_every_expert_sees_every_token(
+    tiny_model: TinyModel, tmp_path: Path, name: str, method: str
+) -> None:
+    made = run(tiny_model(name), tmp_path / "result", method, routing="all")
+    twin = Twin(made)
+    for at, record in enumerate(made.records):
+        if record.experts:
+            hidden, chosen = twin.routed(at)
+            for expert in record.experts:
+                everyone = torch.full_like(chosen, int(expert.expert))
+                assert_record(twin, expert, hidden, everyone)
+                assert (expert.tokens, expert.shrinkage) == (240, 0.0)
+            twin.replace_layer(at)
+    routed = run(tiny_model(name), tmp_path / "routed", method)
+    assert routed.files != made.files
+
+
+def test_one_factorisation_for_all_gates_is_exact(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The codes are those of a solver that is given the layer's Hessian once per expert."""
+    made = run(tiny_model("qwen3_moe"), tmp_path / "result", routing="all")
+    twin, identity = Twin(made), ExpertId(0, 3)
+    hidden, _ = twin.routed(0)
+    weight, _ = twin.weights(identity)
+    moment = hidden.T @ hidden / len(hidden)
+    alone = solver.gptq(weight[None], moment[None], Grid(4, 32, symmetric=True))
+    found = twin.rounded(identity)[0]
+    assert torch.isclose(dequantize(alone.stack)[0], found, atol=1e-6).float().mean() > 0.98
 
 
 # ---------------------------------------------------------------------------- rarely hit experts
