@@ -40,7 +40,7 @@ from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
 from se_compress.quant.packing import pack_gptq
 from se_compress.recipe import Quantization, Recipe
-from se_compress.streaming import RoutingCapture
+from se_compress.streaming import RoutingCapture, expert_inner, select_rows
 
 # Float32 elements of all Hessians and stacks that are held at once: 1 GiB.
 STACK_ELEMENTS = 2**28
@@ -131,7 +131,7 @@ def _pack_experts(
                 tensors |= _pack_in_place(name, live, scheme)
         rows, _ = capture.rows_of(decision.expert)
         inputs = capture.hidden[rows]
-        inner = _inner(experts, decision.expert, inputs)
+        inner = expert_inner(experts, decision.expert, inputs)
         errors = _output_error(before[0], gate_up, inputs), _output_error(before[1], down, inner)
         records.append(
             ExpertRecord(
@@ -190,7 +190,7 @@ def _gate_up_inputs(capture: RoutingCapture, members: Sequence[int], everyone: b
     parts = []
     for expert in members:
         rows, _ = capture.rows_of(expert)
-        parts.append(_hessian(capture.hidden[rows], layer_mean))
+        parts.append(_hessian(capture.hidden.index_select(0, rows), layer_mean))
     return _stack_inputs(parts)
 
 
@@ -200,24 +200,25 @@ def _down_inputs(
     some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
     parts = []
     for expert in members:
-        hidden = capture.hidden if everyone else capture.hidden[capture.rows_of(expert)[0]]
-        inner = _inner(experts, expert, hidden)
+        inner = _inner(capture, experts, expert, everyone)
         parts.append(_hessian(inner, partial(_down_prior, experts, expert, some)))
     return _stack_inputs(parts)
 
 
+def _inner(capture: RoutingCapture, experts: Any, expert: int, everyone: bool) -> Tensor:
+    if everyone:
+        return expert_inner(experts, expert, capture.hidden)
+    rows, _ = capture.rows_of(expert)
+    return expert_inner(experts, expert, select_rows(capture.hidden, rows))[: len(rows)]
+
+
 def _down_prior(experts: Any, expert: int, hidden: Tensor) -> Tensor:
-    return _second_moment(_inner(experts, expert, hidden))
+    return _second_moment(expert_inner(experts, expert, hidden))
 
 
 def _stack_inputs(parts: Sequence[tuple[Tensor, int, float]]) -> _Inputs:
     hessians, tokens, shares = zip(*parts, strict=True)
     return _Inputs(torch.stack(hessians), list(tokens), list(shares))
-
-
-def _inner(experts: Any, expert: int, hidden: Tensor) -> Tensor:
-    inner: Tensor = experts._apply_gate(nn.functional.linear(hidden, experts.gate_up_proj[expert]))
-    return inner
 
 
 def _second_moment(inputs: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ REFIT_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # of the largest temporary of a 
 HOLD = 1e-5  # how hard a refit holds on to the scales it starts from
 STRETCH = 2.0  # the most by which a refit may change a scale
 PIECE = 1024  # tokens in one product of activations
+PIECE_STEP = 128  # tokens that its size is a multiple of
 STRIP = 256  # columns of a Hessian in one product
 
 
@@ -444,6 +445,8 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor) -> None:
         inputs = inputs.to(torch.float32)
     columns = hessian.shape[0]
     for piece in torch.split(inputs, PIECE):
+        # a few sizes only, for oneDNN compiles a kernel for each; zeros add nothing
+        piece = torch.nn.functional.pad(piece, (0, 0, 0, -len(piece) % PIECE_STEP))
         # a strip at a time from its own diagonal on: half of a symmetric matrix is enough
         for a in range(0, columns, STRIP):
             b = min(a + STRIP, columns)
