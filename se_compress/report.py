@@ -1,150 +1,44 @@
 """The page and the model card that say what was done and whether it may be trusted.
 
-Nothing is measured here. This module judges, selects and draws; the templates hold the words. A
-chart is Plotly's own JSON without colours: the page takes them from its style sheet, so that they
-follow the reader's light or dark scheme. One rule comes before all others: a check that was not run
-is never shown as passed.
+Nothing is measured here. This module selects and draws; the templates hold the words.
 """
 
-import html
 import math
 import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from se_compress.artifacts import (
-    Check,
     CompressionPlan,
     Continuation,
-    ExpertDecision,
     ExpertId,
     ExpertIndex,
     ExpertProfile,
     ExpertRecord,
     LayerComparison,
-    Scheme,
     ValidationReport,
+)
+from se_compress.page import (
+    Figure,
+    chart_layout,
+    describe_gates,
+    judge,
+    number,
+    short,
+    template,
+    width,
 )
 from se_compress.recipe import Recipe
 
-Figure = dict[str, Any]
-State = Literal["passed", "failed", "not-run"]
-
-SOURCE_BITS = 16
-LISTED_EXPERTS = 60
 TABLE_ROWS = 15
-NO_BREAK = "\u00a0"
-SIZE_UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
-WORDS: Mapping[State, tuple[str, str]] = {
-    "passed": ("✓", "Passed"),
-    "failed": ("✕", "Failed"),
-    "not-run": ("○", "Not run"),
-}
-
-
-class Wording(NamedTuple):
-    """How a check is put to a reader. `bound`: the side of the limit on which good values lie."""
-
-    title: str
-    meaning: str
-    bound: str = ""
-    share: bool = False
-
-
-WORDINGS: Mapping[str, Wording] = {
-    "perplexity_increase": Wording(
-        "Perplexity increase",
-        "How much worse the result predicts held-out text than the source does.",
-        "at most",
-        share=True,
-    ),
-    "kl_divergence": Wording(
-        "KL divergence to the source",
-        "How far the next-token probabilities moved, in nats per token; 0 means not at all.",
-        "at most",
-    ),
-    "massive_activation_ratio": Wording(
-        "Massive activation kept",
-        "How well the result keeps the huge value that super experts write into the stream; the "
-        "worst layer counts.",
-        "at least",
-        share=True,
-    ),
-    "sink_decay": Wording(
-        "Attention sink lost",
-        "Share of the attention to the first token that went elsewhere.",
-        "at most",
-        share=True,
-    ),
-    "router_agreement": Wording(
-        "Router agreement",
-        "Share of the experts chosen by the source that the result chooses too.",
-        "at least",
-        share=True,
-    ),
-    "repetition": Wording(
-        "Added repetition",
-        "Repeated four-token runs in the continuations, as a share: result minus source.",
-        "at most",
-    ),
-    "tensors_accounted": Wording(
-        "Tensors accounted for",
-        "Share of the planned tensors that are in the files as planned.",
-        "at least",
-        share=True,
-    ),
-    "reload": Wording(
-        "Reload",
-        "Relative distance of the logits of the target engine from those that were judged here.",
-        "at most",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One check in words. `value` and `limit` stay as they are, for machines that read the page."""
-
-    name: str
-    wording: Wording
-    value: float | None
-    value_text: str
-    limit: float | None
-    limit_text: str
-    state: State
-    detail: str
-
-    @property
-    def title(self) -> str:
-        return self.wording.title
-
-    @property
-    def symbol(self) -> str:
-        return WORDS[self.state][0]
-
-    @property
-    def word(self) -> str:
-        return WORDS[self.state][1]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`state` "not-run" means that no check could be run, so that nothing is proven."""
-
-    state: State
-    symbol: str
-    word: str
-    sentences: tuple[str, ...]
 
 
 def render_report(
@@ -154,7 +48,7 @@ def render_report(
     context = _shared_context(recipe, profile, plan, validation)
     context |= _remarkable(recipe, profile, validation)
     ranked = sorted(profile.experts, key=lambda stats: (-stats.peak, stats.id))
-    return _template("report.html.j2").render(
+    return template("report.html.j2").render(
         context,
         figures=_figures(profile, plan, validation),
         largest=ranked[:TABLE_ROWS],
@@ -177,7 +71,7 @@ def render_model_card(
 ) -> str:
     """README.md of the exported checkpoint, with front matter for the Hub."""
     matter = _front_matter(recipe, source_license, plan)
-    return _template("model_card.md.j2").render(
+    return template("model_card.md.j2").render(
         _shared_context(recipe, profile, plan, validation),
         front_matter=yaml.safe_dump(matter, sort_keys=False, allow_unicode=True),
         name=_directory_name(recipe.output),
@@ -185,30 +79,6 @@ def render_model_card(
         on_hub=_hub_id(recipe.model) is not None,
         source_license=source_license,
     )
-
-
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("se_compress", "templates"),
-        autoescape=lambda template: template is None or not template.endswith(".md.j2"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "size": size,
-        "count": count,
-        "listed": listed,
-        "width": _width,
-        "fate": _fate,
-        "scheme": _scheme,
-        "mean": lambda values: statistics.fmean(values),
-        "plain": _plain_text,
-    }
-    return environment.get_template(name)
 
 
 def _shared_context(
@@ -229,140 +99,6 @@ def _shared_context(
             ("Routed experts alone", validation.source_expert_bytes, validation.expert_bytes),
         ),
     }
-
-
-# ------------------------------------------------------------------------------ numbers for people
-
-
-def number(value: float | None, apart_from: float | None = None) -> str:
-    """Three significant digits, thousands grouped; more where two different numbers would otherwise
-    look the same, such as a value just beyond its limit."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite"
-    for digits in range(3, 17):
-        text = _rounded(value, digits)
-        if apart_from is None or value == apart_from or text != _rounded(apart_from, digits):
-            break
-    return text
-
-
-def _rounded(value: float, digits: int) -> str:
-    decimals = max(0, digits - 4)
-    if round(abs(value), decimals) >= 1000:
-        return f"{value:,.{decimals}f}"
-    return f"{value:.{digits}g}"
-
-
-def percent(value: float | None, apart_from: float = 1.0) -> str:
-    """A share as a percentage; "100 %" is kept for what is exactly all of it."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    return number(100 * value, 100 * apart_from) + f"{NO_BREAK}%"
-
-
-def size(value: float) -> str:
-    """Bytes in decimal units, as disks and download pages count."""
-    for unit, factor in SIZE_UNITS:
-        if value >= factor:
-            return f"{number(value / factor)}{NO_BREAK}{unit}"
-    return f"{value:.0f}{NO_BREAK}B"
-
-
-def count(amount: int, thing: str) -> str:
-    """ "1 expert", "2 experts"."""
-    return f"{amount:,} {thing}" if amount == 1 else f"{amount:,} {thing}s"
-
-
-def listed(identities: Iterable[object]) -> str:
-    """Names in a row; of very many the first, and how many more there are."""
-    names = [str(identity) for identity in identities]
-    more = len(names) - LISTED_EXPERTS
-    return ", ".join(names[:LISTED_EXPERTS]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _width(bits: int | None) -> str:
-    if not bits:
-        return "pruned"
-    return "16 bits (as in the source)" if bits == SOURCE_BITS else f"{bits} bits"
-
-
-def _scheme(scheme: Scheme) -> str:
-    """A plan's scheme in words."""
-    if scheme.method == "none":
-        return scheme.method
-    scales = "one scale per row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    if scheme.data_type is None:
-        zeros = "symmetric" if scheme.symmetric else "asymmetric"
-        return f"{scheme.method}, {scales}, {zeros}"
-    double = ", double quantisation" if scheme.double_quant else ""
-    return f"{scheme.method} {scheme.data_type}, {scales.replace('groups', 'blocks')}{double}"
-
-
-def _fate(decision: ExpertDecision | None) -> str:
-    if decision is None:
-        return "has no line in the plan"
-    if decision.action in ("prune", "merge"):
-        return {"prune": "was pruned", "merge": "was merged"}[decision.action]
-    if decision.bits == SOURCE_BITS:
-        return "keeps the source's precision"
-    return f"has {decision.bits} bits"
-
-
-def _plain_text(text: object) -> str:
-    """Text of which neither Markdown nor HTML makes anything."""
-    escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
-
-
-# ------------------------------------------------------------------------------------ the verdict
-
-
-def describe_gates(validation: ValidationReport) -> tuple[Gate, ...]:
-    """Every check in words; a name that only `not_run` knows gets a line too."""
-    known = {check.name for check in validation.checks}
-    missing = [Check(name, None, None, None) for name in validation.not_run if name not in known]
-    return tuple(_gate(check) for check in (*validation.checks, *missing))
-
-
-def _gate(check: Check) -> Gate:
-    wording = WORDINGS.get(check.name, Wording(check.name.replace("_", " ").capitalize(), ""))
-    value, limit = check.value, check.limit
-    apart = math.inf if limit is None else limit
-    states: dict[bool | None, State] = {True: "passed", False: "failed", None: "not-run"}
-    return Gate(
-        name=check.name,
-        wording=wording,
-        value=value,
-        value_text=percent(value, apart) if wording.share else number(value, apart),
-        limit=limit,
-        limit_text=percent(limit) if wording.share else number(limit),
-        state=states[check.passed],
-        detail=check.detail.removeprefix("not run: "),
-    )
-
-
-def judge(gates: Sequence[Gate], validation: ValidationReport) -> Verdict:
-    """Failed if anything failed, passed only if something passed; otherwise nothing is proven."""
-    titles = {state: [gate.title for gate in gates if gate.state == state] for state in WORDS}
-    failed, not_run = titles["failed"], titles["not-run"]
-    everything = count(len(gates), "check")
-    state: State = "passed"
-    if failed or not validation.passed:
-        state = "failed"
-        named = f": {', '.join(failed)}" if failed else ", yet the validation did not pass"
-        first = f"{len(failed)} of {everything} failed{named}. This checkpoint was not published."
-    elif not titles["passed"]:
-        state = "not-run"
-        first = "No check could be run, so nothing is known about this checkpoint."
-    elif not_run:
-        first = f"{len(titles['passed'])} of {everything} passed and none failed."
-    else:
-        first = f"All {everything} passed."
-    symbol, word = WORDS[state]
-    remainder = (f"Not run: {', '.join(not_run)}.",) if not_run else ()
-    return Verdict(state, symbol, "Not proven" if state == "not-run" else word, (first, *remainder))
 
 
 # --------------------------------------------------------------------------------------- selection
@@ -461,7 +197,7 @@ def _bits_figure(profile: ExpertProfile, plan: CompressionPlan) -> Figure:
     names = [str(width) if width else "pruned" for width in widths]
     figure = _expert_heat(
         {d.id: float(widths.index(d.bits or 0)) for d in plan.experts},
-        shown={d.id: f"{d.action}, {_width(d.bits)}" for d in plan.experts},
+        shown={d.id: f"{d.action}, {width(d.bits)}" for d in plan.experts},
         marked=[one.id for one in profile.super_experts],
     )
     layout = figure["layout"]
@@ -496,7 +232,7 @@ def _layer_figures(profile: ExpertProfile, layers: Sequence[LayerComparison]) ->
 
 
 def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Figure:
-    layout = _layout(_heat_height(len(layers)), "head", "layer")
+    layout = chart_layout(_heat_height(len(layers)), "head", "layer")
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     layout["meta"] = {"scale": ["scale-low", "scale-mid", "scale-high"]}
     layout["coloraxis"] = {
@@ -507,7 +243,7 @@ def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Fig
     trace = {
         "type": "heatmap",
         "y": list(layers),
-        "z": [[_short(value) for value in row] for row in heads],
+        "z": [[short(value) for value in row] for row in heads],
         "coloraxis": "coloraxis",
         "hovertemplate": "layer %{y}, head %{x}<br>%{z:.1%}<extra></extra>",
     }
@@ -519,7 +255,7 @@ def _lines(
 ) -> Figure:
     """One line per model, from the named field; the source broad and behind. Dotted lines mark the
     layers of super experts."""
-    layout = _layout(300, "layer", quantity)
+    layout = chart_layout(300, "layer", quantity)
     layout["margin"]["t"] = 34
     layout["hovermode"] = "x unified"
     layout["showlegend"] = len(fields) > 1
@@ -545,7 +281,7 @@ def _lines(
     data = [
         {"type": "scatter", "name": name, "meta": name, **looks[name]}
         | {"x": [layer.layer for layer in layers]}
-        | {"y": [_short(getattr(layer, field)) for layer in layers]}
+        | {"y": [short(getattr(layer, field)) for layer in layers]}
         for name, field in fields.items()
     ]
     return {"data": data, "layout": layout}
@@ -559,7 +295,7 @@ def _expert_heat(
     """Layers downwards, routed experts across, the shared experts in a column of their own."""
     layers = sorted({identity.layer for identity in values})
     routed = [identity.expert for identity in values if isinstance(identity.expert, int)]
-    layout = _layout(_heat_height(len(layers)), "", "layer")
+    layout = chart_layout(_heat_height(len(layers)), "", "layer")
     # As the title of one of two axes it would run into the tick labels of a narrow chart.
     layout["annotations"] = [
         {"text": "expert", "xref": "paper", "yref": "paper", "x": 0.46, "y": 0, "yshift": -25}
@@ -616,18 +352,6 @@ def _circles(axis: str, experts: Sequence[ExpertIndex], marked: Sequence[ExpertI
     }
 
 
-def _layout(height: int, across: str, upwards: str) -> dict[str, Any]:
-    return {
-        "height": height,
-        "autosize": True,
-        "margin": {"l": 52, "r": 12, "t": 12, "b": 48},
-        "font": {"size": 12},
-        "showlegend": False,
-        "xaxis": {"title": {"text": across}, "showgrid": False},
-        "yaxis": {"title": {"text": upwards}, "automargin": True},
-    }
-
-
 def _heat_height(rows: int) -> int:
     return 130 + min(720, max(160, rows * 13))
 
@@ -649,11 +373,6 @@ def _colorbar(title: str, ticks: Iterable[float], labels: Sequence[str]) -> dict
         "tickvals": list(ticks),
         "ticktext": list(labels),
     }
-
-
-def _short(value: float) -> float | None:
-    """Four significant digits: what a chart can show. JSON has neither infinity nor NaN."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _three(value: float | None) -> float | None:

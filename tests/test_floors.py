@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.gptq",
         "quant.bnb",
     ),
-    ("source", "targets", "checkpoint", "measures", "progress", "surgery"),
+    ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
     ("streaming", "splice", "structure"),
     ("solver",),
     (
@@ -58,8 +58,8 @@ MODULES = {
 }  # fmt: skip
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
-    "source", "targets", "surgery", "structure", "policy", "export", "report", "comparison",
-    "progress", "preflight", "pipeline", "cli", "",
+    "source", "targets", "surgery", "structure", "policy", "export", "page", "report",
+    "comparison", "progress", "preflight", "pipeline", "cli", "",
 ]  # fmt: skip
 
 

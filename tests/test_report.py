@@ -25,15 +25,8 @@ from artefacts_example import (
 )
 
 from se_compress.artifacts import Check, Continuation, Scheme, ValidationReport
-from se_compress.report import (
-    describe_gates,
-    judge,
-    number,
-    percent,
-    render_model_card,
-    render_report,
-    size,
-)
+from se_compress.page import describe_gates, judge, number, percent, size
+from se_compress.report import render_model_card, render_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 INLINE = {"data", "span", "strong", "code", "a"}
