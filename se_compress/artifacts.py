@@ -652,9 +652,10 @@ class Comparison:
     """comparison.json: all variants of one recipe, judged on the same text.
 
     passed        at least one variant passed, and so did each of `required`
-    recommended   of those that passed: the smallest, or one at most 2 % larger that is nearer to
-                  the source (least KL divergence); None if none passed
-    closest       of those that passed: the nearest to the source
+    recommended   of those that passed and have no expert set to zero: the smallest, or one at most
+                  2 % larger that is nearer to the source (least KL divergence); None if there is
+                  none
+    closest       of the same: the nearest to the source
     size_bytes, perplexity   of the source
     tokens        held-out tokens
     """

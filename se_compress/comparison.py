@@ -90,8 +90,8 @@ def compare(
         model=recipe.model,
         passed=bool(published) and published.issuperset(recipe.require),
         required=recipe.require,
-        recommended=recommend(checkpoints),
-        closest=closest(checkpoints),
+        recommended=recommend(variants),
+        closest=closest(variants),
         size_bytes=first.source_size_bytes,
         perplexity=first.perplexity_source,
         tokens=tokens,
@@ -100,19 +100,22 @@ def compare(
     )
 
 
-def recommend(checkpoints: Sequence[CheckpointSummary]) -> str | None:
+def recommend(variants: Sequence[ComparedVariant]) -> str | None:
     """The one to ship: see `Comparison.recommended`."""
-    published = [one for one in checkpoints if one.published]
-    if not published:
-        return None
-    least = min(one.size_bytes for one in published)
-    return closest([one for one in published if one.size_bytes <= SAME_SIZE * least])
+    sizes = [variant.checkpoint.size_bytes for variant in _candidates(variants)]
+    small = [v for v in variants if sizes and v.checkpoint.size_bytes <= SAME_SIZE * min(sizes)]
+    return closest(small)
 
 
-def closest(checkpoints: Sequence[CheckpointSummary]) -> str | None:
+def closest(variants: Sequence[ComparedVariant]) -> str | None:
     """Of those that passed, the one with the least KL divergence; of equals the smaller one."""
-    published = [one for one in checkpoints if one.published]
-    return min(published, key=_distance).name if published else None
+    found = min(_candidates(variants), key=lambda v: _distance(v.checkpoint), default=None)
+    return found.name if found else None
+
+
+def _candidates(variants: Sequence[ComparedVariant]) -> list[ComparedVariant]:
+    """What could be shipped: experts are set to zero to learn something, not to ship it."""
+    return [variant for variant in variants if variant.checkpoint.published and not variant.zeroed]
 
 
 def _distance(checkpoint: CheckpointSummary) -> tuple[float, int]:

@@ -9,7 +9,7 @@ import html
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -92,7 +92,8 @@ WORDINGS: Mapping[str, Wording] = {
 
 @dataclass(frozen=True)
 class Gate:
-    """One check in words. `value` and `limit` stay as they are, for machines that read the page."""
+    """One check in words. `value` and `limit` stay as they are, for machines that read the page;
+    `interval` is "" where there is none."""
 
     name: str
     wording: Wording
@@ -102,6 +103,7 @@ class Gate:
     limit_text: str
     state: State
     detail: str
+    interval: str = ""
 
     @property
     def title(self) -> str:
@@ -259,7 +261,12 @@ def describe_check(check: Check) -> Gate:
         limit_text=percent(limit) if wording.share else number(limit),
         state=states[check.passed],
         detail=check.detail.removeprefix("not run: "),
+        interval=_interval(check.low, check.high, percent if wording.share else number),
     )
+
+
+def _interval(low: float | None, high: float | None, text: Callable[[float], str]) -> str:
+    return "" if low is None or high is None else f"{text(low)} to {text(high)}"
 
 
 def judge(gates: Sequence[Gate], validation: ValidationReport) -> Verdict:

@@ -373,7 +373,10 @@ def _compare(request: Request, outcomes: Mapping[str, Outcome]) -> Comparison:
 
 
 def _write_comparison(output: Path, comparison: Comparison) -> None:
+    from se_compress.comparison_page import render_comparison
+
     write_atomically(output / "comparison.json", to_json(comparison))
+    write_atomically(output / "comparison.html", render_comparison(comparison))
 
 
 # ------------------------------------------------------------------------------------------- resume

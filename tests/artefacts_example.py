@@ -5,6 +5,7 @@ layer 28, 9 attention heads. The counts can be set, to see what a large model lo
 number comes from a seeded generator, so two calls give equal artefacts.
 """
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -12,6 +13,9 @@ from dataclasses import replace
 from se_compress.artifacts import (
     Ablation,
     Check,
+    CheckpointSummary,
+    ComparedVariant,
+    Comparison,
     CompressionPlan,
     Continuation,
     ExpertDecision,
@@ -30,6 +34,7 @@ from se_compress.artifacts import (
     SuperExpert,
     ValidationReport,
 )
+from se_compress.comparison import compare
 from se_compress.recipe import Recipe, parse_recipe
 
 SUPER = ExpertId(11, 3)
@@ -131,7 +136,7 @@ def example_validation(layers: int = 30, experts: int = 16, heads: int = 9) -> V
     dice = random.Random(9)
     checks = (
         Check("perplexity_increase", 0.0123, 0.10, True),
-        Check("kl_divergence", 0.0443, 0.20, True),
+        Check("kl_divergence", 0.0443, 0.20, True, low=0.0409, high=0.0481),
         Check("massive_activation_ratio", 0.9871, 0.90, True, "least in layer 14"),
         Check("sink_decay", 0.0112, 0.10, True),
         Check("router_agreement", 0.9367, 0.70, True),
@@ -332,5 +337,87 @@ def _continuations() -> tuple[Continuation, ...]:
             "She turned to the window, and",
             " saw the carriage drive up the lane.\n\n\u201cThey are come,\u201d said she.",
             " saw the carriages in the lane.\n\n\u201cThey are here,\u201d said her sister.",
+        ),
+    )
+
+
+def example_comparison() -> Comparison:
+    """Two of the same width, a smaller one, two rejected, and the paper's experiment."""
+    rows = (
+        ("protected-4", True, 163_104_256, 4.5183, 0.0443, 44.92, 0.987, 0.011, 1, {}),
+        ("naive-4", True, 162_996_000, 4.4900, 0.0571, 45.31, 0.961, 0.013, 1, {"protect": "none"}),
+        ("wide-8", True, 190_205_120, 8.5102, 0.0061, 44.41, 0.998, 0.002, 1, {"bits": [8]}),
+        ("naive-2", False, 148_340_736, 2.5100, 0.6120, 77.30, 0.932, 0.083, 1, {"bits": [2]}),
+        ("pruned", False, 244_894_000, 16.0, 2.7316, 701.2, 0.0065, 0.608, 0, {}),
+        ("without-super-expert", False, 271_430_144, 16.0, 2.6904, 698.8, 0.0065, 0.61, 0, {}),
+        ("without-random-1", True, 271_430_144, 16.0, 0.0052, 44.39, 0.9998, 0.0, 1, {}),
+        ("without-random-2", True, 271_430_144, 16.0, 0.0061, 44.52, 1.0, 0.001, 1, {}),
+    )
+    variants = tuple(_variant(*row) for row in rows)
+    return compare(example_recipe(), example_profile(), 8192, variants)
+
+
+def _variant(
+    name: str,
+    passed: bool,
+    size_bytes: int,
+    bits: float,
+    divergence: float,
+    perplexity: float,
+    massive: float,
+    decay: float,
+    kept: int,
+    policy: dict[str, object],
+) -> ComparedVariant:
+    report = example_validation()
+    values = {
+        "perplexity_increase": perplexity / 44.37 - 1,
+        "kl_divergence": divergence,
+        "massive_activation_ratio": massive,
+        "sink_decay": decay,
+    }
+    checks = []
+    for check in report.checks:
+        value = values.get(check.name, check.value)
+        limit = check.limit or 0.0
+        good = None if value is None else value <= limit or check.limit in (0.7, 0.9, 1.0)
+        if check.name == "massive_activation_ratio":
+            good = massive >= limit
+        ends = (None, None) if check.low is None else (0.9 * divergence, 1.1 * divergence)
+        checks.append(
+            replace(check, value=value, passed=good, detail="", low=ends[0], high=ends[1])
+        )
+    checkpoint = CheckpointSummary(
+        name=name,
+        directory=name if passed else f"{name}.rejected",
+        published=passed,
+        target="transformers" if bits == 16 else "gptqmodel",
+        method="none" if bits == 16 else "gptq",
+        size_bytes=size_bytes,
+        source_size_bytes=271_430_144,
+        bits_per_weight=bits,
+        perplexity_source=44.37,
+        perplexity_result=perplexity,
+        super_experts=1,
+        kept=kept,
+        protected=1,
+        checks=tuple(checks),
+    )
+    zeroed = {"without-super-expert": (SUPER,), "without-random-1": (CONTROL,)}
+    zeroed["without-random-2"] = (ExpertId(11, 5),)
+    faded = max(massive, 0.0065)
+    return ComparedVariant(
+        checkpoint=checkpoint,
+        changes={f"policy.{key}": json.dumps(value) for key, value in policy.items()},
+        removed=(SUPER, UNLUCKY) if name == "pruned" else (),
+        zeroed=zeroed.get(name, ()),
+        layers=tuple(
+            replace(
+                layer,
+                peak_result=layer.peak_source * faded if layer.layer >= 11 else layer.peak_result,
+                sink_mass_result=layer.sink_mass_source * (1 - decay),
+                hidden_error=layer.hidden_error * (1 + 10 * divergence),
+            )
+            for layer in report.layers
         ),
     )

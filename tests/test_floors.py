@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "report",
         "reload",
         "comparison",
+        "comparison_page",
         "preflight",
         "loading",
     ),
@@ -59,7 +60,7 @@ MODULES = {
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
     "source", "targets", "surgery", "structure", "policy", "export", "page", "report",
-    "comparison", "progress", "preflight", "pipeline", "cli", "",
+    "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli", "",
 ]  # fmt: skip
 
 

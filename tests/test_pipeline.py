@@ -638,7 +638,7 @@ def entries(place: Workplace) -> set[str]:
     return {entry.name for entry in place.output.iterdir()}
 
 
-COMPARED = {"four", "two.rejected", "none", "comparison.json"}
+COMPARED = {"four", "two.rejected", "none", "comparison.json", "comparison.html"}
 
 
 def test_variants_share_a_profile_and_a_rejected_one_stops_nobody(

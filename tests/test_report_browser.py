@@ -1,21 +1,30 @@
-"""The report in a real browser: does it draw, does it stay silent, does it fit?"""
+"""Report and comparison in a real browser: do they draw, do they stay silent, do they fit?"""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from artefacts_example import example_plan, example_profile, example_recipe, example_validation
+from artefacts_example import (
+    example_comparison,
+    example_plan,
+    example_profile,
+    example_recipe,
+    example_validation,
+)
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from se_compress.artifacts import to_json
+from se_compress.comparison_page import render_comparison
 from se_compress.report import render_report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-CHARTS = 8
+CHARTS, COMPARISON_CHARTS = 8, 4
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium on the PATH")
 
@@ -25,6 +34,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     html = render_report(example_recipe(), example_profile(), example_plan(), example_validation())
     path.write_text(html, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("comparison") / "comparison.html"
+    path.write_text(render_comparison(example_comparison()), encoding="utf-8")
     return path
 
 
@@ -45,7 +61,9 @@ class Visit:
     requests: list[str] = field(default_factory=list)
 
 
-def visit(browser: Browser, report: Path, width: int = 1200, scheme: str = "light") -> Visit:
+def visit(
+    browser: Browser, path: Path, width: int = 1200, scheme: str = "light", charts: int = CHARTS
+) -> Visit:
     page = browser.new_page(
         viewport={"width": width, "height": 900},
         color_scheme="dark" if scheme == "dark" else "light",
@@ -54,8 +72,8 @@ def visit(browser: Browser, report: Path, width: int = 1200, scheme: str = "ligh
     page.on("console", lambda message: found.complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: found.complaints.append(str(error)))
     page.on("request", lambda request: found.requests.append(request.url))
-    page.goto(report.as_uri())
-    drawn = f"document.querySelectorAll('.js-plotly-plot .plot-container').length === {CHARTS}"
+    page.goto(path.as_uri())
+    drawn = f"document.querySelectorAll('.js-plotly-plot .plot-container').length === {charts}"
     page.wait_for_function(drawn, timeout=60_000)
     return found
 
@@ -65,9 +83,20 @@ def visit(browser: Browser, report: Path, width: int = 1200, scheme: str = "ligh
 def test_report_draws_silently_and_fits(
     browser: Browser, report: Path, width: int, scheme: str
 ) -> None:
-    found = visit(browser, report, width, scheme)
+    check_drawing(visit(browser, report, width, scheme), width, CHARTS)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
+def test_comparison_draws_silently_and_fits(
+    browser: Browser, comparison: Path, width: int, scheme: str
+) -> None:
+    found = visit(browser, comparison, width, scheme, COMPARISON_CHARTS)
+    check_drawing(found, width, COMPARISON_CHARTS)
+
+
+def check_drawing(found: Visit, width: int, charts: int) -> None:
     page = found.page
-    assert page.locator(".plot").count() == CHARTS
+    assert page.locator(".plot").count() == charts
     for plot in page.locator(".plot").all():
         assert plot.locator("svg.main-svg").count() >= 1
         assert plot.locator("g.trace, g.hm").count() >= 1
@@ -90,6 +119,33 @@ def test_numbers_on_the_page_are_those_of_the_artefacts(browser: Browser, report
         word = {True: "Passed", False: "Failed", None: "Not run"}[check.passed]
         assert word in row.locator(".state").inner_text()
     assert page.locator("#verdict-title").inner_text() == "Passed"
+    page.close()
+
+
+def test_numbers_of_the_comparison_are_those_of_its_json(
+    browser: Browser, comparison: Path
+) -> None:
+    found = json.loads(to_json(example_comparison()))
+    page = visit(browser, comparison, charts=COMPARISON_CHARTS).page
+    assert page.locator("#advice-title").inner_text() == f"Ship {found['recommended']}"
+    for variant in found["variants"]:
+        one = variant["checkpoint"]
+        row = page.locator(f"[data-variant={one['name']}]")
+        checks = {check["name"]: check["value"] for check in one["checks"]}
+        values = [float(d.get_attribute("value") or "nan") for d in row.locator("data").all()]
+        assert values == [
+            one["size_bytes"],
+            one["bits_per_weight"],
+            checks["kl_divergence"],
+            one["perplexity_result"],
+            checks["massive_activation_ratio"],
+            checks["sink_decay"],
+            checks["repetition"],
+        ]
+        word = "Passed" if one["published"] else "Rejected"
+        assert word in row.locator(".state").inner_text()
+        link = row.locator("a").get_attribute("href")
+        assert link == f"{one['directory']}/se_compress/report.html"
     page.close()
 
 
