@@ -432,21 +432,6 @@ class LinearRecord:
 
 
 @dataclass(frozen=True)
-class LayerRecord:
-    """What compressing one layer did. `hidden_error` is the relative distance between the hidden
-    states of the compressed stream and those of the source after the layer."""
-
-    layer: int
-    seconds: float
-    hidden_error: float
-    experts: tuple[ExpertRecord, ...]
-    linears: tuple[LinearRecord, ...] = ()
-
-
-# ------------------------------------------------------------------------------------- validation
-
-
-@dataclass(frozen=True)
 class Check:
     """One gate. `passed` is None when the check could not be run; `detail` then says why.
 
@@ -460,6 +445,26 @@ class Check:
     detail: str = ""
     low: float | None = field(default=None, metadata=UNLESS_NONE)
     high: float | None = field(default=None, metadata=UNLESS_NONE)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What compressing one layer did.
+
+    hidden_error   relative distance between the hidden states of the compressed stream and those of
+                   the source after the layer
+    failed         the gate that the compressed stream failed here: compressing stopped
+    """
+
+    layer: int
+    seconds: float
+    hidden_error: float
+    experts: tuple[ExpertRecord, ...]
+    linears: tuple[LinearRecord, ...] = ()
+    failed: Check | None = field(default=None, metadata=UNLESS_NONE)
+
+
+# ------------------------------------------------------------------------------------- validation
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Two streams run side by side: the hidden states of the model compressed so far, and the source's.
 The first one is what later layers will really see, so it is what they are calibrated on. The second
-shows how far the first has strayed; a few sequences of it are enough for that.
+shows how far the first has strayed; a few sequences of it are enough for that. Where it has lost
+what super experts do, compressing stops (early_warning.py).
 
 For each layer, the compressed stream shows what its matrices see (solver.py). Attention comes
 first; then the layer is run again, so that experts and MLPs are calibrated behind the quantised
@@ -33,6 +34,7 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.checkpoint import Reader, copy_tensor, open_tensors, write_tensors
+from se_compress.early_warning import Side, early_warning, sinks_of
 from se_compress.families import FAMILIES
 from se_compress.measures import relative_distance
 from se_compress.recipe import Recipe
@@ -46,6 +48,7 @@ from se_compress.splice import open_shrunk
 from se_compress.streaming import (
     Observer,
     RoutingCapture,
+    SinkCapture,
     StreamedModel,
     batches_of,
     leading,
@@ -70,7 +73,8 @@ def compress(
     """Write every tensor of the result to its place in `layout` (allocated by the caller).
 
     With a work directory, progress is saved after every layer and taken up again; the tensors that
-    come out are the same, byte for byte.
+    come out are the same, byte for byte. If the last record has `failed`, compressing stopped there
+    and the result is not whole.
     """
     small = shrink(source, plan)
     read, untouched = open_shrunk(source, small), small.source is source
@@ -97,6 +101,8 @@ def compress(
         else:
             record = _load_record(options, layer)
         records.append(record)
+        if record.failed:
+            return tuple(records)
     options.progress("compress", source.layer_count, source.layer_count)
     return tuple(records)
 
@@ -217,8 +223,9 @@ def _compress_layer(
     planned = _planned(small, layer)
     same = streams["result"] is streams["source"] and model is original
     untouched = same and not planned
-    source = [] if untouched else leading(streams["source"], WITNESS_TOKENS)
-    source = original.run_layer(layer, module, source)  # first: the weights are about to change
+    before = [] if untouched else leading(streams["source"], WITNESS_TOKENS)
+    sinks = SinkCapture()
+    source = original.run_layer(layer, module, before, sinks)  # the weights are about to change
     if model is not original:
         del module  # one layer in memory
         module = model.load_layer(layer)
@@ -228,15 +235,43 @@ def _compress_layer(
         made = _Made(model.run_layer(layer, module, streams["result"]))
     write_tensors(layout, {result_name(model.source, plan, n): t for n, t in made.tensors.items()})
     _copy(small, model.read, layout, _unquantized(small, layer))
-    away = 0.0 if untouched else relative_distance(leading(made.result, WITNESS_TOKENS), source)
+    away, failed = 0.0, None
+    if not untouched:
+        result = leading(made.result, WITNESS_TOKENS)
+        away = relative_distance(result, source)
+        if recipe.validation.early_stop:
+            load = partial(original.load_layer, layer)
+            ours = Side(original, before, source, sinks.sink_mass, load)
+            theirs = _result_side(model, small, layer, module, streams["result"], result)
+            failed = early_warning(layer, ours, theirs, recipe.validation)
     record = LayerRecord(
         layer=layer,
         seconds=time.perf_counter() - started,
         hidden_error=away,
         experts=tuple(_by_source_id(record, small) for record in made.experts),
         linears=tuple(linear.record for linear in made.linears),
+        failed=failed,
     )
     return record, {"source": made.result if untouched else source, "result": made.result}
+
+
+def _result_side(
+    model: StreamedModel,
+    small: Shrunk,
+    layer: int,
+    module: nn.Module,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+) -> Side:
+    before = leading(before, WITNESS_TOKENS)
+    return Side(
+        model=model,
+        before=before,
+        after=after,
+        sinks=sinks_of(model, layer, module, before),
+        load=lambda: module,
+        source_expert=lambda expert: small.origin[ExpertId(layer, expert)][0].expert,
+    )
 
 
 def _by_source_id(record: ExpertRecord, small: Shrunk) -> ExpertRecord:

@@ -299,8 +299,9 @@ def _compress(
     allocate(layout)
     options = replace(request.options, work=work)
     records = compress(source, plan, tokens, request.recipe, layout, options)
-    small = shrink(source, plan)
-    export_config(small.source, small.plan, work / "checkpoint")
+    if not records[-1].failed:  # without a config, nobody takes half a checkpoint for a whole one
+        small = shrink(source, plan)
+        export_config(small.source, small.plan, work / "checkpoint")
     return records
 
 

@@ -227,7 +227,11 @@ class Generation(_Section):
 
 
 class Validation(_Text):
-    """Held-out text and the limit of each gate (defined in validator.py)."""
+    """Held-out text and the limit of each gate (defined in validator.py).
+
+    early_stop  stop compressing at the layer after which the massive activation or the sinks of the
+                calibration text are lost
+    """
 
     samples: Positive = 32
     sequence_length: Annotated[int, Field(ge=16)] = 256
@@ -240,6 +244,7 @@ class Validation(_Text):
     router_agreement_least: Fraction = 0.50
     repetition: Annotated[float, Field(gt=0.0)] = 0.25
     loops: Annotated[float, Field(gt=0.0)] = 0.50
+    early_stop: bool = True
     generation: Generation = Generation()
 
 

@@ -94,6 +94,19 @@ from se_compress.targets import planned_bits, result_name, result_slots
 RELOAD_LIMIT = 0.10
 RELOAD_TOKENS = 64
 LISTED_ELEMENTS, LISTED_SINKS = 8, 4
+GATES = (
+    "perplexity_increase",
+    "kl_divergence",
+    "massive_activation_ratio",
+    "sink_token_error",
+    "sink_decay",
+    "router_agreement",
+    "router_agreement_least",
+    "repetition",
+    "loops",
+    "tensors_accounted",
+    "reload",
+)
 PACKAGES = (
     "torch",
     "transformers",
@@ -118,13 +131,18 @@ def validate(
     """Judge the checkpoint in `directory`, made from `source` by `plan`.
 
     tokens    held-out sequences of token ids, all of one length
-    records   what compression said of each layer; goes into the report
+    records   what compression said of each layer; goes into the report. If it stopped early, the
+              result is not whole, and the gate that stopped it is all that is reported
     original  the source's side, if several results are judged on the same tokens
     """
     found, small = read_headers(directory), shrink(source, plan)
+    if records and (stopped := records[-1].failed):
+        reason = f"not run: compressing stopped after layer {records[-1].layer}"
+        return _report(source, _alone(stopped, reason), None, (), records, found)
     accounted = _account(source, small, found)
-    if not _is_complete(small, found):  # and so cannot be run
-        return _report(source, [accounted], None, (), records, found)
+    if not _is_complete(small, found):
+        reason = "not run: a result with tensors missing cannot be run"
+        return _report(source, _alone(accounted, reason), None, (), records, found)
     rule = recipe.validation
     original = original or Original(source, tokens, recipe, options)
     read = open_result(
@@ -146,6 +164,13 @@ def validate(
         _reload(result, plan, directory, tokens[0][:RELOAD_TOKENS], options),
     ]
     return _report(source, checks, compared, continuations, records, found)
+
+
+def _alone(check: Check, reason: str) -> list[Check]:
+    """All gates in their order, of which only one could be run."""
+    return [
+        check if name == check.name else Check(name, None, None, None, reason) for name in GATES
+    ]
 
 
 def _report(

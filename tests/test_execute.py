@@ -1,6 +1,7 @@
 """Every tensor of the plan is written, what is kept is kept byte for byte, and every number of a
 record equals that of a slow twin: plain models whose experts are replaced layer by layer."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    BOS,
     CONFIGS,
+    MASSIVE,
     LayerWatch,
     build,
     edit_weights,
+    fragile,
     plain_model,
     random_tokens,
     recipe,
@@ -37,6 +41,7 @@ from se_compress.artifacts import (
     TensorInfo,
 )
 from se_compress.checkpoint import allocate, open_result
+from se_compress.early_warning import SINK_COLLAPSE, Side, early_warning
 from se_compress.errors import SourceError
 from se_compress.execute import compress
 from se_compress.headers import lay_out, read_headers
@@ -618,6 +623,88 @@ def test_layers_behind_the_decoder_are_copied(tiny_model: TinyModel, tmp_path: P
     behind = [name for name in original if ".layers.3." in name]
     assert len(behind) > 20
     assert all(torch.equal(made.stored(name), original[name]) for name in behind)
+
+
+# ------------------------------------------------------------------------------------ early warning
+
+
+@pytest.fixture
+def fragile_model(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen3_moe"), path)
+    fragile(path, 1, 5)
+    return path
+
+
+def compress_fragile(path: Path, directory: Path, work: Path | None = None, **changes: Any) -> Any:
+    source = open_source(str(path))
+    settings = recipe(
+        path,
+        target="gptqmodel",
+        policy={"bits": [2], "protect": changes.pop("protect", "none")},
+        quantization={"method": "rtn", "group_size": 32, "scales": changes.pop("scales", "minmax")},
+        validation={"data": "unused.txt", **changes},
+    )
+    plan = make_plan(source, None, settings)
+    layout = lay_out(result_slots(source, plan), directory, 10**9)
+    allocate(layout)
+    tokens = [[BOS, *row] for row in TOKENS]
+    return compress(source, plan, tokens, settings, layout, RunOptions(work=work))
+
+
+def test_a_lost_massive_activation_stops_the_run_at_its_layer(
+    fragile_model: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    records = compress_fragile(fragile_model, tmp_path / "broken", work)
+    assert [record.layer for record in records] == [0, 1], "not on to layer 2"
+    assert records[0].failed is None
+    failed = records[1].failed
+    assert failed is not None
+    assert (failed.name, failed.limit, failed.passed) == ("massive_activation_ratio", 0.9, False)
+    assert failed.value == pytest.approx(0, abs=1e-3)
+    wrote = r"expert \(1, 5\) wrote \d{4}\.\d there, and now -?\d{1,2}\.\d"
+    where = f"after layer 1 on calibration text, position 0, channel {MASSIVE}; "
+    assert re.fullmatch(re.escape(where) + wrote, failed.detail)
+    assert len(records[1].experts) == 8, "everything is kept for inspection"
+    assert compress_fragile(fragile_model, tmp_path / "broken", work) == records, (
+        "and found there again"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"early_stop": False},
+        {"massive_activation_ratio": 0.0},
+        {"scales": "activation"},
+        {"protect": [{"layer": 1, "expert": 5}]},
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_if_told_to_or_if_the_massive_activation_is_kept(
+    fragile_model: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    records = compress_fragile(fragile_model, tmp_path / "whole", **changes)
+    assert [record.layer for record in records] == [0, 1, 2]
+    assert not any(record.failed for record in records)
+
+
+@pytest.mark.parametrize(
+    ("after", "passed"), [([0.9, 0.7], True), ([0.3, 0.2], False), ([0.9, float("nan")], False)]
+)
+def test_collapsed_sinks_stop_the_run_as_well(after: list[float], passed: bool) -> None:
+    states = [torch.ones(2, 3, 4)]  # nothing massive
+    source, result = (
+        Side(None, states, states, torch.tensor(sinks), lambda: None)  # type: ignore[arg-type]
+        for sinks in ([0.8, 0.6], after)
+    )
+    failed = early_warning(7, source, result, recipe("model").validation)
+    assert (failed is None) is passed
+    if failed is not None:
+        assert (failed.name, failed.limit) == ("sink_decay", SINK_COLLAPSE)
+        assert failed.detail == "after layer 7 on calibration text"
 
 
 # ------------------------------------------------------------------------------------------- resume

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
     ("streaming", "splice", "structure"),
-    ("solver",),
+    ("solver", "early_warning"),
     (
         "calibrate",
         "profiler",

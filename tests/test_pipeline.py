@@ -770,3 +770,29 @@ def test_a_preview_of_variants_tells_each_size(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes["none"]))
     with pytest.raises(ResourceError, match=r"the 3 results take 1\.0 MB and saved progress"):
         preview_variants(several.request())
+
+
+def test_a_run_that_has_lost_its_massive_activation_stops_and_keeps_what_it_has(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen3_moe"), model)
+    tiny.fragile(model, 1, 5)
+    tiny.save_tokenizer(model, bos=True)
+    place = Workplace(tmp_path, model)
+    place.settings["policy"] = {"bits": [2], "protect": "none"}
+    place.settings["quantization"] |= {"method": "rtn", "scales": "minmax"}
+    outcome = place.run()
+    assert not outcome.published
+    assert outcome.directory == place.rejected
+    assert not place.output.exists()
+    failed = [check for check in outcome.validation.checks if check.passed is False]
+    assert [check.name for check in failed] == ["massive_activation_ratio"]
+    assert "after layer 1 on calibration text" in failed[0].detail
+    assert "expert (1, 5) wrote" in failed[0].detail
+    assert outcome.validation.check("reload").detail == (
+        "not run: compressing stopped after layer 1"
+    )
+    assert [record.layer for record in outcome.validation.records] == [0, 1]
+    assert (place.rejected / "se_compress" / "report.html").exists()
+    assert not (place.rejected / "config.json").exists(), "half a checkpoint is not one"

@@ -29,7 +29,8 @@ from se_compress.streaming import StreamedModel
 BOS, EOS = 0, 1
 VOCABULARY = 288  # the tokenizer's 265 words, filled up to a multiple of 32
 HIDDEN = 64
-MARK, MASSIVE, CONSTANT = 3, 7, 11  # residual channels that `plant` and `starve` use
+# Residual channels that `plant`, `starve` and `fragile` use.
+MARK, MASSIVE, CONSTANT, DEAD = 3, 7, 11, 20
 
 _COMMON: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -246,6 +247,23 @@ def plant(
         router[expert, reads] = 20 + math.log(weight) / seen
     elif expert == "shared" and family.shared_gate:
         tensors[family.shared_gate.format(layer=layer)][0, reads] = 4
+    edit_weights(directory, tensors)
+
+
+def fragile(directory: Path, layer: int, expert: int) -> None:
+    """Plant a super expert that low widths break: a large weight on a channel that is zero
+    throughout shares groups with those that make the massive activation, and scales from the
+    largest weight round these to 0."""
+    plant(directory, layer, expert)
+    family = FAMILIES[open_source(str(directory)).family]
+    tensors = {n: t.float() for n, t in load_file(directory / "model.safetensors").items()}
+    tensors["model.embed_tokens.weight"][:, DEAD] = 0
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", f"{family.projections[2]}.weight")):
+            tensor[DEAD] = 0
+    for projection in family.projections[:2]:
+        name = family.expert.format(layer=layer, expert=expert, projection=projection)
+        tensors[name][0, DEAD] = 100
     edit_weights(directory, tensors)
 
 
