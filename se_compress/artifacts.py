@@ -27,8 +27,10 @@ TensorKind = Literal[
 ]
 Action = Literal["keep", "quantize", "prune", "merge", "zero"]
 Role = Literal["gate", "up", "down"]
+Part = Literal["gate_up", "down"]
 OutlierReason = Literal["cancels", "layer forms no massive activation", "model has none"]
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
+PARTS: Mapping[Part, tuple[Role, ...]] = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 # Of a field that is written to JSON only where it says something.
 UNLESS_NONE: Mapping[str, bool] = {"unless_none": True}
@@ -157,10 +159,10 @@ class ExpertStats:
     gate_mass         sum of its routing weights over all tokens, divided by the number of tokens
     mean_output_norm  mean L2 norm of the down_proj output over its tokens
     saliency          mean of routing weight x output norm over its tokens (REAP, arXiv:2510.13999)
-    loss              bits -> mean over all tokens of |weight x (output - quantised output)|^2 /
-                      |h|^2, h the token's residual after the layer: the error that rounding the
-                      expert to that width (no GPTQ) puts into the stream. 0 bits: nothing is
-                      left of the output
+    loss_gate_up      bits -> mean over all tokens of |weight x (output - quantised output)|^2 /
+                      |h|^2, h the token's residual after the layer: the error that rounding
+                      gate_proj and up_proj to that width (no GPTQ) puts into the stream
+    loss_down         the same for down_proj; 0 bits: nothing is left of the output
     """
 
     layer: int
@@ -174,11 +176,18 @@ class ExpertStats:
     gate_mass: float
     mean_output_norm: float
     saliency: float
-    loss: Mapping[int, float]
+    loss_gate_up: Mapping[int, float]
+    loss_down: Mapping[int, float]
 
     @property
     def id(self) -> ExpertId:
         return ExpertId(self.layer, self.expert)
+
+    def loss_of(self, part: Part, bits: int) -> float:
+        """What a width costs one part of the expert; 16 bits cost nothing."""
+        return (
+            0.0 if bits == 16 else (self.loss_down if part == "down" else self.loss_gate_up)[bits]
+        )
 
 
 @dataclass(frozen=True)
@@ -389,6 +398,22 @@ class CompressionPlan:
         return {decision.name: decision for decision in self.others}
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one budget would buy.
+
+    widths           one: all unprotected experts have it; several: the best mixture of these
+    bits_per_weight, size_bytes   as in CompressionPlan
+    predicted_loss   sum over experts and parts of what their widths lose (ExpertStats); None
+                     without a profile
+    """
+
+    widths: tuple[int, ...]
+    bits_per_weight: float
+    size_bytes: int
+    predicted_loss: float | None
+
+
 # ------------------------------------------------------------------------------------ compression
 
 
@@ -396,11 +421,12 @@ class CompressionPlan:
 class ExpertRecord:
     """How the quantisation of one expert went.
 
+    bits, down_bits   as in ExpertDecision
     tokens      calibration tokens behind its Hessian
     shrinkage   share of the layer's Hessian mixed in (0 = enough tokens of its own)
     damping     share of each column's mean square that was added to it (larger of the two Hessians)
     error       relative output error, sqrt(tr(dW H dW^T) / tr(W H W^T)): gate and up, then down
-    fallback    "" or why another method had to be used
+    fallback    "" or why another method had to be used; a part that keeps 16 bits has error 0
     """
 
     layer: int
@@ -412,6 +438,7 @@ class ExpertRecord:
     error_gate_up: float
     error_down: float
     fallback: str
+    down_bits: int | None = field(default=None, metadata=UNLESS_NONE)
 
     @property
     def id(self) -> ExpertId:
@@ -588,7 +615,8 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a dry run tells of one checkpoint; `name` is the variant's, "" without variants."""
+    """What a dry run tells of one checkpoint; `name` is the variant's, "" without variants, and
+    `curve` what other budgets would buy."""
 
     name: str
     target: str
@@ -596,6 +624,7 @@ class PlanSummary:
     size_bytes: int
     source_size_bytes: int
     bits_per_weight: float
+    curve: tuple[CurvePoint, ...] = ()
 
 
 @dataclass(frozen=True)

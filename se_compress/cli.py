@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from se_compress import __version__
 from se_compress.artifacts import (
     Check,
     Comparison,
+    CurvePoint,
     PlanSummary,
     RunOptions,
     RunResult,
@@ -148,6 +149,7 @@ def _plan_only(request: Request, screen: "_Screen") -> RunResult:
                 size_bytes=plan.size_bytes,
                 source_size_bytes=plan.source_size_bytes,
                 bits_per_weight=plan.bits_per_weight,
+                curve=one.curve,
             )
         )
     return RunResult("planned", 0, plans=tuple(plans))
@@ -322,6 +324,8 @@ class _Screen:
         counts: dict[str, int] = {}
         for decision in plan.experts:
             key = f"experts at {decision.bits} bits"
+            if decision.down_bits is not None:
+                key += f", down_proj at {decision.down_bits}"
             counts[key] = counts.get(key, 0) + 1
         for key, count in counts.items():
             table.add_row(key, "", str(count))
@@ -331,6 +335,8 @@ class _Screen:
         table.add_row("super experts", known, "")
         if not self.quiet:
             self.out.print(table)
+            if found.curve:
+                self.out.print(_curve(found.curve))
             for note in plan.notes:
                 self.out.print(f"note: {note}", markup=False, soft_wrap=True)
         self.out.print(
@@ -378,6 +384,20 @@ def _comparison(comparison: Comparison) -> Table:
             f"{one.perplexity_result:.2f}",
             "passed" if one.published else "REJECTED",
         )
+    return table
+
+
+def _curve(points: Sequence[CurvePoint]) -> Table:
+    """What other budgets would buy, the cheapest first."""
+    table = Table(title="other budgets, protection as it is", title_justify="left")
+    table.add_column("widths")
+    for name in ("size", "bits per expert weight", "predicted loss"):
+        table.add_column(name, justify="right")
+    for point in points:
+        widths = ", ".join(map(str, point.widths))
+        label = f"{widths} mixed" if len(point.widths) > 1 else f"{widths} for all"
+        bits = f"{point.bits_per_weight:.3f}"
+        table.add_row(label, _size(point.size_bytes), bits, _number(point.predicted_loss))
     return table
 
 

@@ -3,18 +3,18 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from se_compress.artifacts import (
+    ROLES,
     CompressionPlan,
     ExpertDecision,
     ModelSource,
     TensorInfo,
     write_atomically,
 )
-from se_compress.families import FAMILIES
 from se_compress.headers import INDEX_FILE
 from se_compress.targets import planned_bits, result_name
 
@@ -49,12 +49,11 @@ def _pretty(value: Mapping[str, Any]) -> str:
 
 def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
     """The `quantization_config` of config.json; empty for a plan that quantises nothing."""
-    quantized = [d for d in plan.experts if d.action == "quantize"]
-    if not quantized:
+    if not any(decision.action == "quantize" for decision in plan.experts):
         return {}
     if plan.scheme.format == "bitsandbytes":
         return _bitsandbytes_config(source, plan)
-    return _gptq_config(source, plan, quantized)
+    return _gptq_config(source, plan)
 
 
 def _bitsandbytes_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
@@ -78,14 +77,17 @@ def _stem(info: TensorInfo) -> str:
     return info.name.removesuffix(".weight")
 
 
-def _gptq_config(
-    source: ModelSource, plan: CompressionPlan, quantized: Sequence[ExpertDecision]
-) -> dict[str, Any]:
+def _gptq_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
     """GPTQ v1 as GPTQModel 7.6 reads it (quantization/config.py). The base width is the commonest
     one; `dynamic` maps patterns of module names to what differs: "-:pattern" leaves a module in 16
     bits, "+:pattern" gives it another width.
     """
-    widths = [d.bits for d in quantized]
+    widths = [
+        bits
+        for decision in plan.experts
+        for bits in map(decision.bits_of, ROLES)
+        if bits is not None and bits < 16
+    ]
     base = max(set(widths), key=lambda bits: (widths.count(bits), bits))
     return {
         "quant_method": "gptq",
@@ -102,24 +104,29 @@ def _gptq_config(
     }
 
 
-def _dynamic(
-    source: ModelSource, plan: CompressionPlan, base: int | None
-) -> dict[str, dict[str, int]]:
+def _dynamic(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, dict[str, int]]:
     """Patterns for all modules that are not experts of the base width, the special ones first."""
     rules: dict[str, dict[str, int]] = {}
     for decision in plan.experts:
-        if decision.expert == "shared" or decision.bits == base:
+        if decision.expert == "shared":
             continue
-        pattern = _module_pattern(source, plan, decision)
-        if decision.bits == 16:
-            rules[f"-:{pattern}"] = {}
-        elif decision.bits is not None:
-            rules[f"+:{pattern}"] = {"bits": decision.bits, "group_size": plan.scheme.group_size}
+        for pattern, bits in _modules(source, plan, decision):
+            if bits == 16:
+                rules[f"-:{pattern}"] = {}
+            elif bits is not None and bits != base:
+                rules[f"+:{pattern}"] = {"bits": bits, "group_size": plan.scheme.group_size}
     # Everything that is not a routed expert stays in 16 bits.
     return rules | {r"-:^(?!.*\.experts\.\d+\.).*$": {}}
 
 
-def _module_pattern(source: ModelSource, plan: CompressionPlan, decision: ExpertDecision) -> str:
-    template = FAMILIES[source.family].expert.partition("{projection}")[0]
-    stem = template.format(layer=decision.layer, expert=decision.expert)
-    return "^" + re.escape(result_name(source, plan, stem))
+def _modules(
+    source: ModelSource, plan: CompressionPlan, decision: ExpertDecision
+) -> list[tuple[str, int | None]]:
+    """Patterns of module names and their widths: one for the expert, or one per projection."""
+    names = {
+        role: result_name(source, plan, info.name).removesuffix(".weight")
+        for role, info in source.experts[decision.id].items()
+    }
+    if decision.bits_of("down") == decision.bits:
+        return [("^" + re.escape(names["down"].rpartition(".")[0] + "."), decision.bits)]
+    return [("^" + re.escape(name) + "$", decision.bits_of(role)) for role, name in names.items()]

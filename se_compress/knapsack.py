@@ -3,10 +3,14 @@
 Solved as an integer programme by HiGHS, through scipy. The linear relaxation leaves at most one
 item undecided between two options, so the search ends quickly even for tens of thousands of items,
 and the solver's bound says how far from the optimum the answer can be.
+
+For many budgets at once there is `sweep`: the relaxation alone, solved by hand. Its undecided item
+is decided for the cheaper option, so that the answer is a little worse, and there at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 RELATIVE_GAP = 1e-5
 
@@ -68,6 +72,53 @@ def choose(items: Sequence[Sequence[Option]], budget: int) -> Choice | None:
     bound = float(solved.mip_dual_bound) * float(loss_unit)
     lost = sum(option.loss for option in chosen)
     return Choice(picks, total, lost, min(bound, lost))
+
+
+def sweep(items: Sequence[Sequence[Option]], budgets: Sequence[int]) -> list[Choice]:
+    """For every budget, ascending and none below the least cost, a choice within it; its loss and
+    its bound lie no further apart than one item's step.
+
+    Every item goes along the lower convex hull of its options, from cheap to dear; the steps of all
+    items are taken in the order of what they save per cost.
+    """
+    hulls = [_hull(options) for options in items]
+    steps = sorted(
+        ((b.loss - a.loss) / (b.cost - a.cost), i, place)
+        for i, (options, hull) in enumerate(zip(items, hulls, strict=True))
+        for place, (a, b) in enumerate(pairwise(options[k] for k in hull), 1)
+    )
+    picks = [hull[0] for hull in hulls]
+    cost = sum(options[pick].cost for options, pick in zip(items, picks, strict=True))
+    loss = sum(options[pick].loss for options, pick in zip(items, picks, strict=True))
+    choices, done = list[Choice](), 0
+    for budget in budgets:
+        while done < len(steps):
+            _, i, place = steps[done]
+            old, new = items[i][picks[i]], items[i][hulls[i][place]]
+            if cost + new.cost - old.cost > budget:
+                break
+            cost, loss = cost + new.cost - old.cost, loss + new.loss - old.loss
+            picks[i], done = hulls[i][place], done + 1
+        saved = steps[done][0] * (budget - cost) if done < len(steps) else 0.0
+        choices.append(Choice(tuple(picks), cost, loss, loss + saved))
+    return choices
+
+
+def _hull(options: Sequence[Option]) -> list[int]:
+    """Indices of the lower convex hull of (cost, loss), by rising cost and falling loss."""
+    hull: list[int] = []
+    for k in sorted(range(len(options)), key=lambda k: (options[k].cost, options[k].loss)):
+        new = options[k]
+        if hull and new.loss >= options[hull[-1]].loss:
+            continue
+        while len(hull) > 1:
+            first, last = options[hull[-2]], options[hull[-1]]
+            rise = (last.loss - first.loss) * (new.cost - first.cost)
+            if rise < (new.loss - first.loss) * (last.cost - first.cost):
+                break
+            hull.pop()
+        hull.append(k)
+    return hull
 
 
 def _picks(items: Sequence[Sequence[Option]], taken: Sequence[float]) -> tuple[int, ...]:

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from se_compress.allocate import scheme_of
 from se_compress.artifacts import (
     CheckpointSummary,
     Comparison,
     CompressionPlan,
+    CurvePoint,
     ExpertProfile,
     LayerRecord,
     ModelSource,
@@ -29,7 +31,7 @@ from se_compress.artifacts import (
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError
 from se_compress.headers import lay_out
-from se_compress.policy import check_plan, make_plan, scheme_of
+from se_compress.policy import check_plan, curve_of, make_plan
 from se_compress.preflight import check_disk, check_memory, check_packages
 from se_compress.progress import (
     OURS,
@@ -112,11 +114,12 @@ class VariantsOutcome:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a dry run can tell without reading a weight."""
+    """What a dry run can tell without reading a weight; `curve` is what other budgets would buy."""
 
     source: ModelSource
     plan: CompressionPlan
     profile: ExpertProfile | None
+    curve: tuple[CurvePoint, ...]
 
 
 def preview(request: Request) -> Preview:
@@ -142,7 +145,9 @@ def _preview(request: Request, source: ModelSource) -> Preview:
     check_output(request.output)
     profiles = filter(None, (load(ExpertProfile, file) for file in request.profile_files))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
-    return Preview(source, _plan(source, profile, request), profile)
+    plan = _plan(source, profile, request)
+    curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
+    return Preview(source, plan, profile, curve)
 
 
 def run(request: Request) -> Outcome:

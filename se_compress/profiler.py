@@ -32,6 +32,7 @@ from se_compress.artifacts import (
     ModelSource,
     OutlierExpert,
     OutlierReason,
+    Part,
     RunOptions,
     SuperExpert,
     digest_of,
@@ -243,7 +244,9 @@ class _Watch(RoutingCapture, SinkCapture):
     def dense(self, inner: Tensor, output: Tensor) -> None:
         self.dense_peak = max(self.dense_peak or 0.0, float(output.float().abs().max()))
 
-    def stats(self, identity: ExpertId, total: int, loss: Mapping[int, float]) -> ExpertStats:
+    def stats(
+        self, identity: ExpertId, total: int, loss: Mapping[Part, Mapping[int, float]]
+    ) -> ExpertStats:
         peak = self.peaks.get(identity.expert, _Peak())
         tokens = max(peak.tokens, 1)
         return ExpertStats(
@@ -258,7 +261,8 @@ class _Watch(RoutingCapture, SinkCapture):
             gate_mass=peak.weight_sum / total,
             mean_output_norm=peak.norm_sum / tokens,
             saliency=peak.saliency_sum / tokens,
-            loss=loss,
+            loss_gate_up=loss.get("gate_up", {}),
+            loss_down=loss.get("down", {}),
         )
 
 
@@ -310,29 +314,35 @@ def _rounding_losses(
     watch: _Watch,
     after: Sequence[Tensor],
     grids: Sequence[Grid],
-) -> dict[ExpertIndex, dict[int, float]]:
-    """Expert -> bits -> loss, see ExpertStats.loss. The shared expert's is not measured here."""
+) -> dict[ExpertIndex, dict[Part, dict[int, float]]]:
+    """Expert -> part -> bits -> loss, see ExpertStats; not that of the shared expert."""
     if layer not in model.source.moe_layers:
         return {}
     experts = model.experts_module(module)
     residual = torch.cat([states.float().flatten(0, 1).norm(dim=1) for states in after])
     gate_up, down = experts.gate_up_proj, experts.down_proj
     chunk = max(1, LOSS_STACK_ELEMENTS // gate_up[0].numel())
-    losses: dict[ExpertIndex, dict[int, float]] = {}
+    losses: dict[ExpertIndex, dict[Part, dict[int, float]]] = {}
     for start in range(0, gate_up.shape[0], chunk):
         stop = min(start + chunk, gate_up.shape[0])
         samples = [_sample(experts, expert, watch, residual) for expert in range(start, stop)]
         hidden_power = torch.stack([_mean_square(s.hidden) for s in samples])
         inner_power = torch.stack([_mean_square(s.inner) for s in samples])
         for i, sample in enumerate(samples):
-            losses[start + i] = {0: _loss(sample, sample.output.float(), len(residual))}
+            gone = _loss(sample, sample.output.float(), len(residual))
+            losses[start + i] = {"gate_up": {}, "down": {0: gone}}
         for grid in grids:
             rounded_in = dequantize(rtn(gate_up[start:stop].float(), grid, hidden_power))
             rounded_out = dequantize(rtn(down[start:stop].float(), grid, inner_power))
             for i, sample in enumerate(samples):
                 inner = experts._apply_gate(sample.hidden.float() @ rounded_in[i].T)
-                error = inner @ rounded_out[i].T - sample.output.float()
-                losses[start + i][grid.bits] = _loss(sample, error, len(residual))
+                outputs: dict[Part, Tensor] = {
+                    "gate_up": inner @ down[start + i].float().T,
+                    "down": sample.inner.float() @ rounded_out[i].T,
+                }
+                for part, output in outputs.items():
+                    error = output - sample.output.float()
+                    losses[start + i][part][grid.bits] = _loss(sample, error, len(residual))
     return losses
 
 

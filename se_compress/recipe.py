@@ -26,7 +26,7 @@ from se_compress.errors import RecipeError
 
 Target = Literal["transformers", "gptqmodel"]
 Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
-Width = Literal[2, 3, 4, 8]
+Width = Literal[2, 3, 4, 8, 16]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -122,10 +122,13 @@ class Prune(_Section):
 class Policy(_Section):
     """What may be done to the experts, and under which budget.
 
-    bits             widths to choose from; a single number means that width
+    bits             widths to choose from; a single number means that width; 16 is the source's own
+                     precision
     bits_per_weight  budget over all weights of the experts that are left, scales included
     size             budget for all tensor data of the checkpoint, in bytes
     other_bits       attention, dense MLP, shared experts; 16 keeps them as they are
+    lift_layers      leave to keep a whole layer at `protected_bits` for the protected expert in it,
+                     where the target loads one width per layer
     zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
                      nothing renumbered; random: as many others of the same layers, by `zero_seed`
     """
@@ -136,6 +139,7 @@ class Policy(_Section):
     bits_per_weight: Annotated[float, Field(gt=0.0)] | None = None
     size: Positive | None = None
     other_bits: Literal[16] = 16
+    lift_layers: bool = False
     prune: Prune | None = None
     zero: Literal["super-experts", "random"] | tuple[ExpertName, ...] | None = None
     zero_seed: Annotated[int, Field(ge=0)] = 0

@@ -144,6 +144,7 @@ def _pack_experts(
                 error_gate_up=errors[0],
                 error_down=errors[1],
                 fallback="",
+                down_bits=decision.down_bits,
             )
         )
     return tensors, records
@@ -277,6 +278,7 @@ def _record(
         error_gate_up=gate_up.error[member] if gate_up else 0.0,
         error_down=down.error[member] if down else 0.0,
         fallback=next((s.fallback[member] for s in made if s.fallback[member]), ""),
+        down_bits=widths[1] if widths[1] != widths[0] else None,
     )
 
 

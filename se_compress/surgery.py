@@ -263,14 +263,19 @@ def shrunk_profile(profile: ExpertProfile, plan: CompressionPlan, small: Shrunk)
 def _combined(new: ExpertId, members: list[ExpertStats], silent: bool) -> ExpertStats:
     first = max(members, key=lambda stats: stats.tokens)
     factor = 0.0 if silent else 1.0
-    loss = {width: factor * sum(m.loss[width] for m in members) for width in first.loss}
+    parts = [[stats.loss_gate_up for stats in members], [stats.loss_down for stats in members]]
+    gate_up, down = (
+        {width: factor * sum(loss[width] for loss in losses) for width in losses[0]}
+        for losses in parts
+    )
     return replace(
         first,
         layer=new.layer,
         expert=new.expert,
         tokens=sum(stats.tokens for stats in members),
         gate_mass=sum(stats.gate_mass for stats in members),
-        loss=loss,
+        loss_gate_up=gate_up,
+        loss_down=down,
     )
 
 

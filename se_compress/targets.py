@@ -7,14 +7,13 @@ each fact with its source. The planner takes a row as its constraint; the layout
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from se_compress.artifacts import (
     CompressionPlan,
-    ExpertDecision,
     ExpertId,
     ModelSource,
-    Role,
     Scheme,
     TensorInfo,
 )
@@ -207,18 +206,14 @@ def packed_slots(info: TensorInfo, bits: int, scheme: Scheme) -> tuple[Slot, ...
 
 def stored_bytes(info: TensorInfo, bits: int, scheme: Scheme) -> int:
     """Bytes of one matrix at a width, scales and indices included; 16 is the source's precision."""
-    if bits == 16:
-        return info.size_bytes
-    return sum(slot.size_bytes for slot in packed_slots(info, bits, scheme))
+    return info.size_bytes if bits == 16 else _packed_bytes(info.shape, bits, scheme)
 
 
-def expert_bytes(
-    roles: Mapping[Role, TensorInfo], bits: int, scheme: Scheme, down_bits: int | None = None
-) -> int:
-    """Bytes of one expert at a width, its down_proj at another if given."""
-    decision = ExpertDecision(0, 0, "quantize", bits, "", down_bits)
-    widths = {role: decision.bits_of(role) or 16 for role in roles}
-    return sum(stored_bytes(info, widths[role], scheme) for role, info in roles.items())
+@cache
+def _packed_bytes(shape: tuple[int, ...], bits: int, scheme: Scheme) -> int:
+    rows, columns = shape
+    parts = FORMATS[scheme.format](rows, columns, bits, scheme)
+    return sum(Slot("", dtype, extent).size_bytes for _, dtype, extent in parts)
 
 
 def result_slots(source: ModelSource, plan: CompressionPlan) -> Iterator[Slot]:

@@ -213,7 +213,8 @@ def _expert_stats(identity: ExpertId, dice: random.Random) -> ExpertStats:
         gate_mass=mass,
         mean_output_norm=peak / 9,
         saliency=peak / 60,
-        loss={bits: scale * 4.0 ** (4 - bits) for bits in (2, 3, 4, 8)},
+        loss_gate_up={bits: scale * 4.0 ** (4 - bits) for bits in (2, 3, 4, 8)},
+        loss_down={bits: scale * 1.5 * 4.0 ** (4 - bits) for bits in (2, 3, 4, 8)},
     )
 
 

@@ -77,7 +77,7 @@ def test_the_shared_expert_and_absent_values_survive() -> None:
 
 def test_keys_of_a_mapping_become_numbers_again() -> None:
     profile = from_json(ExpertProfile, to_json(example.example_profile()), "x.json")
-    assert set(profile.experts[0].loss) == {2, 3, 4, 8}
+    assert set(profile.experts[0].loss_down) == {2, 3, 4, 8}
 
 
 def test_a_whole_number_is_read_as_a_float() -> None:
@@ -170,8 +170,8 @@ def test_a_wrong_field_of_an_optional_record_is_named() -> None:
 
 def test_a_width_that_is_no_number_is_named() -> None:
     data = json.loads(to_json(example.example_profile()))
-    data["experts"][3]["loss"] = {"four": 0.5}
-    message = "profile.json.experts[3].loss has the keys four, but numbers are expected"
+    data["experts"][3]["loss_down"] = {"four": 0.5}
+    message = "profile.json.experts[3].loss_down has the keys four, but numbers are expected"
     with pytest.raises(RecipeError, match=re.escape(message)):
         from_json(ExpertProfile, json.dumps(data), "profile.json")
 

@@ -131,15 +131,15 @@ def run(
     work: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     fill: int = 0,
-    widths: Mapping[int, int] | None = None,
+    widths: Mapping[int, int | tuple[int, int]] | None = None,
     shard_bytes: int = 150_000,
     routing: str = "routed",
     others: int = 16,
     **quantization: Any,
 ) -> Made:
     """Compress into `directory`. `fill` is what every byte of the data holds beforehand; `widths`
-    maps experts (of any layer) to other widths than 4; `others` is the width of attention, dense
-    MLPs and shared experts."""
+    maps experts (of any layer) to other widths than 4: of all, or of gate and up and of down;
+    `others` is the width of attention, dense MLPs and shared experts."""
     source = open_source(str(path))
     protect = {"layer": source.moe_layers[0], "expert": PROTECTED}
     settings = recipe(
@@ -164,10 +164,14 @@ def run(
     return Made(source, plan, settings, layout, directory, records)
 
 
-def widened(decision: ExpertDecision, widths: Mapping[int, int]) -> ExpertDecision:
+def widened(
+    decision: ExpertDecision, widths: Mapping[int, int | tuple[int, int]]
+) -> ExpertDecision:
     if decision.action == "keep" or not isinstance(decision.expert, int):
         return decision
-    return replace(decision, bits=widths.get(decision.expert, decision.bits))
+    width = widths.get(decision.expert, decision.bits)
+    bits, down = width if isinstance(width, tuple) else (width, None)
+    return replace(decision, bits=bits, down_bits=down)
 
 
 def overwrite_data(layout: Mapping[str, TensorInfo], fill: int) -> None:
@@ -292,11 +296,13 @@ class Twin:
                     experts.down_proj[identity.expert] = down
 
     def rounded(self, identity: ExpertId) -> tuple[Tensor, Tensor]:
-        if self.made.plan.by_id[identity].bits == 16:
-            return self.weights(identity)
-        roles = self.made.source.experts[identity]
-        gate, up, down = (self.made.dequantised(roles[r]) for r in ROLES)
-        return torch.cat([gate, up]), down
+        gate_up, down = self.weights(identity)
+        roles, decision = self.made.source.experts[identity], self.made.plan.by_id[identity]
+        if decision.bits != 16:
+            gate_up = torch.cat([self.made.dequantised(roles[r]) for r in ("gate", "up")])
+        if decision.bits_of("down") != 16:
+            down = self.made.dequantised(roles["down"])
+        return gate_up, down
 
 
 def hessian(own: Tensor, everyone: Tensor) -> tuple[Tensor, float]:
@@ -318,6 +324,10 @@ def relative_error(weight: Tensor, rounded: Tensor, second_moment: Tensor) -> fl
 
 
 def test_records_equal_those_of_the_slow_twin(made: Made) -> None:
+    assert_records(made)
+
+
+def assert_records(made: Made) -> None:
     twin = Twin(made)
     recorded = {record.id: record for record in made.experts}
     quantized = {d.id for d in made.plan.experts if d.action == "quantize"}
@@ -353,7 +363,8 @@ def assert_record(twin: Twin, record: ExpertRecord, hidden: Tensor, chosen: Tens
         relative_error(down, new_down, inner_moment), rel=5e-3
     )
     assert record.fallback == ""
-    assert record.bits == 4
+    decision = twin.made.plan.by_id[record.id]
+    assert (record.bits, record.down_bits) == (decision.bits, decision.down_bits)
     gptq = twin.made.recipe.quantization.method == "gptq"
     assert (record.damping >= 0.01) if gptq else (record.damping == 0)
 
@@ -392,6 +403,26 @@ def test_several_widths_in_one_layer(tiny_model: TinyModel, tmp_path: Path) -> N
     assert means == sorted(means, reverse=True)
     assert means[0] < 0.6
     assert means[3] < 0.01
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_gate_and_up_of_another_width_than_down(
+    tiny_model: TinyModel, tmp_path: Path, method: str
+) -> None:
+    """Each part has its own width, also that of the source, and down is calibrated on what the
+    quantised gate and up let through: all as the slow twin has it."""
+    pairs = {0: (2, 8), 1: (8, 3), 2: (16, 4), 3: (3, 16)}
+    made = run(tiny_model("qwen3_moe"), tmp_path / "result", method, widths=pairs)
+    assert set(made.tensors) == {info.name for info in made.layout.values()}
+    for info in made.source.tensors.values():
+        if info.expert in pairs and info.layer != made.source.moe_layers[0]:
+            gate_up, down = pairs[int(info.expert or 0)]
+            assert planned_bits(made.plan, info) == (down if info.role == "down" else gate_up)
+    by_expert = {record.id: record for record in made.experts}
+    kept = by_expert[ExpertId(1, 2)], by_expert[ExpertId(1, 3)]
+    assert (kept[0].bits, kept[0].down_bits, kept[0].error_gate_up) == (16, 4, 0.0)
+    assert (kept[1].bits, kept[1].down_bits, kept[1].error_down) == (3, 16, 0.0)
+    assert_records(made)
 
 
 def test_as_many_at_a_time_as_memory_allows(

@@ -16,7 +16,7 @@ from se_compress.export import export_config, quantization_config
 from se_compress.families import FAMILIES
 from se_compress.policy import make_plan
 from se_compress.source import open_source
-from se_compress.targets import result_name
+from se_compress.targets import planned_bits, result_name
 
 TinyModel = Callable[[str], Path]
 
@@ -73,11 +73,13 @@ def test_an_unquantised_model_has_no_settings(tiny_model: TinyModel) -> None:
 
 
 def mixed(decision: ExpertDecision) -> ExpertDecision:
-    """Every width: the commonest is 3."""
+    """Every width, also of one part alone: the commonest is 3."""
     if decision.expert == "shared":
         return decision
-    bits = (3, 3, 2, 3, 8, 16, 4, 3)[(decision.layer + decision.expert) % 8]
-    return replace(decision, bits=bits, action="keep" if bits == 16 else "quantize")
+    place = (decision.layer + decision.expert) % 8
+    bits, down = (3, 3, 2, 3, 8, 16, 16, 3)[place], (None, None, 4, None, 16, None, 2, None)[place]
+    action = "keep" if (bits, down) == (16, None) else "quantize"
+    return replace(decision, bits=bits, down_bits=down, action=action)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,12 +91,9 @@ def test_the_patterns_give_every_module_what_the_plan_says(
     plan = replace(plan, experts=tuple(map(mixed, plan.experts)))
     config = quantization_config(source, plan)
     assert config["bits"] == 3
-    planned = {(d.layer, d.expert): d.bits for d in plan.experts}
     for info in source.tensors.values():
         module = result_name(source, plan, info.name).removesuffix(".weight")
-        routed = info.kind == "expert"
-        wanted = planned[info.layer or 0, info.expert or 0] if routed else 16
-        assert bits_by_config(config, module) == wanted, module
+        assert bits_by_config(config, module) == planned_bits(plan, info), module
 
 
 def test_expert_1_is_not_taken_for_expert_10(tmp_path: Path) -> None:

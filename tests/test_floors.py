@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.bnb",
     ),
     ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
-    ("streaming", "splice", "structure"),
+    ("streaming", "splice", "structure", "allocate"),
     ("solver", "early_warning"),
     (
         "calibrate",
@@ -59,8 +59,8 @@ MODULES = {
 }  # fmt: skip
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
-    "source", "targets", "surgery", "structure", "policy", "export", "page", "report",
-    "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli", "",
+    "source", "targets", "surgery", "structure", "allocate", "policy", "export", "page",
+    "report", "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli", "",
 ]  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 import itertools
 import random
+import time
 
 import pytest
 
-from se_compress.knapsack import RELATIVE_GAP, Option, choose
+from se_compress.knapsack import RELATIVE_GAP, Option, choose, sweep
 
 
 def _by_trying_all(items: list[list[Option]], budget: int) -> float | None:
@@ -64,3 +65,53 @@ def test_same_answer_twice() -> None:
     items = _items(300, 5)
     budget = sum(options[0].cost for options in items)
     assert choose(items, budget + 500) == choose(items, budget + 500)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_sweep_is_within_the_budgets_and_a_step_from_the_best(seed: int) -> None:
+    items = _items(7, seed)
+    least = sum(min(option.cost for option in options) for options in items)
+    most = sum(max(option.cost for option in options) for options in items)
+    budgets = [least + (most - least) * i // 10 for i in range(11)]
+    step = max(max(o.loss for o in options) for options in items)
+    for budget, choice in zip(budgets, sweep(items, budgets), strict=True):
+        picked = [options[k] for options, k in zip(items, choice.picks, strict=True)]
+        assert choice.cost == sum(option.cost for option in picked) <= budget
+        assert choice.loss == pytest.approx(sum(option.loss for option in picked))
+        best = _by_trying_all(items, budget)
+        assert best is not None
+        assert choice.bound <= best * (1 + 1e-9) + 1e-12
+        assert best <= choice.loss * (1 + 1e-9)
+        assert choice.loss - choice.bound <= step
+        exact = choose(items, choice.cost)  # at just what it costs, nothing is better
+        assert exact is not None
+        assert choice.loss == pytest.approx(exact.loss, rel=2 * RELATIVE_GAP)
+
+
+def test_a_sweep_ends_with_the_least_loss() -> None:
+    items = _items(50, 1)
+    most = sum(max(option.cost for option in options) for options in items)
+    [choice] = sweep(items, [most])
+    assert choice.loss == pytest.approx(sum(min(o.loss for o in options) for options in items))
+    assert choice.bound == choice.loss
+
+
+def test_the_largest_models_take_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """61 layers of 257 experts at five widths; the time is printed, not judged."""
+    draw = random.Random(0)
+    items = [
+        [
+            Option(cost=11_010_048 * bits, loss=need * 4.0**-bits * draw.uniform(0.7, 1.3))
+            for bits in (2, 3, 4, 8, 16)
+        ]
+        for need in (draw.lognormvariate(0, 1.5) for _ in range(61 * 257))
+    ]
+    budget = 61 * 257 * 11_010_048 * 16 // 5
+    started = time.perf_counter()
+    chosen = choose(items, budget)
+    seconds = time.perf_counter() - started
+    assert chosen is not None
+    assert chosen.cost <= budget
+    assert chosen.loss <= chosen.bound * (1 + 2 * RELATIVE_GAP)
+    with capsys.disabled():
+        print(f"\n{len(items)} experts at 5 widths: {seconds:.1f} s")

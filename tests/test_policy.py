@@ -6,7 +6,7 @@ The models here are lists of tensor shapes, so that every size can be worked out
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +15,7 @@ import artefacts_example as example
 import pytest
 import tiny
 
+from se_compress import targets
 from se_compress.artifacts import (
     ROLES,
     CompressionPlan,
@@ -22,6 +23,7 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
     ModelSource,
+    OtherDecision,
     Scheme,
     TensorInfo,
     from_json,
@@ -30,7 +32,7 @@ from se_compress.artifacts import (
 from se_compress.checkpoint import allocate
 from se_compress.errors import RecipeError
 from se_compress.headers import lay_out, read_headers
-from se_compress.policy import bits_per_weight, check_plan, make_plan
+from se_compress.policy import check_plan, curve_of, make_plan
 from se_compress.recipe import Recipe, Width
 from se_compress.source import open_source
 from se_compress.targets import result_slots
@@ -150,7 +152,7 @@ def test_sizes_are_those_worked_out_by_hand(bits: int, group_size: int) -> None:
 
 
 def test_unquantised_experts_have_16_bits() -> None:
-    assert bits_per_weight(SOURCE, {}, 32) == 16.0
+    assert make("transformers", quantization={"method": "none"}).bits_per_weight == 16.0
 
 
 def test_the_recipe_and_the_profile_are_named_in_the_plan() -> None:
@@ -275,40 +277,114 @@ def test_without_a_profile_the_widest_width_that_fits_all_is_the_estimate() -> N
 def unequal(weight_of: Callable[[ExpertId], float]) -> ExpertProfile:
     """A profile in which rounding costs `weight_of` an expert, a quarter for each further bit."""
     experts = tuple(
-        replace(e, loss={bits: weight_of(e.id) * 4.0**-bits for bits in (2, 3, 4, 8)})
+        replace(
+            e,
+            loss_gate_up={bits: 0.25 * weight_of(e.id) * 4.0**-bits for bits in (2, 3, 4, 8)},
+            loss_down={bits: 0.75 * weight_of(e.id) * 4.0**-bits for bits in (2, 3, 4, 8)},
+        )
         for e in profile(SUPER).experts
     )
     return replace(profile(SUPER), experts=experts)
 
 
-def test_mixed_widths_spend_the_budget_where_it_saves_most() -> None:
-    """Against all choices of widths for the eleven free experts, tried one by one."""
+@pytest.fixture(params=["projection", "expert", "layer"])
+def granularity(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As if the target took widths of this granularity."""
+    name: str = request.param
+    coarse = tuple(replace(rules, granularity=name) for rules in targets.TARGETS)  # type: ignore
+    monkeypatch.setattr(targets, "TARGETS", coarse)
+    return name
+
+
+def pairs_of(plan: CompressionPlan) -> dict[ExpertId, tuple[int | None, int | None]]:
+    """The widths of gate and up and of down of every routed expert."""
+    return {
+        d.id: (d.bits_of("gate"), d.bits_of("down")) for d in plan.experts if d.expert != "shared"
+    }
+
+
+def loss_of(measured: ExpertProfile, pairs: Mapping[ExpertId, tuple[int, int]]) -> float:
+    return sum(
+        measured.by_id[i].loss_of("gate_up", a) + measured.by_id[i].loss_of("down", b)
+        for i, (a, b) in pairs.items()
+    )
+
+
+def bytes_of(pair: tuple[int, int]) -> float:
+    gate_up = 2 * (2.0 * WIDTH * HIDDEN if pair[0] == 16 else packed(WIDTH, HIDDEN, pair[0], 32))
+    return gate_up + (2.0 * WIDTH * HIDDEN if pair[1] == 16 else packed(HIDDEN, WIDTH, pair[1], 32))
+
+
+def every_choice(name: str, free: list[ExpertId], widths: tuple[int, ...]) -> Any:
+    """All ways to give the free experts widths that the granularity allows."""
+    units: list[list[tuple[ExpertId, int]]] = {
+        "projection": [[(i, part)] for i in free for part in (0, 1)],
+        "expert": [[(i, 0), (i, 1)] for i in free],
+        "layer": [
+            [(i, part) for i in free if i.layer == layer for part in (0, 1)]
+            for layer in sorted({i.layer for i in free})
+        ],
+    }[name]
+    for picks in itertools.product(widths, repeat=len(units)):
+        chosen = {i: [0, 0] for i in free}
+        for unit, width in zip(units, picks, strict=True):
+            for identity, part in unit:
+                chosen[identity][part] = width
+        yield {i: (a, b) for i, (a, b) in chosen.items()}
+
+
+@pytest.mark.parametrize("widths", [(2, 3, 4), (3, 8, 16)])
+def test_mixed_widths_spend_the_budget_where_it_saves_most(
+    granularity: str, widths: tuple[int, ...]
+) -> None:
+    """Against all choices of widths that the granularity allows, tried one by one."""
+    source = model(layers={"projection": 1, "expert": 2, "layer": 3}[granularity])
+    protect = "none" if granularity == "layer" else [{"layer": 0, "expert": 3}]
     measured = unequal(
-        lambda e: 1.5 ** (EXPERTS * e.layer + e.expert if e.expert != "shared" else 0)
+        lambda e: 1.7 ** (EXPERTS * e.layer + e.expert if e.expert != "shared" else 0)
     )
-    budget = make(bits=3).size_bytes
-    plan = make_plan(SOURCE, measured, recipe(bits=[2, 3, 4], size=budget))
+
+    def plan_at(**policy: Any) -> CompressionPlan:
+        return make_plan(source, measured, recipe(protect=protect, **policy))
+
+    narrow, wide = (plan_at(bits=width).size_bytes for width in (widths[0], widths[-1]))
+    budget = (2 * narrow + wide) // 3
+    plan = plan_at(bits=list(widths), size=budget)
     assert plan.size_bytes <= budget
-    chosen = {d.id: d.bits for d in plan.experts if d.expert != "shared"}
-    assert chosen.pop(SUPER) == 16
-    bits_by_need = [
-        bits for _, bits in sorted(chosen.items(), key=lambda item: measured.by_id[item[0]].loss[2])
-    ]
-    assert bits_by_need == sorted(bits_by_need), "more need never gets less bits"
-    assert set(bits_by_need) == {2, 3, 4}
+    chosen = {i: pair for i, pair in pairs_of(plan).items() if i not in plan.protected}
+    outside = plan.size_bytes - sum(map(bytes_of, chosen.values()))
     best = min(
-        _loss(measured, dict(zip(chosen, widths, strict=True)))
-        for widths in itertools.product((2, 3, 4), repeat=len(chosen))
-        if sum(expert_bytes(bits) for bits in widths) <= len(chosen) * expert_bytes(3)
+        loss_of(measured, pairs)
+        for pairs in every_choice(granularity, list(chosen), widths)
+        if outside + sum(map(bytes_of, pairs.values())) <= budget
     )
-    assert _loss(measured, chosen) == pytest.approx(best, rel=1e-4)
-    assert "at most 0.00% from the optimum" in plan.notes[0]
-    reason = plan.by_id[ExpertId(0, 0)].reason
-    assert reason == "predicted loss 0.0625 at 2, 0.0156 at 3, 0.00391 at 4 bits"
+    assert len({*chosen.values()}) > 1
+    assert loss_of(measured, chosen) == pytest.approx(best, rel=1e-4)
+    assert check_plan(plan, source, "plan.json") == plan
+    assert all(plan.by_id[i].bits == 16 for i in plan.protected)
 
 
-def _loss(measured: ExpertProfile, widths: dict[ExpertId, int | None]) -> float:
-    return sum(measured.by_id[i].loss[bits or 0] for i, bits in widths.items())
+def test_a_mixed_plan_tells_its_reasons_and_what_the_budget_bought() -> None:
+    measured = unequal(lambda e: 1.0)
+    plan = make_plan(SOURCE, measured, recipe(bits=[2, 4], size=make(bits=3).size_bytes))
+    assert re.fullmatch(
+        r"widths \[2, 4\] mixed within the budget: predicted loss \S+, at most \d\.\d\d% from the "
+        r"optimum; [\d,]+ bytes of the budget are left",
+        plan.notes[0],
+    )
+    assert plan.by_id[ExpertId(0, 0)].reason == (
+        "predicted loss of gate and up 0.0156 at 2, 0.000977 at 4 bits; of down 0.0469 at 2, "
+        "0.00293 at 4 bits"
+    )
+
+
+def test_what_protection_costs_is_said_in_bytes_and_bits() -> None:
+    more = expert_bytes(16) - expert_bytes(4)
+    assert make(bits=4).notes == (
+        f"protection: 1 protected at 16 bits; {more:,.0f} bytes or "
+        f"{8 * more / (ROUTED * WEIGHTS):.4f} bits per expert weight more than at the others' "
+        f"average of {8 * expert_bytes(4) / WEIGHTS:.3f} bits",
+    )
 
 
 def test_mixed_widths_use_a_budget_between_two_uniform_ones() -> None:
@@ -317,6 +393,106 @@ def test_mixed_widths_use_a_budget_between_two_uniform_ones() -> None:
     assert {d.bits for d in plan.experts if d.id != SUPER and d.expert != "shared"} == {3, 4}
     step = 8 * (expert_bytes(4) - expert_bytes(3)) / (ROUTED * WEIGHTS)
     assert between - step < plan.bits_per_weight <= between
+
+
+@pytest.fixture
+def per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the target took 4, 8 or 16 bits, one width per layer."""
+    coarse = tuple(replace(rules, granularity="layer", widths=(4, 8)) for rules in targets.TARGETS)
+    monkeypatch.setattr(targets, "TARGETS", coarse)
+
+
+@pytest.mark.usefixtures("per_layer")
+def test_a_layer_is_lifted_with_leave_only_and_the_cost_is_named() -> None:
+    more = 4 * (expert_bytes(16) - expert_bytes(4))
+    refuse(
+        lambda: make(bits=4),
+        "target gptqmodel loads one width per layer: for the protected (1, 2) all experts of layer "
+        f"1 would have to be lifted from 4 to 16 bits, {more / 1e6:.1f} MB or "
+        f"{8 * more / (ROUTED * WEIGHTS):.3f} bits per expert weight; accepted are "
+        "policy.lift_layers: true, another policy.protected_bits, policy.protect: none, and a "
+        "target with a width per expert",
+    )
+    plan = make(bits=4, lift_layers=True)
+    assert {d.id: d.bits for d in plan.experts if d.expert != "shared"} == {
+        ExpertId(layer, expert): 16 if layer == 1 else 4
+        for layer in range(LAYERS)
+        for expert in range(EXPERTS)
+    }
+    assert plan.protected == (SUPER,)
+    assert plan.by_id[ExpertId(1, 0)].reason == (
+        "lifted to 16 bits with expert (1, 2): target gptqmodel loads one width per layer"
+    )
+    assert plan.notes == (
+        f"protection: 1 protected and 3 lifted with them at 16 bits; {more:,.0f} bytes or "
+        f"{8 * more / (ROUTED * WEIGHTS):.4f} bits per expert weight more than at the others' "
+        f"average of {8 * expert_bytes(4) / WEIGHTS:.3f} bits",
+    )
+    eight = make(bits=4, lift_layers=True, protected_bits=8)
+    assert {eight.by_id[ExpertId(1, expert)].bits for expert in range(EXPERTS)} == {8}
+
+
+@pytest.mark.usefixtures("per_layer")
+def test_no_leave_is_needed_where_nothing_is_lifted() -> None:
+    assert make(bits=8, protected_bits=8).protected == (SUPER,)
+    assert make(bits=4, protect="none").protected == ()
+
+
+@pytest.mark.usefixtures("per_layer")
+def test_a_layer_of_an_edited_plan_has_one_width() -> None:
+    plan = make(bits=4, protect="none")
+    for changes, message in [
+        ({"bits": 8}, "expert (0, 1) has 8 bits and expert (0, 0) 4; target gptqmodel loads one "
+         "width per layer"),
+        ({"down_bits": 8}, "expert (0, 1) has 4 bits and down_bits 8; target gptqmodel loads one "
+         "width per layer"),
+    ]:  # fmt: skip
+        rows = [
+            replace(d, **changes) if d.id == ExpertId(0, 1) else d  # type: ignore[arg-type]
+            for d in plan.experts
+        ]
+        changed = replace(plan, experts=tuple(rows))
+        refuse(lambda c=changed: check_plan(c, SOURCE, "plan.json"), f"plan.json: {message}")  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("per_layer")
+def test_widths_that_the_target_does_not_load_are_refused() -> None:
+    refuse(
+        lambda: make(bits=[3, 4], bits_per_weight=4.5),
+        "policy.bits lists 3; target gptqmodel loads gptq files of 4, 8, 16 bits",
+    )
+
+
+def test_the_curve_falls_from_the_least_to_the_most() -> None:
+    measured = unequal(
+        lambda e: 1.7 ** (EXPERTS * e.layer + e.expert if e.expert != "shared" else 0)
+    )
+    wanted = recipe(bits=[2, 3, 4], bits_per_weight=5.0)
+    points = curve_of(SOURCE, measured, wanted, make_plan(SOURCE, measured, wanted))
+    assert [p.size_bytes for p in points] == sorted(p.size_bytes for p in points)
+    uniform = {p.widths[0]: p for p in points if len(p.widths) == 1}
+    assert list(uniform) == [2, 3, 4, 8]
+    assert uniform[3].size_bytes == make(bits=3).size_bytes
+    assert uniform[3].bits_per_weight == make(bits=3).bits_per_weight
+    mixed = [p for p in points if len(p.widths) > 1]
+    losses = [p.predicted_loss for p in mixed]
+    assert losses == sorted(losses, reverse=True)  # type: ignore[type-var]
+    assert mixed[0].predicted_loss == uniform[2].predicted_loss
+    assert mixed[-1].predicted_loss == uniform[4].predicted_loss
+    for point in mixed:  # each is a plan that can be had, and about the best one
+        bought = make_plan(SOURCE, measured, recipe(bits=[2, 3, 4], size=point.size_bytes))
+        pairs = pairs_of(bought)
+        assert loss_of(measured, pairs) == pytest.approx(point.predicted_loss, rel=1e-4)  # type: ignore[arg-type]
+
+
+def test_without_a_profile_the_curve_knows_sizes_only() -> None:
+    for wanted, widths in [
+        (recipe(bits=[2, 4], bits_per_weight=5.0), [(2,), (3,), (4,), (8,)]),
+        (recipe("transformers", quantization={"method": "none"}), []),
+    ]:
+        points = curve_of(SOURCE, None, wanted, make_plan(SOURCE, None, wanted))
+        assert [p.widths for p in points] == widths
+        assert all(p.predicted_loss is None for p in points)
 
 
 def test_a_super_expert_is_not_lowered_to_make_the_budget() -> None:
@@ -543,6 +719,7 @@ def test_an_expert_taken_off_the_protected_ones_may_be_lowered() -> None:
     assert check_plan(lowered, SOURCE, "plan.json").by_id[SUPER].bits == 4
 
 
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 STRAY = ExpertDecision(9, 0, "keep", 16, "")
 
 
@@ -601,6 +778,37 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
             edited(ExpertId(0, 1), bits=None),
             "expert (0, 1) has None bits; for action quantize and target gptqmodel accepted are 2, "
             "3, 4, 8",
+        ),
+        (
+            edited(ExpertId(0, 1), down_bits=5),
+            "expert (0, 1) has down_bits 5; for action quantize and target gptqmodel accepted are "
+            "2, 3, 4, 8",
+        ),
+        (
+            edited(ExpertId(0, 1), action="keep", bits=16, down_bits=4),
+            "expert (0, 1) has down_bits 4; for action keep and target gptqmodel accepted are 16",
+        ),
+        (
+            edited(SUPER, action="quantize", bits=16, down_bits=3),
+            "expert (1, 2) is protected but has 3 bits; accepted are 8 and 16, unless it is taken "
+            "off the list of protected",
+        ),
+        (
+            replace(PLAN, scheme=replace(PLAN.scheme, format="marlin")),
+            "format is 'marlin'; for target gptqmodel and method rtn accepted is gptq",
+        ),
+        (
+            replace(PLAN, others=(OtherDecision("model.embed_tokens.weight", 4, ""),)),
+            "others lists model.embed_tokens.weight, which is no linear of the model's attention "
+            "or dense MLP",
+        ),
+        (
+            replace(PLAN, others=(OtherDecision(QUERY, 5, ""),)),
+            f"{QUERY} has 5 bits; for target gptqmodel accepted are 2, 3, 4, 8, 16",
+        ),
+        (
+            replace(PLAN, others=(OtherDecision(QUERY, 4, ""), OtherDecision(QUERY, 8, ""))),
+            "a tensor is listed twice in others",
         ),
         (
             edited(ExpertId(0, "shared"), action="quantize", bits=16),

@@ -48,6 +48,7 @@ from se_compress.profiler import (
     profile_experts,
     select_super_experts,
 )
+from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import SuperExperts
 from se_compress.source import open_source
 
@@ -321,7 +322,7 @@ def test_no_layers_at_all() -> None:
 
 
 def expert(layer: int, index: ExpertIndex, peak: float) -> ExpertStats:
-    return ExpertStats(layer, index, peak, peak, 7, 0, BOS, 9, 0.5, 1.0, 0.5, {})
+    return ExpertStats(layer, index, peak, peak, 7, 0, BOS, 9, 0.5, 1.0, 0.5, {}, {})
 
 
 def select(layers: Sequence[LayerStats], experts: Sequence[ExpertStats]) -> profiler._Selection:
@@ -460,6 +461,28 @@ class Twin:
             "saliency": saliency_sum / count,
         }
 
+    def losses(self, identity: ExpertId, grid: Grid) -> dict[str, float]:
+        """What rounding gate and up, or down, puts into the stream, token by token."""
+        roles = self.source.experts[identity]
+        gate, up, down = (self.weights[roles[role].name] for role in ("gate", "up", "down"))
+        visits = self.visits(identity)
+        tokens = [self.mlp[identity.layer][s][p] for s, p, _ in visits]
+        inner = [nn.functional.silu(gate @ token) * (up @ token) for token in tokens]
+
+        def rounded(weight: Tensor, inputs: list[Tensor]) -> Tensor:
+            power = torch.stack(inputs).square().mean(dim=0)
+            return dequantize(rtn(weight[None], grid, power[None]))[0]
+
+        gate_q, up_q = rounded(torch.cat([gate, up]), tokens).chunk(2)
+        down_q, lost = rounded(down, inner), {"gate_up": 0.0, "down": 0.0}
+        for (sequence, position, weight), token, through in zip(visits, tokens, inner, strict=True):
+            size = self.outputs[identity.layer][sequence][position].norm()
+            changed = nn.functional.silu(gate_q @ token) * (up_q @ token)
+            parts = {"gate_up": down @ (changed - through), "down": (down_q - down) @ through}
+            for part, error in parts.items():
+                lost[part] += float((weight * error.norm() / size) ** 2)
+        return {part: total / sum(map(len, self.tokens)) for part, total in lost.items()}
+
     def layer(self, at: int) -> dict[str, Any]:
         before, after = torch.stack(self.inputs[at]).abs(), torch.stack(self.outputs[at]).abs()
         sequence, position, channel = np.unravel_index(int(after.argmax()), after.shape)
@@ -499,7 +522,7 @@ def assert_alike(found: Mapping[str, Any], expected: Mapping[str, Any], loss: fl
     where two are as good as equal, round-off decides between them."""
     assert set(found) == set(expected)
     for key, value in expected.items():
-        relative = loss if ".loss." in key else 1e-4
+        relative = loss if ".loss_" in key else 1e-4
         same = pytest.approx(value, rel=relative) if isinstance(value, float) else value
         assert found[key] == same, key
 
@@ -527,6 +550,32 @@ def test_every_number_equals_that_of_the_slow_twin(tiny_model: TinyModel, name: 
         sinks = expected.pop("sink_mass")
         assert_alike({key: getattr(stats, key) for key in expected}, expected)
         assert stats.sink_mass == pytest.approx(sinks, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "deepseek_v3"])
+def test_losses_equal_those_of_the_slow_twin(tiny_model: TinyModel, name: str) -> None:
+    twin, found = Twin(tiny_model(name), TOKENS), profile(tiny_model(name))
+    for stats in found.experts:
+        if stats.expert == "shared":
+            assert (stats.loss_gate_up, stats.loss_down) == ({}, {})
+        elif stats.tokens and stats.expert in (0, 3):
+            for bits in (2, 3, 4, 8):
+                expected = twin.losses(stats.id, Grid(bits, 32, True))
+                for part, loss in expected.items():
+                    assert stats.loss_of(part, bits) == pytest.approx(loss, rel=0.1), (part, bits)
+
+
+def test_losses_from_some_of_the_tokens_stand_for_all(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = profile(tiny_model("mixtral"))
+    monkeypatch.setattr(profiler, "LOSS_TOKENS", 30)
+    monkeypatch.setattr(profiler, "LOSS_STRONGEST", 10)
+    some = profile(tiny_model("mixtral"))
+    for stats in every.experts:
+        for bits in (2, 4):
+            ratio = some.by_id[stats.id].loss_of("down", bits) / stats.loss_of("down", bits)
+            assert 0.6 < ratio < 1.6
 
 
 def test_sink_rates_of_short_sequences(tiny_model: TinyModel) -> None:

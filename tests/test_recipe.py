@@ -273,8 +273,8 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
             "be 'shared'",
         ),
         ("policy.protected_bits", 4, "policy.protected_bits is 4: input should be 8 or 16"),
-        ("policy.bits", 5, "policy.bits.0 is 5: input should be 2, 3, 4 or 8"),
-        ("policy.bits", [4, "x"], "policy.bits.1 is 'x': input should be 2, 3, 4 or 8"),
+        ("policy.bits", 5, "policy.bits.0 is 5: input should be 2, 3, 4, 8 or 16"),
+        ("policy.bits", [4, "x"], "policy.bits.1 is 'x': input should be 2, 3, 4, 8 or 16"),
         ("policy.bits", [], "policy.bits: at least one width is needed, for instance [4]"),
         (
             "policy.bits_per_weight",

@@ -69,7 +69,9 @@ def profile_of(source: ModelSource, *super_experts: ExpertId) -> ExpertProfile:
                 saliency=worth,
                 tokens=int(100 * worth) if number else 7,
                 gate_mass=1 / worth,
-                loss={0: 10 * worth, 2: worth, 3: worth / 4, 4: worth / 16, 8: worth / 256},
+                loss_gate_up={bits: worth / 2 * 4.0 ** (2 - bits) for bits in (2, 3, 4, 8)},
+                loss_down={0: 10 * worth}
+                | {bits: worth / 2 * 4.0 ** (2 - bits) for bits in (2, 3, 4, 8)},
             )
         )
     found = [
@@ -305,7 +307,10 @@ def test_the_budget_may_choose_how_much_is_pruned(tiny_model: TinyModel) -> None
         except RecipeError:
             continue
         losses[count] = sum(
-            known.by_id[d.id].loss[0 if d.action == "prune" else d.bits or 0]
+            known.by_id[d.id].loss_of("down", 0)
+            if d.action == "prune"
+            else known.by_id[d.id].loss_of("gate_up", d.bits_of("gate") or 0)
+            + known.by_id[d.id].loss_of("down", d.bits_of("down") or 0)
             for d in plan.experts
             if d.bits != 16
         )

@@ -20,12 +20,12 @@ from se_compress.recipe import Target
 from se_compress.source import open_source
 from se_compress.targets import (
     TARGETS,
-    expert_bytes,
     find_rules,
     packed_slots,
     planned_bits,
     result_name,
     result_slots,
+    stored_bytes,
 )
 
 TinyModel = Callable[[str], Path]
@@ -96,13 +96,11 @@ def test_slots_are_what_the_packer_makes(bits: int, group_size: int) -> None:
         assert slot.size_bytes == tensor.numel() * tensor.itemsize
 
 
-def test_an_expert_at_16_bits_keeps_its_own_bytes() -> None:
-    roles = {"gate": info(32, 64), "up": info(32, 64), "down": replace(info(64, 32), dtype="F32")}
+def test_at_16_bits_a_matrix_keeps_its_own_bytes() -> None:
     scheme = Scheme("gptq", "rtn", 32, True)
-    assert expert_bytes(roles, 16, scheme) == 3 * 2 * 32 * 64
-    sizes = [expert_bytes(roles, *widths) for widths in ((4, scheme), (4, scheme, 8), (8, scheme))]
+    assert stored_bytes(replace(info(64, 32), dtype="F32"), 16, scheme) == info(64, 32).size_bytes
+    sizes = [stored_bytes(info(64, 32), bits, scheme) for bits in (2, 3, 4, 8, 16)]
     assert sizes == sorted(set(sizes))
-    assert sizes[-1] < expert_bytes(roles, 16, scheme)
 
 
 # ---------------------------------------------------------------------------------- the result
