@@ -192,6 +192,8 @@ class Quantization(_Section):
     group_size  input columns that share a scale; -1 means one scale per row
     damping     share of each input column's mean square that is added to it (raised where the
                 Hessian cannot be factorised): more trusts the calibration text less
+    shrinkage   an expert that saw fewer tokens than this times its inputs' dimensions borrows the
+                missing share of its Hessian from its layer; 0: only one that saw none at all does
 
     Method bitsandbytes has keys of its own:
 
@@ -206,13 +208,14 @@ class Quantization(_Section):
     act_order: Literal["static", "none"] = "static"
     scales: Literal["activation", "minmax"] = "activation"
     damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    shrinkage: Annotated[float, Field(ge=0.0, le=64.0)] = 1.0
     data_type: Literal["nf4", "fp4", "int8"] = "nf4"
     block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
     double_quant: bool = True
 
     @model_validator(mode="after")
     def _keys_of_the_method(self) -> "Quantization":
-        integer = {"group_size", "symmetric", "act_order", "scales", "damping"}
+        integer = {"group_size", "symmetric", "act_order", "scales", "damping", "shrinkage"}
         blocks, own = {"block_size", "double_quant"}, {"data_type", "block_size", "double_quant"}
         foreign = integer if self.method == "bitsandbytes" else own
         if given := sorted(foreign & self.model_fields_set):

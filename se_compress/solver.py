@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, pairwise
-from math import sqrt
+from math import ceil, sqrt
 from types import TracebackType
 from typing import Any, cast
 
@@ -96,9 +96,9 @@ def quantize_experts(
     records: list[ExpertRecord] = []
     rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
     for widths, members in _stacks(decisions, experts):
-        inputs = _gate_up_inputs(capture, members, everyone)
+        inputs = _gate_up_inputs(capture, members, everyone, rule.shrinkage)
         gate_up = _replace(experts.gate_up_proj, members, inputs, widths[0], scheme, rule)
-        inner_inputs = _down_inputs(capture, experts, members, everyone)
+        inner_inputs = _down_inputs(capture, experts, members, everyone, rule.shrinkage)
         down = _replace(experts.down_proj, members, inner_inputs, widths[1], scheme, rule)
         for i, expert in enumerate(members):
             identity = ExpertId(decisions[0].layer, expert)
@@ -183,7 +183,9 @@ def _stacks(
             yield widths, members[widths][start : start + size]
 
 
-def _gate_up_inputs(capture: RoutingCapture, members: Sequence[int], everyone: bool) -> _Inputs:
+def _gate_up_inputs(
+    capture: RoutingCapture, members: Sequence[int], everyone: bool, enough: float
+) -> _Inputs:
     layer_mean = cache(lambda: _second_moment(capture.hidden))
     if everyone:
         count = len(members)
@@ -191,18 +193,18 @@ def _gate_up_inputs(capture: RoutingCapture, members: Sequence[int], everyone: b
     parts = []
     for expert in members:
         rows, _ = capture.rows_of(expert)
-        parts.append(_hessian(capture.hidden.index_select(0, rows), layer_mean))
+        parts.append(_hessian(capture.hidden.index_select(0, rows), layer_mean, enough))
     return _stack_inputs(parts)
 
 
 def _down_inputs(
-    capture: RoutingCapture, experts: Any, members: Sequence[int], everyone: bool
+    capture: RoutingCapture, experts: Any, members: Sequence[int], everyone: bool, enough: float
 ) -> _Inputs:
     some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
     parts = []
     for expert in members:
         inner = _inner(capture, experts, expert, everyone)
-        parts.append(_hessian(inner, partial(_down_prior, experts, expert, some)))
+        parts.append(_hessian(inner, partial(_down_prior, experts, expert, some), enough))
     return _stack_inputs(parts)
 
 
@@ -228,18 +230,22 @@ def _second_moment(inputs: Tensor) -> Tensor:
     return moment.div_(max(1, len(inputs)))
 
 
-def _hessian(inputs: Tensor, prior: Callable[[], Tensor]) -> tuple[Tensor, int, float]:
+def _hessian(
+    inputs: Tensor, prior: Callable[[], Tensor], enough: float
+) -> tuple[Tensor, int, float]:
     """Mean of x x^T over an expert's own tokens [n, C], n, and the share of the prior in it.
 
     With n < C tokens the mean is singular: directions that happened not to occur would cost nothing
-    and be rounded away. The missing share, 1 - n / C, comes from the prior: what the expert would
-    see if all tokens of the layer went to it. An expert that saw nothing gets the prior alone.
+    and be rounded away. With n < enough C tokens the missing share, 1 - n / (enough C), comes from
+    the prior: what the expert would see if all tokens of the layer went to it. An expert that saw
+    nothing gets the prior alone.
     """
     tokens, columns = inputs.shape
+    needed = max(1, ceil(enough * columns))
     hessian = _second_moment(inputs)
-    if tokens < columns:
-        hessian = shrink_towards(hessian, tokens, prior(), columns)
-    return hessian, tokens, max(0.0, 1.0 - tokens / columns)
+    if tokens < needed:
+        hessian = shrink_towards(hessian, tokens, prior(), needed)
+    return hessian, tokens, max(0.0, 1.0 - tokens / needed)
 
 
 def _replace(

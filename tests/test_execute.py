@@ -305,10 +305,10 @@ class Twin:
         return gate_up, down
 
 
-def hessian(own: Tensor, everyone: Tensor) -> tuple[Tensor, float]:
-    """Mean of outer products, token by token; where there are fewer tokens than columns, the
-    missing share comes from everyone's tokens."""
-    share = max(0.0, 1 - len(own) / own.shape[1])
+def hessian(own: Tensor, everyone: Tensor, enough: float = 1.0) -> tuple[Tensor, float]:
+    """Mean of outer products, token by token; where there are fewer tokens than `enough` times the
+    columns, the missing share comes from everyone's tokens."""
+    share = max(0.0, 1 - len(own) / (enough * own.shape[1]))
     total = torch.zeros(own.shape[1], own.shape[1], dtype=torch.float64)
     for token in own.double():
         total += (1 - share) / len(own) * torch.outer(token, token)
@@ -351,9 +351,10 @@ def assert_records(made: Made) -> None:
 def assert_record(twin: Twin, record: ExpertRecord, hidden: Tensor, chosen: Tensor) -> None:
     own = hidden[(chosen == record.expert).any(dim=1)]
     (gate_up, down), (new_gate_up, new_down) = twin.weights(record.id), twin.rounded(record.id)
-    second_moment, share = hessian(own, hidden)
+    enough = twin.made.recipe.quantization.shrinkage
+    second_moment, share = hessian(own, hidden, enough)
     inner, all_inner = swiglu(own, new_gate_up), swiglu(hidden, new_gate_up)
-    inner_moment, inner_share = hessian(inner, all_inner)
+    inner_moment, inner_share = hessian(inner, all_inner, enough)
     assert record.tokens == len(own)
     assert record.shrinkage == pytest.approx(max(share, inner_share))
     assert record.error_gate_up == pytest.approx(
@@ -621,6 +622,31 @@ def test_shares_follow_the_number_of_tokens(made: Made) -> None:
         assert record.shrinkage == pytest.approx(max(0.0, 1 - record.tokens / 64))
     shares = [record.shrinkage for record in made.experts]
     assert all(0 <= share <= 1 for share in shares)
+
+
+def test_shrinkage_says_how_many_tokens_are_enough(tiny_model: TinyModel, tmp_path: Path) -> None:
+    made = run(tiny_model("olmoe"), tmp_path / "result", shrinkage=3.0)
+    twin = Twin(made)
+    for at, record in enumerate(made.records):
+        hidden, chosen = twin.routed(at)
+        for expert in record.experts:
+            assert expert.shrinkage == pytest.approx(max(0.0, 1 - expert.tokens / (3 * 64)))
+            assert_record(twin, expert, hidden, chosen)
+        twin.replace_layer(at)
+    assert any(64 < expert.tokens < 3 * 64 for expert in made.experts)
+
+
+def test_without_shrinkage_only_an_unused_expert_borrows(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    path = shutil.copytree(tiny_model("qwen3_moe"), tmp_path / "model")
+    starve(path, 1, 3)
+    made = run(path, tmp_path / "result", shrinkage=0.0)
+    unused = {e.id for e in made.experts if not e.tokens}
+    assert ExpertId(1, 3) in unused
+    assert {e.id: e.shrinkage for e in made.experts if e.shrinkage} == dict.fromkeys(unused, 1.0)
+    assert any(0 < expert.tokens < 64 for expert in made.experts)
+    assert all(expert.fallback == "" for expert in made.experts)
 
 
 def test_some_experts_need_no_shrinkage_and_some_do(tiny_model: TinyModel, tmp_path: Path) -> None:
