@@ -15,8 +15,11 @@ A block must not run on into the next row: bitsandbytes 0.50.2 writes such codes
 then reads them back with the maxima of other blocks, without an error.
 """
 
+import logging
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +46,14 @@ def quantize_bnb(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
     Raises ValueError if the block size is not one of BLOCK_SIZES or does not divide C.
     """
-    from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
-
+    functional = _functional()
     if scheme.data_type == "int8":
         # On the CPU: the kernel for CUDA takes float16 only, and the result is to be the same.
-        codes, row_maxima, _ = int8_vectorwise_quant(weight.float().cpu())
+        codes, row_maxima, _ = functional.int8_vectorwise_quant(weight.float().cpu())
         return {"weight": codes.reshape(-1, 1), "SCB": row_maxima}
     if scheme.group_size not in BLOCK_SIZES or weight.shape[1] % scheme.group_size:
         raise ValueError(f"blocks of {scheme.group_size} do not fit {tuple(weight.shape)}")
-    codes, state = quantize_4bit(
+    codes, state = functional.quantize_4bit(
         weight.float(),
         blocksize=scheme.group_size,
         compress_statistics=scheme.double_quant,
@@ -68,21 +70,21 @@ def dequantize_bnb(
     parts: Mapping[str, Tensor], shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
 ) -> Tensor:
     """What the parts stand for, [R, C] in float32, float16 or bfloat16, on their device."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
-
+    functional = _functional()
     if scheme.data_type == "int8":
-        weight: Tensor = int8_vectorwise_dequant(parts["weight"].view(shape), parts["SCB"])
+        codes = parts["weight"].view(shape)
+        weight: Tensor = functional.int8_vectorwise_dequant(codes, parts["SCB"])
         return weight.to(dtype)
     offset = nested = None
     if scheme.double_quant:
         offset = parts["weight.nested_offset"]
-        nested = QuantState(
+        nested = functional.QuantState(
             parts["weight.nested_absmax"],
             code=_dynamic_map(parts["weight"].device),
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
-    state = QuantState(
+    state = functional.QuantState(
         parts["weight.absmax"],
         shape=torch.Size(shape),
         blocksize=scheme.group_size,
@@ -91,13 +93,23 @@ def dequantize_bnb(
         offset=offset,
         state2=nested,
     )
-    unpacked: Tensor = dequantize_4bit(parts["weight"], state)
+    unpacked: Tensor = functional.dequantize_4bit(parts["weight"], state)
     return unpacked
 
 
 @cache
 def _dynamic_map(device: torch.device) -> Tensor:
-    from bitsandbytes.functional import create_dynamic_map
-
-    values: Tensor = create_dynamic_map()
+    values: Tensor = _functional().create_dynamic_map()
     return values.to(device)
+
+
+@cache
+def _functional() -> Any:
+    """bitsandbytes.functional, without the warning that a kernel which we do not call (its product
+    with 4-bit weights) cannot be had from the Hub."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.disabled = True
+    try:
+        return import_module("bitsandbytes.functional")
+    finally:
+        logger.disabled = False
