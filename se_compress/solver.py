@@ -339,6 +339,12 @@ def quantize_linears(
         with moments:
             run()
         for names, hessian, tokens in moments.groups():
+            if scheme.format == "bitsandbytes":
+                done += [
+                    _pack_linear(name, bits[name], linears[name], hessian, tokens, scheme)
+                    for name in names
+                ]
+                continue
             for width in sorted({bits[name] for name in names}):
                 alike = {name: linears[name] for name in names if bits[name] == width}
                 done += _replace_linears(alike, hessian, tokens, _grid(width, scheme), rule)
@@ -441,6 +447,18 @@ class _InputMoments:
         for first, moment in self._sums.items():
             names = [name for name in self._linears if self._first[name] == first]
             yield names, moment / max(1, self._tokens[first]), self._tokens[first]
+
+
+def _pack_linear(
+    name: str, bits: int, linear: nn.Linear, hessian: Tensor, tokens: int, scheme: Scheme
+) -> SolvedLinear:
+    """Through bitsandbytes, in place; the Hessian serves to measure."""
+    before = linear.weight.float().clone()
+    tensors = _pack_in_place(name, linear.weight, scheme)
+    lost, whole = (
+        float(_energy(part[None], hessian)) for part in (linear.weight.float() - before, before)
+    )
+    return SolvedLinear(name, bits, tensors, tokens, 0.0, lost, whole, "")
 
 
 def _replace_linears(

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from se_compress import loading
-from se_compress.artifacts import CompressionPlan, ModelSource, RunOptions
+from se_compress.artifacts import CompressionPlan, ModelSource, OtherDecision, RunOptions
 from se_compress.checkpoint import allocate, open_result
 from se_compress.errors import SourceError
 from se_compress.execute import compress
@@ -33,7 +33,7 @@ from se_compress.loading import PackedLinear
 from se_compress.policy import make_plan
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
-from se_compress.targets import result_slots
+from se_compress.targets import planned_bits, result_slots
 
 TinyModel = Callable[[str], Path]
 TYPES = ("nf4", "fp4", "int8")
@@ -49,7 +49,9 @@ class Result:
     directory: Path
 
 
-def write(model: Path, directory: Path, data_type: str, **policy: Any) -> Result:
+def write(
+    model: Path, directory: Path, data_type: str, others: bool = False, **policy: Any
+) -> Result:
     source = open_source(str(model))
     protect = [{"layer": source.moe_layers[-1], "expert": 2}]
     quantization: dict[str, Any] = {"method": "bitsandbytes", "data_type": data_type}
@@ -61,12 +63,26 @@ def write(model: Path, directory: Path, data_type: str, **policy: Any) -> Result
         quantization=quantization,
     )
     plan = make_plan(source, None, recipe)
+    plan = with_others(plan, source) if others else plan
     directory.mkdir()
     layout = lay_out(result_slots(source, plan), directory, 10**9)
     allocate(layout)
     compress(source, plan, TOKENS, recipe, layout, RunOptions())
     export_config(source, plan, directory)
     return Result(source, plan, directory)
+
+
+def with_others(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
+    """The same, shared experts and all linears of attention and dense MLPs packed as well."""
+    experts = tuple(
+        replace(d, action="quantize", bits=4) if d.expert == "shared" else d for d in plan.experts
+    )
+    others = tuple(
+        OtherDecision(info.name, 4, "a test")
+        for info in source.tensors.values()
+        if info.kind in ("attention", "dense_mlp") and len(info.shape) == 2
+    )
+    return replace(plan, experts=experts, others=others)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +150,8 @@ def plain_model(result: Result, directory: Path) -> Any:
         else:
             assert torch.equal(tensors[name], original)
             weights[name] = original.float()
-    assert packed == 3 * (len(result.source.moe_layers) * result.source.expert_count - 1)
+    planned = [planned_bits(result.plan, info) for info in result.source.tensors.values()]
+    assert packed == len(planned) - planned.count(16)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return tiny.plain_model(directory)
 
@@ -224,27 +241,18 @@ def test_the_model_without_its_head_loads_as_well(result: Result) -> None:
     torch.testing.assert_close(whole.lm_head(states), logits(whole), rtol=1e-5, atol=1e-5)
 
 
-def test_other_linears_can_be_packed_too(result: Result, copy: Path) -> None:
-    """What `policy.other_bits` will write: names in `others`."""
-    stem = "model.layers.1.self_attn.q_proj"
-    weight = load_file(copy / "model.safetensors")[f"{stem}.weight"]
-    codes, state = functional.quantize_4bit(
-        weight, blocksize=32, compress_statistics=True, quant_type="nf4"
-    )
-    parts = {
-        f"{stem}.weight": codes,
-        f"{stem}.weight.absmax": state.absmax,
-        f"{stem}.weight.nested_absmax": state.state2.absmax,
-        f"{stem}.weight.nested_offset": state.offset,
-    }
-    tiny.edit_weights(copy, parts)
-    edit_quantization(copy, others=[stem])
-    model, _ = load(copy, dtype=torch.float32)
-    layer = model.get_submodule(stem)
-    assert isinstance(layer, PackedLinear)
-    expected = functional.dequantize_4bit(codes, state)
-    torch.testing.assert_close(layer.unpack(torch.bfloat16), expected)
-    assert not torch.equal(logits(model), logits(load(result.directory, dtype=torch.float32)[0]))
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2", "mixtral"])
+def test_attention_dense_mlps_and_shared_experts_can_be_packed_too(
+    tiny_model: TinyModel, tmp_path: Path, name: str
+) -> None:
+    result = write(tiny_model(name), tmp_path / "result", "nf4", others=True)
+    model, info = load(result.directory, dtype=torch.float32)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert isinstance(model.model.layers[1].self_attn.o_proj, PackedLinear)
+    torch.testing.assert_close(logits(model), streamed_logits(result), rtol=1e-4, atol=1e-4)
+    expected = logits(plain_model(result, tmp_path / "plain"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------- what is refused
