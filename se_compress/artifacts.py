@@ -277,6 +277,18 @@ class OutlierExpert:
 
 
 @dataclass(frozen=True)
+class LayerSimilarity:
+    """How alike the routed experts of a layer are: Euclidean distances of their mean outputs over
+    a sample of the layer's tokens, those not routed to them included (HC-SMoE, arXiv:2410.08589).
+
+    distances   of the pairs (0, 1), (0, 2) ... (1, 2) ...
+    """
+
+    layer: int
+    distances: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ExpertProfile:
     """profile.json: measured once, planned from often.
 
@@ -284,6 +296,7 @@ class ExpertProfile:
     tokens_digest   of the calibration tokens
     threshold       the peak that an expert has to exceed: max of the two clauses below
     super_experts   in order of id; empty with a note if the model has no massive activation
+    similarities    measured only for a recipe that merges
     """
 
     model: str
@@ -301,6 +314,7 @@ class ExpertProfile:
     notes: tuple[str, ...]
     layers: tuple[LayerStats, ...]
     experts: tuple[ExpertStats, ...]
+    similarities: tuple[LayerSimilarity, ...] = ()
 
     @cached_property
     def by_id(self) -> dict[ExpertId, ExpertStats]:

@@ -55,6 +55,12 @@ def _plan(
         silent = {decision.id for decision in zeroed}
         reasons = {i: reason for i, reason in reasons.items() if i not in silent}
         return _with_structure(source, profile, recipe, reasons, zeroed, ())
+    if recipe.policy.merge:
+        fraction = recipe.policy.merge.fraction
+        count = structure.count_of(source, reasons.keys(), fraction, "policy.merge.fraction")
+        merged = structure.merge(source, profile, reasons.keys(), count)
+        notes = structure.notes(source, count, "merged into others")
+        return _with_structure(source, profile, recipe, reasons, merged, notes)
     if rule is None:
         return allocate(source, profile, recipe, reasons)
     if rule.fraction == "auto":

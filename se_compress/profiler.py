@@ -18,6 +18,7 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from se_compress.artifacts import (
     ExpertIndex,
     ExpertProfile,
     ExpertStats,
+    LayerSimilarity,
     LayerStats,
     ModelSource,
     OutlierExpert,
@@ -76,6 +78,8 @@ CONFIRM_SEQUENCES = 8
 LOSS_TOKENS = 512
 LOSS_STRONGEST = 32
 LOSS_STACK_ELEMENTS = 2**26
+# Tokens of a layer on which every expert is evaluated, to compare their outputs.
+SIMILARITY_TOKENS = 1024
 STATES_FILE = "profile-states.safetensors"
 
 
@@ -90,8 +94,8 @@ def profile_experts(
     """
     model = _open(source, recipe, options)
     measured = _measure_layers(model, tokens, recipe, options)
-    layers = _mark_layers([layer for layer, _ in measured])
-    experts = tuple(sorted((e for _, part in measured for e in part), key=lambda e: e.id))
+    layers = _mark_layers([part.layer for part in measured])
+    experts = tuple(sorted((e for part in measured for e in part.experts), key=lambda e: e.id))
     _assert_all_seen(source, experts)
     found = _select(layers, experts, recipe.super_experts)
     if recipe.super_experts.confirm and found.super_experts:
@@ -115,6 +119,7 @@ def profile_experts(
         notes=found.notes,
         layers=layers,
         experts=experts,
+        similarities=tuple(part.similarity for part in measured if part.similarity),
     )
 
 
@@ -122,7 +127,8 @@ def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe:
     """Equal if a profile made from these inputs would be equal."""
     grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
     criterion = recipe.super_experts.model_dump()
-    return digest_of("profile-3", source.digest, tokens, criterion, grid, recipe.compute_dtype)
+    parts = ["profile-4", source.digest, tokens, criterion, grid, recipe.compute_dtype]
+    return digest_of(*parts, *(["similarity"] if recipe.policy.merge else []))
 
 
 def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedModel:
@@ -143,13 +149,14 @@ class _Measured:
 
     layer: LayerStats
     experts: tuple[ExpertStats, ...]
+    similarity: LayerSimilarity | None
 
 
 def _measure_layers(
     model: StreamedModel, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
-) -> list[tuple[LayerStats, tuple[ExpertStats, ...]]]:
+) -> list[_Measured]:
     batches = batches_of(tokens, options.batch_tokens)
-    measured: list[tuple[LayerStats, tuple[ExpertStats, ...]]] = []
+    measured: list[_Measured] = []
     done, streams = -1, dict[str, list[Tensor]]()
     states_file = options.work / STATES_FILE if options.work else None
     if states_file:
@@ -165,7 +172,7 @@ def _measure_layers(
             if record and states_file:
                 write_atomically(record, to_json(part))
                 save_states(states_file, layer, {"source": hidden})
-        measured.append((part.layer, part.experts))
+        measured.append(part)
     options.progress("profile", model.source.layer_count, model.source.layer_count)
     return measured
 
@@ -193,7 +200,21 @@ def _measure_layer(
         if identity.layer == layer
         for expert in [identity.expert]
     )
-    return _Measured(stats, experts), after
+    similarity = None
+    if recipe.policy.merge and watch.saw_experts:
+        distances = _output_distances(model.experts_module(module), watch.hidden)
+        similarity = LayerSimilarity(layer, distances)
+    return _Measured(stats, experts, similarity), after
+
+
+def _output_distances(experts: Any, hidden: Tensor) -> tuple[float, ...]:
+    """See LayerSimilarity; five digits of each, which is what their reading needs."""
+    some = hidden[:: max(1, len(hidden) // SIMILARITY_TOKENS)]
+    means = []
+    for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+        inner = experts._apply_gate(nn.functional.linear(some, gate_up))
+        means.append(nn.functional.linear(inner, down).float().mean(dim=0))
+    return tuple(float(f"{d:.5g}") for d in nn.functional.pdist(torch.stack(means)).tolist())
 
 
 @dataclass

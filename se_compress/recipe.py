@@ -119,6 +119,19 @@ class Prune(_Section):
     score: Literal["reap", "frequency", "gate"] = "reap"
 
 
+class Merge(_Section):
+    """Which experts become one: the same number of experts is left in each layer (and routing
+    group), super experts stay alone.
+
+    fraction    share of the routed experts that are merged into others
+    similarity  output: distance of the mean outputs on calibration tokens (HC-SMoE,
+                arXiv:2410.08589), groups by average linkage
+    """
+
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    similarity: Literal["output"] = "output"
+
+
 class Policy(_Section):
     """What may be done to the experts, and under which budget.
 
@@ -141,6 +154,7 @@ class Policy(_Section):
     other_bits: Literal[16] = 16
     lift_layers: bool = False
     prune: Prune | None = None
+    merge: Merge | None = None
     zero: Literal["super-experts", "random"] | tuple[ExpertName, ...] | None = None
     zero_seed: Annotated[int, Field(ge=0)] = 0
 
@@ -179,8 +193,8 @@ class Policy(_Section):
 
     @model_validator(mode="after")
     def _one_surgery(self) -> "Policy":
-        if self.prune and self.zero:
-            raise ValueError("give prune or zero, not both")
+        if sum(bool(rule) for rule in (self.prune, self.merge, self.zero)) > 1:
+            raise ValueError("give one of prune, merge and zero")
         if self.prune and self.prune.fraction == "auto" and self.size is None:
             raise ValueError("prune.fraction is auto, which needs size, the budget it is to meet")
         return self

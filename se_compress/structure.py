@@ -5,6 +5,7 @@ group-limited: nothing else makes a checkpoint that loads. Protected experts sta
 by id, so equal inputs give an equal choice.
 """
 
+import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -70,6 +71,71 @@ def prune(
             for i in gone
         ]
     return decisions
+
+
+def merge(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    protected: AbstractSet[ExpertId],
+    count: int,
+) -> list[ExpertDecision]:
+    """Merge experts of every routing group of every layer, so that `count` fewer are left: the
+    groups of average linkage on the distances of their mean outputs (HC-SMoE). The weight of each
+    in the average is its share of the group's tokens. Without a profile that measured them the
+    first ones are merged, which makes no difference to the sizes."""
+    distances = {part.layer: part.distances for part in profile.similarities} if profile else {}
+    decisions = []
+    for (layer, _), members in _groups(source).items():
+        free = sorted(members - protected)
+        if distances:
+            apart = [_distance(distances[layer], source.expert_count, *p) for p in pairs(free)]
+            clusters = _clusters(free, apart, len(free) - count)
+        else:
+            clusters = [free[: count + 1]]
+        for cluster in clusters:
+            if len(cluster) > 1:
+                decisions += _merged(cluster, profile)
+    return decisions
+
+
+def pairs(experts: Sequence[ExpertId]) -> list[tuple[ExpertId, ExpertId]]:
+    """All pairs, in the order of scipy's condensed distances."""
+    return list(itertools.combinations(experts, 2))
+
+
+def _distance(distances: Sequence[float], count: int, first: ExpertId, second: ExpertId) -> float:
+    assert isinstance(first.expert, int)
+    assert isinstance(second.expert, int)
+    i, j = first.expert, second.expert
+    return distances[i * count - i * (i + 1) // 2 + j - i - 1]
+
+
+def _clusters(
+    experts: Sequence[ExpertId], distances: Sequence[float], count: int
+) -> list[list[ExpertId]]:
+    """Exactly `count` clusters, by average linkage."""
+    from scipy.cluster.hierarchy import average, cut_tree
+
+    if count >= len(experts):
+        return [[expert] for expert in experts]
+    labels = cut_tree(average(distances), n_clusters=count)[:, 0]
+    found: dict[int, list[ExpertId]] = {}
+    for expert, label in zip(experts, labels.tolist(), strict=True):
+        found.setdefault(label, []).append(expert)
+    return list(found.values())
+
+
+def _merged(cluster: Sequence[ExpertId], profile: ExpertProfile | None) -> list[ExpertDecision]:
+    tokens = [profile.by_id[i].tokens if profile else 0 for i in cluster]
+    total = sum(tokens)
+    shares = [count / total for count in tokens] if total else [1 / len(cluster)] * len(cluster)
+    first, names = cluster[0].expert, ", ".join(str(i.expert) for i in cluster)
+    assert isinstance(first, int)
+    reason = f"merged: experts {names}, by their outputs"
+    return [
+        ExpertDecision(i.layer, i.expert, "merge", None, reason, becomes=first, share=share)
+        for i, share in zip(cluster, shares, strict=True)
+    ]
 
 
 def count_of(

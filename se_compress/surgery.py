@@ -44,18 +44,20 @@ class Shrunk:
     plan     the plan for it in its own ids, with actions keep and quantize only
     origin   each of its experts -> those of the original that it stands for: one, or the members
              that were merged into it, in order of id
+    shares   each member of a merged expert -> its weight in the average
     """
 
     source: ModelSource
     plan: CompressionPlan
     origin: Mapping[ExpertId, tuple[ExpertId, ...]]
+    shares: Mapping[ExpertId, float]
 
 
 def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
     """The smaller model. The plan has to be consistent, see `check_structure`."""
     origin = _origin(source, plan)
     if not any(decision.action in SURGICAL for decision in plan.experts):
-        return Shrunk(source, plan, origin)
+        return Shrunk(source, plan, origin, {})
     count = max(identity.expert for identity in origin if isinstance(identity.expert, int)) + 1
     top_k = valid_top_k(source, count)
     structure = [(str(d.id), d.action, d.becomes, d.share) for d in plan.experts]
@@ -67,7 +69,8 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
         top_k=top_k,
         digest=digest_of(source.digest, structure),
     )
-    return Shrunk(small, _inner_plan(plan, origin), origin)
+    shares = {d.id: d.share for d in plan.experts if d.share is not None}
+    return Shrunk(small, _inner_plan(plan, origin), origin, shares)
 
 
 def is_made(info: TensorInfo) -> bool:

@@ -907,3 +907,30 @@ def test_the_digest_covers_what_decides_the_profile(tiny_model: TinyModel) -> No
     assert len(set(digests)) == len(digests)
     same = recipe(source.path, "elsewhere", policy={"bits": [2]})
     assert profiler.profile_digest(source, TOKENS, same) == digests[0]
+
+
+def test_mean_outputs_are_compared_only_for_a_recipe_that_merges(tiny_model: TinyModel) -> None:
+    path = tiny_model("mixtral")
+    source = open_source(str(path))
+    tokens = random_tokens(4, 24)
+    plain = recipe(path)
+    merging = recipe(path, policy={"merge": {"fraction": 0.5}})
+    assert profiler.profile_digest(source, tokens, plain) != profiler.profile_digest(
+        source, tokens, merging
+    )
+    assert not profile_experts(source, tokens, plain, RunOptions()).similarities
+    found = profile_experts(source, tokens, merging, RunOptions()).similarities
+    seen: list[Tensor] = []
+    model = plain_model(path)
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(torch.tensor(tokens))
+    for layer, (inputs, similarity) in enumerate(zip(seen, found, strict=True)):
+        experts, means = model.model.layers[layer].mlp.experts, []
+        for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+            gate, up = (inputs @ gate_up.T).chunk(2, dim=-1)
+            means.append(((torch.nn.functional.silu(gate) * up) @ down.T).mean(dim=0))
+        apart = [(means[i] - means[j]).norm().item() for i in range(4) for j in range(i + 1, 4)]
+        assert similarity.layer == layer
+        assert similarity.distances == pytest.approx(apart, rel=1e-3)

@@ -1,6 +1,8 @@
 """A model with fewer experts is an ordinary checkpoint, and computes what the original computes
 with the other experts masked out of its router."""
 
+import itertools
+import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ import artefacts_example as example
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import build, plain_model, random_tokens, recipe
+from tiny import build, edit_weights, plain_model, random_tokens, recipe
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +24,7 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
     LayerRecord,
+    LayerSimilarity,
     ModelSource,
     RunOptions,
 )
@@ -78,7 +81,18 @@ def profile_of(source: ModelSource, *super_experts: ExpertId) -> ExpertProfile:
         replace(example.example_profile().super_experts[0], layer=e.layer, expert=e.expert)
         for e in super_experts
     ]
-    return replace(example.example_profile(), experts=tuple(experts), super_experts=tuple(found))
+    return replace(
+        example.example_profile(),
+        experts=tuple(experts),
+        super_experts=tuple(found),
+        similarities=tuple(made_up_similarity(source, layer) for layer in source.moe_layers),
+    )
+
+
+def made_up_similarity(source: ModelSource, layer: int) -> LayerSimilarity:
+    dice = random.Random(layer)
+    pairs = source.expert_count * (source.expert_count - 1) // 2
+    return LayerSimilarity(layer, tuple(dice.uniform(1, 10) for _ in range(pairs)))
 
 
 @dataclass(frozen=True)
@@ -347,6 +361,116 @@ def test_what_cannot_be_done_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         plan_for(tiny_model("qwen3_moe"), "transformers", **policy)
+
+
+# ------------------------------------------------------------------------------------------ merging
+
+
+def clusters_of(plan: CompressionPlan, layer: int) -> list[set[int]]:
+    """Experts of a layer that are one in the result, the largest cluster first."""
+    found: dict[int, set[int]] = {}
+    for decision in plan.experts:
+        if decision.layer == layer and isinstance(decision.expert, int):
+            assert decision.becomes is not None
+            found.setdefault(decision.becomes, set()).add(decision.expert)
+    return sorted(found.values(), key=lambda c: (-len(c), min(c)))
+
+
+def average_linkage(
+    experts: Sequence[int], apart: Mapping[frozenset[int], float], count: int
+) -> Any:
+    """The obvious loop: join the two clusters whose members are nearest on average."""
+    clusters = [{expert} for expert in experts]
+    while len(clusters) > count:
+        one, other = min(
+            itertools.combinations(clusters, 2),
+            key=lambda pair: (
+                sum(apart[frozenset(p)] for p in itertools.product(*pair))
+                / (len(pair[0]) * len(pair[1]))
+            ),
+        )
+        clusters = [c for c in clusters if c not in (one, other)] + [one | other]
+    return clusters
+
+
+def test_the_most_alike_are_merged_and_protected_ones_stay_alone(tiny_model: TinyModel) -> None:
+    path = tiny_model("qwen3_moe")
+    source = open_source(str(path))
+    plan = plan_for(path, "transformers", merge={"fraction": 0.5})
+    for layer in range(3):
+        free = [e for e in range(8) if (layer, e) != (1, 3)]
+        distances = made_up_similarity(source, layer).distances
+        apart = dict(
+            zip(map(frozenset, itertools.combinations(range(8), 2)), distances, strict=True)
+        )
+        expected = average_linkage(free, apart, 4 - (layer == 1)) + [{3}] * (layer == 1)
+        assert clusters_of(plan, layer) == sorted(expected, key=lambda c: (-len(c), min(c)))
+    tokens = profile_of(source).by_id
+    for decision in plan.experts:
+        if decision.action == "merge":
+            cluster = next(c for c in clusters_of(plan, decision.layer) if decision.expert in c)
+            total = sum(tokens[ExpertId(decision.layer, e)].tokens for e in cluster)
+            assert decision.share == pytest.approx(tokens[decision.id].tokens / total)
+
+
+def test_merging_an_expert_with_a_shuffled_copy_of_itself_changes_nothing(tmp_path: Path) -> None:
+    """The neurons of an expert have no order: the copy's are put back before the average."""
+    path = build(tmp_path / "model", "mixtral")
+    tensors = load_file(path / "model.safetensors")
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
+    stem = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+    for layer in range(3):
+        for projection, axis in (("w1", 0), ("w3", 0), ("w2", 1)):
+            weight = tensors[stem.format(layer, 0, projection)]
+            shuffled = weight.index_select(axis, order).contiguous()
+            tensors[stem.format(layer, 2, projection)] = shuffled
+    edit_weights(path, tensors)
+    source = open_source(str(path))
+    settings = recipe(path, quantization={"method": "none"}, policy={"protect": "none"})
+    plan = make_plan(source, profile_of(source), settings)
+    lines = [
+        replace(d, action="merge", becomes=0, share=0.25 if d.expert else 0.75)
+        if d.expert in (0, 2)
+        else d
+        for d in plan.experts
+    ]
+    plan = check_plan(replace(plan, experts=tuple(lines)), source, "plan.json")
+    made = write(source, plan, tmp_path / "out")
+    after = made.tensors
+    for layer in range(3):
+        for projection in ("w1", "w2", "w3"):
+            merged = after[stem.format(layer, 0, projection)]
+            # Ties between the copies may exchange neurons of equal likeness, never their values.
+            torch.testing.assert_close(merged, tensors[stem.format(layer, 0, projection)])
+        router = tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"].float()
+        mean = (0.75 * router[0] + 0.25 * router[2]).bfloat16()
+        expected = torch.stack([mean, router[1].bfloat16(), router[3].bfloat16()])
+        found = after[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+        torch.testing.assert_close(found, expected, atol=0, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_merged_model_is_an_ordinary_checkpoint_and_accounted_for(
+    name: str, tmp_path: Path, judge: Callable[[Made], Any]
+) -> None:
+    variant, differs = MODELS[name]
+    path = build(tmp_path / "model", variant, **differs)
+    made = make(path, tmp_path / "out", merge={"fraction": 0.5})
+    _, info = AutoModelForCausalLM.from_pretrained(made.directory, output_loading_info=True)
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert open_source(str(made.directory)).expert_count == made.source.expert_count // 2
+    report = judge(made)
+    assert report.check("tensors_accounted").passed
+    assert report.check("kl_divergence").value > 0
+
+
+def test_a_merged_expert_stands_for_all_its_members_in_routing(
+    tiny_model: TinyModel, tmp_path: Path, judge: Callable[[Made], Any]
+) -> None:
+    """With everything merged into one expert, whatever the source chose was chosen."""
+    made = make(tiny_model("mixtral"), tmp_path / "out", merge={"fraction": 0.75}, protect="none")
+    assert made.small.source.expert_count == 1
+    assert judge(made).check("router_agreement").value == 1.0
 
 
 # ------------------------------------------------------------------------------ plans from a file
