@@ -3,7 +3,7 @@
     python benchmarks/surgery.py [--models smollm2-moe,smollm2-mixtral] [--only PART]
 
 Each checkpoint is planned from one profile, written in the source's precision, and judged by the
-validator on held-out text (16 x 256 tokens; four greedy continuations of 32 tokens):
+validator on held-out text (8 x 256 tokens; four greedy continuations of 24 tokens):
 
     prune   12.5, 25 and 50 % of the experts by each score; where the score would take a super
             expert, protected and naive side by side
@@ -57,7 +57,7 @@ DRAWS = 5
 # Of the source's size, so that widths alone, pruning alone and both can meet it.
 AUTO_SIZES = {"smollm2-moe": 0.66, "smollm2-mixtral": 0.42}
 AUTO_BITS = [2, 3, 4]
-PARTS = ("prune", "merge", "random", "auto")
+PARTS = ("random", "prune", "merge", "auto")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,13 @@ def recipe_for(name: str, quantized: bool = False, **policy: Any) -> Recipe:
             "output": "unused",
             "target": "gptqmodel" if quantized else "transformers",
             "calibration": {"data": files["calibration"], "samples": 32, "sequence_length": 256},
-            "validation": {"data": files["held-out"], "samples": 16, "sequence_length": 256},
+            "validation": {
+                "data": files["held-out"],
+                "samples": 8,
+                "sequence_length": 256,
+                "generation": {"tokens": 24},
+                "early_stop": False,
+            },
             "policy": policy,
             "quantization": method,
         },
@@ -129,10 +135,6 @@ def judge(model: Model, recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]
         "size": plan.size_bytes,
         "super_experts_gone": len(supers & gone),
     }
-
-
-def pruned(fraction: float, **rule: str) -> dict[str, Any]:
-    return {"fraction": fraction, **rule}
 
 
 def plans(model: Model, part: str) -> Iterator[tuple[str, Recipe, CompressionPlan]]:
@@ -245,7 +247,7 @@ def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
     lines = [
         "## Pruning and merging",
         "",
-        f"`python benchmarks/surgery.py`, {machine()}. 16 x 256 held-out tokens; repetition and"
+        f"`python benchmarks/surgery.py`, {machine()}. 8 x 256 held-out tokens; repetition and"
         ' loops are result minus source. "(n super)": super experts that are gone.',
     ]
     for name, parts in measured.items():
