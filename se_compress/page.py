@@ -224,11 +224,13 @@ def scheme(scheme: Scheme) -> str:
 def fate(decision: ExpertDecision | None) -> str:
     if decision is None:
         return "has no line in the plan"
-    if decision.action in ("prune", "merge"):
-        return {"prune": "was pruned", "merge": "was merged"}[decision.action]
+    gone = {"prune": "was pruned", "merge": "was merged", "zero": "was set to zero"}
+    if decision.action in gone:
+        return gone[decision.action]
+    new = f" and is now expert {decision.becomes}" if decision.becomes is not None else ""
     if decision.bits == SOURCE_BITS:
-        return "keeps the source's precision"
-    return f"has {decision.bits} bits"
+        return f"keeps the source's precision{new}"
+    return f"has {decision.bits} bits{new}"
 
 
 def plain_text(text: object) -> str:

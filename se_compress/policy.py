@@ -149,6 +149,7 @@ def _with_structure(
         experts=tuple(renumbered(source, structure.complete(source, decisions))),
     )
     check_structure(source, whole, "policy")
+    whole = replace(whole, notes=notes + structure.new_names(whole))
     small = shrink(source, whole)
     left = {new: reasons[m[0]] for new, m in small.origin.items() if m[0] in reasons}
     known = shrunk_profile(profile, whole, small) if profile else None

@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 
 from se_compress.artifacts import (
     Action,
+    CompressionPlan,
     ExpertDecision,
     ExpertId,
     ExpertProfile,
@@ -229,6 +230,17 @@ def notes(source: ModelSource, count: int, verb: str) -> tuple[str, ...]:
             " out: their experts are not measured, and the config has one number for all layers"
         )
     return tuple(lines)
+
+
+def new_names(plan: CompressionPlan) -> tuple[str, ...]:
+    """What the protected experts are called in the result, where that is something else."""
+    renamed = [
+        plan.by_id[i] for i in plan.protected if plan.by_id[i].becomes not in (None, i.expert)
+    ]
+    if not renamed:
+        return ()
+    names = ", ".join(f"{d.id} is expert {d.becomes} of layer {d.layer}" for d in renamed)
+    return (f"protected experts have new numbers in the result: {names}",)
 
 
 def _gone(identity: ExpertId, action: Action, reason: str) -> ExpertDecision:

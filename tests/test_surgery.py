@@ -34,6 +34,7 @@ from se_compress.execute import compress
 from se_compress.export import export_config
 from se_compress.families import FAMILIES, per_expert_tensors, routing_groups
 from se_compress.headers import lay_out
+from se_compress.page import fate
 from se_compress.policy import check_plan, make_plan
 from se_compress.source import open_source
 from se_compress.surgery import Shrunk, shrink
@@ -304,6 +305,12 @@ def test_pruning_comes_first_and_widths_are_those_of_what_is_left(tiny_model: Ti
     small = shrink(source, plan)
     assert plan.size_bytes == sum(s.size_bytes for s in result_slots(small.source, small.plan))
     assert check_plan(plan, source, "plan.json") == plan
+    new = plan.by_id[ExpertId(1, 3)].becomes
+    assert new not in (None, 3)
+    assert f"numbers in the result: (1, 3) is expert {new} of layer 1" in "; ".join(plan.notes)
+    assert (
+        fate(plan.by_id[ExpertId(1, 3)]) == f"keeps the source's precision and is now expert {new}"
+    )
 
 
 def test_the_budget_may_choose_how_much_is_pruned(tiny_model: TinyModel) -> None:
