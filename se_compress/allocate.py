@@ -9,7 +9,7 @@ The budget of the items is what the given one leaves: a plan with every item at 
 measured as the export will write it (targets.result_slots), to the byte.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor
@@ -22,8 +22,10 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
     ModelSource,
+    OtherDecision,
     Part,
     Scheme,
+    TensorInfo,
 )
 from se_compress.errors import RecipeError
 from se_compress.knapsack import Option, choose, sweep
@@ -32,9 +34,11 @@ from se_compress.targets import (
     TargetRules,
     check_grid,
     find_rules,
+    is_other_linear,
     planned_bits,
     result_slots,
     stored_bytes,
+    unpackable,
     widths_of,
 )
 
@@ -113,17 +117,15 @@ def bits_per_weight(source: ModelSource, plan: CompressionPlan) -> float:
 
 def _check_widths(rules: TargetRules, recipe: Recipe) -> None:
     accepted = (*widths_of(scheme_of(recipe), rules), 16)
-    for bits in recipe.policy.bits:
+    wanted = [("policy.bits lists", bits) for bits in recipe.policy.bits]
+    wanted.append(("policy.protected_bits is", recipe.policy.protected_bits))
+    wanted.append(("policy.other_bits is", recipe.policy.other_bits))
+    for key, bits in wanted:
         if bits not in accepted:
             raise RecipeError(
-                f"policy.bits lists {bits}; target {rules.target} loads {rules.format} files of "
+                f"{key} {bits}; target {rules.target} loads {rules.format} files of "
                 f"{', '.join(map(str, accepted))} bits"
             )
-    if recipe.policy.protected_bits not in accepted:
-        raise RecipeError(
-            f"policy.protected_bits is {recipe.policy.protected_bits}; target {rules.target} loads "
-            f"{rules.format} files of {', '.join(map(str, accepted))} bits"
-        )
 
 
 def _lifted(
@@ -282,8 +284,12 @@ def _solve(task: _Task) -> tuple[Widths, tuple[str, ...]]:
 
 
 def _unquantized(task: _Task) -> CompressionPlan:
-    plan = _assemble(task, _uniform(task, 16), ())
     policy = task.recipe.policy
+    if policy.other_bits != 16:
+        raise RecipeError(
+            f"policy.other_bits is {policy.other_bits}; quantization.method none keeps 16"
+        )
+    plan = _assemble(task, _uniform(task, 16), ())
     over_size = policy.size is not None and plan.size_bytes > policy.size
     over_bits = policy.bits_per_weight is not None and plan.bits_per_weight > policy.bits_per_weight
     if over_size or over_bits:
@@ -376,6 +382,7 @@ def _assemble(task: _Task, widths: Widths, notes: tuple[str, ...]) -> Compressio
         profile_digest=task.profile.digest if task.profile else "",
         notes=notes,
         experts=tuple(_decide(task, identity, widths) for identity in task.source.experts),
+        others=tuple(_others(task)),
     )
     return with_sizes(plan, task.source)
 
@@ -390,11 +397,30 @@ def with_sizes(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
     )
 
 
+def _others(task: _Task) -> Iterator[OtherDecision]:
+    """The linears of attention and dense MLPs; no lines for them where all keep their 16 bits."""
+    bits = task.recipe.policy.other_bits
+    for info in task.source.tensors.values() if bits != 16 else ():
+        if is_other_linear(info):
+            width, reason = _other_width(task, [info])
+            yield OtherDecision(info.name, width, reason)
+
+
+def _other_width(task: _Task, matrices: Iterable[TensorInfo]) -> tuple[int, str]:
+    """`policy.other_bits`, or 16 where one of the matrices cannot be packed, and why."""
+    bits = task.recipe.policy.other_bits
+    for info in matrices:
+        if bits != 16 and (obstacle := unpackable(info, task.rules, task.scheme)):
+            return 16, f"kept in 16 bits: {obstacle}"
+    return bits, f"policy.other_bits is {bits}"
+
+
 def _decide(task: _Task, identity: ExpertId, widths: Widths) -> ExpertDecision:
     bits, down = widths.get(identity, (16, 16))
     reason = task.kept.get(identity)
-    if identity.expert == "shared":
-        reason = reason or "shared expert: every token passes it, policy.other_bits is 16"
+    if identity.expert == "shared" and reason is None:
+        bits, reason = _other_width(task, task.source.experts[identity].values())
+        down, reason = bits, f"shared expert, every token passes it: {reason}"
     return ExpertDecision(
         identity.layer,
         identity.expert,

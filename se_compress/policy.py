@@ -30,7 +30,16 @@ from se_compress.surgery import (
     shrink,
     shrunk_profile,
 )
-from se_compress.targets import TARGETS, TargetRules, check_grid, find_rules, widths_of
+from se_compress.targets import (
+    TARGETS,
+    TargetRules,
+    check_grid,
+    find_rules,
+    is_other_linear,
+    planned_bits,
+    unpackable,
+    widths_of,
+)
 
 
 def make_plan(
@@ -225,7 +234,7 @@ def _check_complete(plan: CompressionPlan, source: ModelSource) -> None:
 
 def _check_decision(plan: CompressionPlan, decision: ExpertDecision, rules: TargetRules) -> None:
     name = f"expert {decision.id}"
-    packable = widths_of(plan.scheme, rules) if decision.expert != "shared" else ()
+    packable = widths_of(plan.scheme, rules)
     of_action: dict[Action, tuple[int | None, ...]] = {
         "keep": (16,), "quantize": packable, "prune": (None,)
     }  # fmt: skip
@@ -273,7 +282,7 @@ def _check_others(plan: CompressionPlan, source: ModelSource, rules: TargetRules
         raise RecipeError("a tensor is listed twice in others")
     for decision in plan.others:
         info = source.tensors.get(decision.name)
-        if info is None or info.kind not in ("attention", "dense_mlp") or len(info.shape) != 2:
+        if info is None or not is_other_linear(info):
             raise RecipeError(
                 f"others lists {decision.name}, which is no linear of the model's attention or "
                 "dense MLP"
@@ -284,6 +293,10 @@ def _check_others(plan: CompressionPlan, source: ModelSource, rules: TargetRules
                 f"{decision.name} has {decision.bits} bits; for target {plan.target} accepted are "
                 f"{', '.join(map(str, accepted))}"
             )
+    for info in source.tensors.values():
+        if info.kind != "expert" and planned_bits(plan, info) != 16:
+            if obstacle := unpackable(info, rules, plan.scheme):
+                raise RecipeError(f"{info.name} has to keep 16 bits: {obstacle}")
 
 
 def _protected(

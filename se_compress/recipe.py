@@ -139,7 +139,7 @@ class Policy(_Section):
                      precision
     bits_per_weight  budget over all weights of the experts that are left, scales included
     size             budget for all tensor data of the checkpoint, in bytes
-    other_bits       attention, dense MLP, shared experts; 16 keeps them as they are
+    other_bits       attention, dense MLP, shared experts (those that can be packed); 16 keeps them
     lift_layers      leave to keep a whole layer at `protected_bits` for the protected expert in it,
                      where the target loads one width per layer
     zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
@@ -151,7 +151,7 @@ class Policy(_Section):
     bits: tuple[Width, ...] = (4,)
     bits_per_weight: Annotated[float, Field(gt=0.0)] | None = None
     size: Positive | None = None
-    other_bits: Literal[16] = 16
+    other_bits: Literal[2, 3, 4, 8, 16] = 16
     lift_layers: bool = False
     prune: Prune | None = None
     merge: Merge | None = None

@@ -163,10 +163,9 @@ def widths_of(scheme: Scheme, rules: TargetRules) -> tuple[int, ...]:
 def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
     """Raises RecipeError if the target does not load this grid or a matrix does not fit it."""
     group_size, symmetric = scheme.group_size, scheme.symmetric
-    key = "quantization." + ("block_size" if scheme.data_type else "group_size")
     if group_size not in rules.group_sizes:
         raise RecipeError(
-            f"{key} is {group_size}; target {rules.target} loads "
+            f"{_size_key(scheme)} is {group_size}; target {rules.target} loads "
             f"{', '.join(map(str, rules.group_sizes))}"
         )
     if not symmetric and not rules.asymmetric:
@@ -175,18 +174,35 @@ def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
         )
     for identity, roles in source.experts.items():
         for info in roles.values() if identity.expert != "shared" else ():
-            rows, columns = info.shape
-            if group_size != -1 and columns % group_size:
-                fitting = [g for g in rules.group_sizes if g == -1 or columns % g == 0]
-                raise RecipeError(
-                    f"{key} {group_size} does not divide the {columns} columns of {info.name}; "
-                    f"accepted there: {', '.join(map(str, fitting))}"
-                )
-            if rows % rules.row_multiple or columns % rules.column_multiple:
-                raise RecipeError(
-                    f"{info.name} is {rows} x {columns}; target {rules.target} packs multiples of "
-                    f"{rules.row_multiple} x {rules.column_multiple}"
-                )
+            if obstacle := unpackable(info, rules, scheme):
+                raise RecipeError(obstacle)
+
+
+def _size_key(scheme: Scheme) -> str:
+    return "quantization." + ("block_size" if scheme.data_type else "group_size")
+
+
+def unpackable(info: TensorInfo, rules: TargetRules, scheme: Scheme) -> str:
+    """Why a matrix cannot be packed; "" if it can."""
+    rows, columns = info.shape
+    if scheme.group_size != -1 and columns % scheme.group_size:
+        fitting = [g for g in rules.group_sizes if g == -1 or columns % g == 0]
+        return (
+            f"{_size_key(scheme)} {scheme.group_size} does not divide the {columns} columns of "
+            f"{info.name}; accepted there: {', '.join(map(str, fitting)) or 'none'}"
+        )
+    if rows % rules.row_multiple or columns % rules.column_multiple:
+        return (
+            f"{info.name} is {rows} x {columns}; target {rules.target} packs multiples of "
+            f"{rules.row_multiple} x {rules.column_multiple}"
+        )
+    return ""
+
+
+def is_other_linear(info: TensorInfo) -> bool:
+    """A matrix of attention or of a dense MLP in a decoder layer."""
+    matrix = len(info.shape) == 2 and info.name.endswith(".weight")
+    return matrix and info.layer is not None and info.kind in ("attention", "dense_mlp")
 
 
 def result_name(source: ModelSource, plan: CompressionPlan, name: str) -> str:

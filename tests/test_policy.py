@@ -813,7 +813,7 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
         (
             edited(ExpertId(0, "shared"), action="quantize", bits=16),
             "expert (0, shared) has 16 bits; for action quantize and target gptqmodel accepted are "
-            "none",
+            "2, 3, 4, 8",
         ),
         (
             edited(SUPER, action="quantize", bits=4),
@@ -848,3 +848,68 @@ def test_the_predicted_size_is_that_of_the_layout_and_of_the_files(
     assert sum(info.size_bytes for info in found.values()) == plan.size_bytes
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == plan.size_bytes
+
+
+# ------------------------------------------------------ attention, dense MLPs and shared experts
+
+
+def test_other_bits_are_for_everything_that_is_no_routed_expert() -> None:
+    plan = make(bits=4, other_bits=8)
+    reason = "policy.other_bits is 8"
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(LAYERS)]
+    assert plan.others == tuple(OtherDecision(name, 8, reason) for name in names)
+    shared = [d for d in plan.experts if d.expert == "shared"]
+    assert {(d.action, d.bits, d.down_bits) for d in shared} == {("quantize", 8, None)}
+    assert {d.reason for d in shared} == {f"shared expert, every token passes it: {reason}"}
+    assert plan.bits_per_weight == make(bits=4).bits_per_weight
+    weights = LAYERS * (HIDDEN * HIDDEN + 3 * HIDDEN * SHARED)
+    saved = make(bits=4).size_bytes - plan.size_bytes
+    assert 0.85 * weights < saved < weights  # a byte of two, less scales, zeros and indices
+    assert check_plan(plan, SOURCE, "plan.json") == plan
+
+
+def test_sixteen_other_bits_leave_no_lines() -> None:
+    plan = make(bits=4)
+    assert plan.others == ()
+    assert {d.bits for d in plan.experts if d.expert == "shared"} == {16}
+
+
+def test_what_cannot_be_packed_keeps_its_bits_and_says_so() -> None:
+    source = model(width=128)
+    plan = make_plan(source, profile(SUPER), recipe(
+        bits=4, other_bits=4, quantization={"group_size": 64}
+    ))  # fmt: skip
+    shared = plan.by_id[ExpertId(0, "shared")]
+    assert (shared.action, shared.bits) == ("keep", 16)
+    assert shared.reason == (
+        "shared expert, every token passes it: kept in 16 bits: quantization.group_size 64 does not"
+        " divide the 96 columns of model.layers.0.mlp.shared_expert.down_proj.weight; accepted "
+        "there: -1, 32"
+    )
+    assert {other.bits for other in plan.others} == {4}
+    edited = replace(shared, action="quantize", bits=4)
+    experts = [edited if d.id == edited.id else d for d in plan.experts]
+    with pytest.raises(RecipeError, match=r"shared_expert\.down_proj\.weight has to keep 16 bits"):
+        check_plan(replace(plan, experts=tuple(experts)), source, "plan.json")
+
+
+def test_a_protected_shared_expert_keeps_its_bits() -> None:
+    protect = [{"layer": 1, "expert": "shared"}]
+    plan = make(bits=4, other_bits=4, protect=protect)
+    widths = {d.layer: d.bits for d in plan.experts if d.expert == "shared"}
+    assert widths == {0: 4, 1: 16, 2: 4}
+
+
+def test_other_bits_take_part_in_a_budget_of_bytes() -> None:
+    size = make(bits=2, other_bits=4).size_bytes
+    mixed = make(bits=[2, 4], other_bits=4, size=size + 1000)
+    assert size < mixed.size_bytes <= size + 1000
+    with pytest.raises(RecipeError, match=r"^policy.size is .* is the least possible"):
+        make(bits=[2, 4], other_bits=4, size=size - 1)
+
+
+def test_method_none_has_no_other_bits() -> None:
+    refuse(
+        lambda: make("transformers", other_bits=8, quantization={"method": "none"}),
+        "policy.other_bits is 8; quantization.method none keeps 16",
+    )

@@ -286,7 +286,7 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
         ("policy.size", "-1GB", f"policy.size: '-1GB' {SIZE}"),
         ("policy.size", -3, "policy.size is -3: input should be greater than 0"),
         ("policy.size", 1.5, "policy.size is 1.5: input should be a valid integer"),
-        ("policy.other_bits", 8, "policy.other_bits is 8: input should be 16"),
+        ("policy.other_bits", 5, "policy.other_bits is 5: input should be 2, 3, 4, 8 or 16"),
         (
             "quantization.method",
             "awq",
@@ -542,7 +542,7 @@ NAME = "a name is made of letters, digits, _ and -, such as naive"
         ),
         (
             {"variants": {"a": {"policy": {"bits": 5}}}},
-            "variants.a.policy.bits.0 is 5: input should be 2, 3, 4 or 8",
+            "variants.a.policy.bits.0 is 5: input should be 2, 3, 4, 8 or 16",
         ),
         ({"variants": {"a": {"policy": 3}}}, "variants.a.policy is 3: a mapping of keys is needed"),
         ({"variants": {"a": {"model": "b"}}}, f"variants.a.model: {SAME}"),
