@@ -1,7 +1,8 @@
 """Widths under a budget: at how many bits every expert is stored. Pure Python, no torch.
 
 What has a width of its own is a *unit*. The target's granularity says what that is: gate and up of
-an expert together and its down apart ("projection"), an expert, or all routed experts of a layer.
+an expert together and its down apart ("projection"), an expert, or all routed experts of a layer or
+of the model.
 Units with a protected expert are fixed. The others are the items of a multiple-choice knapsack: a
 width costs the bytes that the file will hold for it, and loses what the profile predicts.
 
@@ -50,10 +51,14 @@ Unit = tuple[tuple[ExpertId, Part], ...]
 Widths = Mapping[ExpertId, tuple[int, int]]
 
 
+def _rules(recipe: Recipe) -> TargetRules:
+    rule = recipe.quantization
+    return find_rules(recipe.target, rule.method, rule.format, rule.symmetric)
+
+
 def scheme_of(recipe: Recipe) -> Scheme:
     """How the recipe stores what it quantises."""
-    rule = recipe.quantization
-    rules = find_rules(recipe.target, rule.method)
+    rule, rules = recipe.quantization, _rules(recipe)
     if rules.format == "bitsandbytes":
         block = (-1, None) if rule.data_type == "int8" else (rule.block_size, rule.double_quant)
         return Scheme(rules.format, rule.method, block[0], True, rule.data_type, block[1])
@@ -73,7 +78,7 @@ def allocate(
 
     Raises RecipeError for what the target cannot load and for a budget that cannot be met.
     """
-    rules = find_rules(recipe.target, recipe.quantization.method)
+    rules = _rules(recipe)
     if recipe.quantization.method == "none":
         return _unquantized(_Task(source, profile, recipe, rules, {}, {}))
     check_grid(source, rules, scheme_of(recipe))
@@ -93,7 +98,7 @@ def cost_curve(
     """Sizes against predicted loss, the protected experts kept: every width that the target loads,
     for all other experts alike; and with a profile and several widths, mixtures of `policy.bits` at
     equal steps between the least and the most."""
-    rules = find_rules(recipe.target, recipe.quantization.method)
+    rules = _rules(recipe)
     lifted = _lifted(source, recipe, rules, protected) if rules.widths else {}
     task = _Task(source, profile, recipe, rules, protected, lifted)
     loadable = widths_of(task.scheme, rules)
@@ -128,11 +133,24 @@ def _check_widths(rules: TargetRules, recipe: Recipe) -> None:
             )
 
 
+def _check_one_width(recipe: Recipe, rules: TargetRules, protected: Mapping[ExpertId, str]) -> None:
+    bits = recipe.policy.protected_bits
+    routed = sorted(identity for identity in protected if identity.expert != "shared")
+    if routed and set(recipe.policy.bits) != {bits}:
+        raise RecipeError(
+            f"expert {routed[0]} keeps {bits} bits; as {rules.format}, target {rules.target} loads "
+            "one width for all experts of a model: accepted are policy.protect none and another "
+            "quantization.format"
+        )
+
+
 def _lifted(
     source: ModelSource, recipe: Recipe, rules: TargetRules, protected: Mapping[ExpertId, str]
 ) -> dict[ExpertId, str]:
     """Where the target takes one width per layer: the other experts of a layer with a protected
     one, and why they get its width. That is expensive: it needs the policy's leave."""
+    if rules.granularity == "model":
+        _check_one_width(recipe, rules, protected)
     if rules.granularity != "layer":
         return {}
     bits, least = recipe.policy.protected_bits, min(recipe.policy.bits)
@@ -190,6 +208,8 @@ class _Task:
     def units(self) -> list[Unit]:
         """The units of free width, in the order of their experts."""
         free = [i for i in _routed(self.source) if i not in self.kept]
+        if self.rules.granularity == "model":
+            return [_parts(free)]
         if self.rules.granularity == "layer":
             layers = sorted({identity.layer for identity in free})
             return [_parts(i for i in free if i.layer == layer) for layer in layers]
@@ -436,6 +456,8 @@ def _reason(task: _Task, identity: ExpertId, bits: int) -> str:
         return "quantization.method is none"
     if len(task.allowed) == 1 or task.profile is None:
         return f"uniform width {bits}"
+    if task.rules.granularity == "model":
+        return f"one width for all: predicted loss {_predicted(task, _parts(_routed(task.source)))}"
     if task.rules.granularity == "layer":
         layer = (i for i in _routed(task.source) if i.layer == identity.layer)
         return f"predicted loss of the whole layer {_predicted(task, _parts(layer))}"

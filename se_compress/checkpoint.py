@@ -19,7 +19,7 @@ from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.errors import ResourceError, SourceError
 from se_compress.headers import INDEX_FILE, header_bytes
 from se_compress.quant.bnb import PARTS, dequantize_bnb
-from se_compress.quant.packing import PackedGptq, unpack_gptq
+from se_compress.quant.packing import MARKS, unpack
 
 Reader = Callable[[str], Tensor]
 
@@ -81,21 +81,20 @@ def open_result(
     scheme          how the quantised matrices are stored; GPTQ v1 if it is not given
     """
     read_stored = open_tensors(found)
+    form = scheme.format if scheme else "gptq"
+    suffixes = PARTS if scheme and scheme.data_type else MARKS[form]
 
     def read(name: str) -> Tensor:
         stored = result_name(name)
         stem = stored.removesuffix(".weight")
-        if scheme and scheme.data_type and found[stored].dtype in ("U8", "I8"):
-            parts = {p: read_stored(f"{stem}.{p}") for p in PARTS if f"{stem}.{p}" in found}
-            height, width = source[name].shape
-            return dequantize_bnb(parts, (height, width), scheme, torch.float32)
-        if stored in found or f"{stem}.qweight" not in found:
+        parts = {p: f"{stem}.{p}" for p in suffixes if f"{stem}.{p}" in found}
+        if suffixes[0] not in parts or found[parts[suffixes[0]]].dtype not in ("I32", "U8", "I8"):
             return read_stored(stored)
-        packed = PackedGptq(*(read_stored(f"{stem}.{part}") for part in PackedGptq._fields))
-        bits = 32 * packed.qweight.shape[0] // source[name].shape[1]
-        codes, scales, zeros = unpack_gptq(packed, bits=bits)
-        columns = packed.g_idx.long()
-        return (codes.float() - zeros.float()[:, columns]) * scales.float()[:, columns]
+        tensors = {part: read_stored(where) for part, where in parts.items()}
+        rows, columns = source[name].shape
+        if scheme and scheme.data_type:
+            return dequantize_bnb(tensors, (rows, columns), scheme, torch.float32)
+        return unpack(form, tensors, columns).dequantized()
 
     return read
 

@@ -3,23 +3,20 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from se_compress.artifacts import (
-    ROLES,
-    CompressionPlan,
-    ExpertDecision,
-    ModelSource,
-    TensorInfo,
-    write_atomically,
-)
+from se_compress.artifacts import CompressionPlan, ModelSource, TensorInfo, write_atomically
 from se_compress.headers import INDEX_FILE
 from se_compress.targets import planned_bits, result_name
 
 # Weights in any format are not copied: the result has its own.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+# All that is no routed expert. By full names: GPTQModel matches names within a layer as well, and
+# gives up what a "-:" pattern hits there.
+EVERYTHING_ELSE = r"-:^(model\.|lm_head)(?!.*\.experts\.\d+\.).*$"
 REPLACED_FILES = ("config.json", "quantize_config.json", "README.md", INDEX_FILE)
 
 
@@ -33,7 +30,7 @@ def export_config(source: ModelSource, plan: CompressionPlan, directory: Path) -
     settings = quantization_config(source, plan)
     if settings:
         config["quantization_config"] = settings
-        if plan.scheme.format == "gptq":
+        if settings["quant_method"] == "gptq":  # GPTQModel's own file
             write_atomically(directory / "quantize_config.json", _pretty(settings))
     write_atomically(directory / "config.json", _pretty(config))
 
@@ -48,51 +45,50 @@ def _pretty(value: Mapping[str, Any]) -> str:
 
 
 def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
-    """The `quantization_config` of config.json; empty for a plan that quantises nothing."""
-    if not any(decision.action == "quantize" for decision in plan.experts):
+    """The `quantization_config` of config.json; empty for a plan that quantises nothing.
+
+    The commonest width of the experts is the base; what differs from it is listed by module.
+    """
+    widths = [
+        bits for info, bits in _matrices(source, plan) if info.kind == "expert" and bits != 16
+    ] or [bits for _, bits in _matrices(source, plan) if bits != 16]
+    if not widths:
         return {}
-    if plan.scheme.format == "bitsandbytes":
-        return _bitsandbytes_config(source, plan)
-    return _gptq_config(source, plan)
-
-
-def _bitsandbytes_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
-    """As `loading.SeCompressConfig` reads it: each matrix that is not as one would expect, an
-    expert's in 16 bits or another's packed, by its name."""
-    scheme = plan.scheme
-    tensors = [(info, planned_bits(plan, info) == 16) for info in source.tensors.values()]
-    blocks = {"block_size": scheme.group_size, "double_quant": scheme.double_quant}
-    return {
-        "quant_method": "se-compress",
-        "format": "bitsandbytes",
-        "version": 1,
-        "data_type": scheme.data_type,
-        **({} if scheme.data_type == "int8" else blocks),
-        "in_16_bit": [_stem(i) for i, plain in tensors if i.kind == "expert" and i.role and plain],
-        "others": [_stem(i) for i, plain in tensors if i.kind != "expert" and not plain],
+    base = max(set(widths), key=lambda bits: (widths.count(bits), bits))
+    settings = {
+        "gptq": _gptq_settings,
+        "gptq_v2": _gptq_settings,
+        "auto-round": _auto_round_settings,
+        "compressed-tensors": _compressed_tensors_settings,
+        "bitsandbytes": _bitsandbytes_settings,
     }
+    return settings[plan.scheme.format](source, plan, base)
 
 
-def _stem(info: TensorInfo) -> str:
+def _matrices(source: ModelSource, plan: CompressionPlan) -> Iterator[tuple[TensorInfo, int]]:
+    """Every matrix that some engine could take for quantised, under its name in the result, and its
+    width. Layers for multi-token prediction, behind the decoder's, are among them."""
+    for info in source.tensors.values():
+        linear = info.kind not in ("norm", "embedding") or info.name == "lm_head.weight"
+        if linear and len(info.shape) == 2 and info.name.endswith(".weight"):
+            yield replace(info, name=result_name(source, plan, info.name)), planned_bits(plan, info)
+
+
+def _module(info: TensorInfo) -> str:
     return info.name.removesuffix(".weight")
 
 
-def _gptq_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
-    """GPTQ v1 as GPTQModel 7.6 reads it (quantization/config.py). The base width is the commonest
-    one; `dynamic` maps patterns of module names to what differs: "-:pattern" leaves a module in 16
-    bits, "+:pattern" gives it another width.
-    """
-    widths = [
-        bits
-        for decision in plan.experts
-        for bits in map(decision.bits_of, ROLES)
-        if bits is not None and bits < 16
-    ]
-    base = max(set(widths), key=lambda bits: (widths.count(bits), bits))
+# --------------------------------------------------------------------------------------------- GPTQ
+
+
+def _gptq_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, Any]:
+    """As GPTQModel 7.6 reads it (quantization/config.py). `dynamic` maps patterns of module names
+    to what differs: "-:pattern" leaves a module in 16 bits, "+:pattern" gives it another width. Of
+    the patterns that match, the first "-:" decides, then the first "+:", whatever their order."""
     return {
         "quant_method": "gptq",
-        "format": "gptq",
-        "checkpoint_format": "gptq",
+        "format": plan.scheme.format,
+        "checkpoint_format": plan.scheme.format,
         "bits": base,
         "group_size": plan.scheme.group_size,
         "sym": plan.scheme.symmetric,
@@ -105,28 +101,137 @@ def _gptq_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
 
 
 def _dynamic(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, dict[str, int]]:
-    """Patterns for all modules that are not experts of the base width, the special ones first."""
+    others: dict[str, int] = {}
+    experts: dict[str, dict[str, int]] = {}
+    for info, bits in _matrices(source, plan):
+        module = _module(info)
+        if info.kind == "expert":
+            experts.setdefault(module.rpartition(".")[0], {})[module] = bits
+        else:
+            others[module] = bits
     rules: dict[str, dict[str, int]] = {}
-    for decision in plan.experts:
-        if decision.expert == "shared":
-            continue
-        for pattern, bits in _modules(source, plan, decision):
-            if bits == 16:
-                rules[f"-:{pattern}"] = {}
-            elif bits is not None and bits != base:
-                rules[f"+:{pattern}"] = {"bits": bits, "group_size": plan.scheme.group_size}
-    # Everything that is not a routed expert stays in 16 bits.
-    return rules | {r"-:^(?!.*\.experts\.\d+\.).*$": {}}
+    for expert, modules in experts.items():
+        widths = set(modules.values())
+        if len(widths) == 1 and widths != {base}:
+            rules |= _rule(re.escape(expert + "."), widths.pop(), plan)
+        elif len(widths) > 1:
+            for module, bits in modules.items():
+                rules |= _rule(re.escape(module) + "$", bits, plan)
+    if set(others.values()) == {16}:
+        return rules | {EVERYTHING_ELSE: {}}
+    for module, bits in others.items():
+        rules |= _rule(re.escape(module) + "$", bits, plan)
+    return rules
 
 
-def _modules(
-    source: ModelSource, plan: CompressionPlan, decision: ExpertDecision
-) -> list[tuple[str, int | None]]:
-    """Patterns of module names and their widths: one for the expert, or one per projection."""
-    names = {
-        role: result_name(source, plan, info.name).removesuffix(".weight")
-        for role, info in source.experts[decision.id].items()
+def _rule(pattern: str, bits: int, plan: CompressionPlan) -> dict[str, dict[str, int]]:
+    if bits == 16:
+        return {f"-:^{pattern}": {}}
+    return {f"+:^{pattern}": {"bits": bits, "group_size": plan.scheme.group_size}}
+
+
+# --------------------------------------------------------------------------------------- auto-round
+
+
+def _auto_round_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, Any]:
+    """As auto-round 0.15 reads it (inference/convert_model.py): every linear below
+    `block_name_to_quantize` has the base width unless `extra_config` names it."""
+    differing = {
+        _module(info): {"bits": bits}
+        for info, bits in _matrices(source, plan)
+        if info.layer is not None and bits != base
     }
-    if decision.bits_of("down") == decision.bits:
-        return [("^" + re.escape(names["down"].rpartition(".")[0] + "."), decision.bits)]
-    return [("^" + re.escape(name) + "$", decision.bits_of(role)) for role, name in names.items()]
+    return {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round",
+        "bits": base,
+        "group_size": plan.scheme.group_size,
+        "sym": plan.scheme.symmetric,
+        "data_type": "int",
+        "block_name_to_quantize": "model.layers",
+        "extra_config": differing,
+    }
+
+
+# ------------------------------------------------------------------------------- compressed-tensors
+
+
+def _compressed_tensors_settings(
+    source: ModelSource, plan: CompressionPlan, base: int
+) -> dict[str, Any]:
+    """As compressed-tensors 0.19 reads it (quantization/quant_config.py), and vLLM and SGLang.
+
+    The base width is that of every Linear; a layer of another width has a pattern, which holds for
+    the names on disk as for those in memory; other linears go by name. What keeps its 16 bits is in
+    `ignore`. The order of rounding left no trace in the file, so none is claimed (`actorder`):
+    SGLang would load scales otherwise on several GPUs.
+    """
+    targets: dict[int, list[str]] = {base: ["Linear"]}
+    layers: dict[int, dict[int, None]] = {}
+    ignore = [] if any(i.name == "lm_head.weight" for i in source.tensors.values()) else ["lm_head"]
+    for info, bits in _matrices(source, plan):
+        if info.kind == "expert" and info.layer is not None:
+            layers.setdefault(bits, {})[info.layer] = None
+        elif bits == 16:
+            ignore.append(_module(info))
+        elif bits != base:
+            targets.setdefault(bits, []).append(_module(info))
+    for bits, numbers in layers.items():
+        pattern = rf"re:.*\.layers\.({'|'.join(map(str, numbers))})\..*\.experts\.\d+\..*"
+        if bits == 16:
+            ignore.append(pattern)
+        elif bits != base:
+            targets.setdefault(bits, []).append(pattern)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": _config_group(names, bits, plan)
+            for i, (bits, names) in enumerate(targets.items())
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "version": "0.19.0",
+    }
+
+
+def _config_group(names: list[str], bits: int, plan: CompressionPlan) -> dict[str, Any]:
+    per_row = plan.scheme.group_size == -1
+    return {
+        "targets": names,
+        "format": "pack-quantized",
+        "input_activations": None,
+        "output_activations": None,
+        "weights": {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": plan.scheme.symmetric,
+            "strategy": "channel" if per_row else "group",
+            "group_size": None if per_row else plan.scheme.group_size,
+            "actorder": None,
+            "dynamic": False,
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------ bitsandbytes
+
+
+def _bitsandbytes_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, Any]:
+    """As `loading.SeCompressConfig` reads it: each matrix that is not as one would expect, an
+    expert's in 16 bits or another's packed, by its name."""
+    scheme = plan.scheme
+    tensors = [(info, planned_bits(plan, info) == 16) for info in source.tensors.values()]
+    blocks = {"block_size": scheme.group_size, "double_quant": scheme.double_quant}
+    return {
+        "quant_method": "se-compress",
+        "format": "bitsandbytes",
+        "version": 1,
+        "data_type": scheme.data_type,
+        **({} if scheme.data_type == "int8" else blocks),
+        "in_16_bit": [
+            _module(i) for i, plain in tensors if i.kind == "expert" and i.role and plain
+        ],
+        "others": [_module(i) for i, plain in tensors if i.kind != "expert" and not plain],
+    }

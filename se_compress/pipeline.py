@@ -52,8 +52,6 @@ from se_compress.source import open_source
 from se_compress.surgery import shrink
 from se_compress.targets import result_slots
 
-MAX_SHARD_BYTES = 5 * 10**9
-
 Notice = Callable[[str], None]
 Tokens = Sequence[Sequence[int]]
 
@@ -235,7 +233,7 @@ def _run(request: Request, source: ModelSource) -> Outcome:
         check_disk([plan], source, recipe)
         staged = work / "checkpoint"
         small = shrink(source, plan)
-        layout = lay_out(result_slots(small.source, small.plan), staged, MAX_SHARD_BYTES)
+        layout = lay_out(result_slots(small.source, small.plan), staged, recipe.shard_size)
         records = _compress(source, plan, calibration, layout, work, request)
         validation = _validate(source, plan, staged, held_out, records, request)
         _write_reports(source, staged, profile, plan, validation, request)

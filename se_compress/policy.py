@@ -185,8 +185,8 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
         _check_complete(plan, source)
         for decision in plan.experts:
             _check_decision(plan, decision, rules)
-        if rules.granularity == "layer":
-            _check_layers(plan)
+        if rules.granularity in ("layer", "model"):
+            _check_alike(plan, rules)
         _check_others(plan, source, rules)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
@@ -206,12 +206,8 @@ def _check_scheme(plan: CompressionPlan, source: ModelSource) -> TargetRules:
     known = list(dict.fromkeys(rules.target for rules in TARGETS))
     if plan.target not in known:
         raise RecipeError(f"target {plan.target!r} is not one of {', '.join(known)}")
-    rules = find_rules(plan.target, plan.scheme.method)
-    if plan.scheme.format != rules.format:
-        raise RecipeError(
-            f"format is {plan.scheme.format!r}; for target {plan.target} and method "
-            f"{plan.scheme.method} accepted is {rules.format}"
-        )
+    scheme = plan.scheme
+    rules = find_rules(plan.target, scheme.method, scheme.format, scheme.symmetric)
     if any(decision.action == "quantize" for decision in plan.experts):
         check_grid(source, rules, plan.scheme)
     return rules
@@ -262,17 +258,17 @@ def _check_decision(plan: CompressionPlan, decision: ExpertDecision, rules: Targ
         )
 
 
-def _check_layers(plan: CompressionPlan) -> None:
-    """All routed experts of a layer have one width."""
+def _check_alike(plan: CompressionPlan, rules: TargetRules) -> None:
+    """All routed experts of a layer, or of the model, have one width."""
     first: dict[int, ExpertDecision] = {}
     for decision in plan.experts:
         if decision.expert == "shared" or decision.bits is None:
             continue
-        other = first.setdefault(decision.layer, decision)
+        other = first.setdefault(0 if rules.granularity == "model" else decision.layer, decision)
         if decision.bits != other.bits:
             raise RecipeError(
                 f"expert {decision.id} has {decision.bits} bits and expert {other.id} "
-                f"{other.bits}; target {plan.target} loads one width per layer"
+                f"{other.bits}; target {plan.target} loads one width per {rules.granularity}"
             )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -24,8 +25,9 @@ from pydantic_core import ErrorDetails
 
 from se_compress.errors import RecipeError
 
-Target = Literal["transformers", "gptqmodel"]
+Target = Literal["transformers", "gptqmodel", "vllm", "sglang"]
 Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
+Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "compressed-tensors"]
 Width = Literal[2, 3, 4, 8, 16]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -36,6 +38,13 @@ _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # A variant may change anything else, the limits of its gates included.
 _COMMON_KEYS = ("model", "output", "variants", "require")
+
+
+def _bytes(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Bytes = Annotated[Positive, BeforeValidator(_bytes)]
 
 
 class _Yaml(yaml.SafeLoader):
@@ -150,7 +159,7 @@ class Policy(_Section):
     protected_bits: Literal[8, 16] = 16
     bits: tuple[Width, ...] = (4,)
     bits_per_weight: Annotated[float, Field(gt=0.0)] | None = None
-    size: Positive | None = None
+    size: Bytes | None = None
     other_bits: Literal[2, 3, 4, 8, 16] = 16
     lift_layers: bool = False
     prune: Prune | None = None
@@ -180,11 +189,6 @@ class Policy(_Section):
             raise ValueError("at least one width is needed, for instance [4]")
         return tuple(dict.fromkeys(widths))
 
-    @field_validator("size", mode="before")
-    @classmethod
-    def _bytes(cls, value: object) -> object:
-        return parse_size(value) if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _one_budget(self) -> "Policy":
         if self.bits_per_weight is not None and self.size is not None:
@@ -203,6 +207,7 @@ class Policy(_Section):
 class Quantization(_Section):
     """How a width is reached.
 
+    format      of the file; auto: the first one of the target (targets.py) that holds the rest
     group_size  input columns that share a scale; -1 means one scale per row
     damping     share of each input column's mean square that is added to it (raised where the
                 Hessian cannot be factorised): more trusts the calibration text less
@@ -217,6 +222,7 @@ class Quantization(_Section):
     """
 
     method: Method = "gptq"
+    format: Format = "auto"
     group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
     symmetric: bool = True
     act_order: Literal["static", "none"] = "static"
@@ -273,6 +279,7 @@ class Recipe(_Section):
     """Everything that determines the result.
 
     compute_dtype   of weights and hidden states while the model runs; statistics are float32
+    shard_size      of the result's files, at most (a larger tensor has a file of its own)
     variants        several results from one profile: name -> the recipe with the variant's own keys
                     merged in, and OUTPUT/name as its output. In the file a variant holds only what
                     differs; {} is the recipe as it stands
@@ -283,6 +290,7 @@ class Recipe(_Section):
     output: Annotated[str, Field(min_length=1)]
     target: Target = "transformers"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    shard_size: Bytes = 5 * 10**9
     calibration: Calibration
     super_experts: SuperExperts = SuperExperts()
     policy: Policy = Policy()

@@ -38,9 +38,10 @@ from se_compress.artifacts import (
 from se_compress.quant.bnb import dequantize_bnb, quantize_bnb
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
-from se_compress.quant.packing import pack_gptq
+from se_compress.quant.packing import pack
 from se_compress.recipe import Quantization, Recipe
 from se_compress.streaming import RoutingCapture, expert_inner, select_rows
+from se_compress.targets import SCALE_DTYPES
 
 # Float32 elements of all Hessians and stacks that are held at once: 1 GiB.
 STACK_ELEMENTS = 2**28
@@ -105,7 +106,7 @@ def quantize_experts(
             names = [source.experts[identity][role].name for role in ROLES]
             for part, solved in ((names[:2], gate_up), (names[2:], down)):
                 if solved is not None:
-                    tensors |= _packed(part, solved.stack, i)
+                    tensors |= _packed(part, solved.stack, i, scheme.format)
             records.append(_record(identity, widths, i, inputs, inner_inputs, gate_up, down))
     return tensors, sorted(records, key=lambda record: record.id)
 
@@ -347,7 +348,7 @@ def quantize_linears(
                 continue
             for width in sorted({bits[name] for name in names}):
                 alike = {name: linears[name] for name in names if bits[name] == width}
-                done += _replace_linears(alike, hessian, tokens, _grid(width, scheme), rule)
+                done += _replace_linears(alike, hessian, tokens, width, scheme, rule)
     return done
 
 
@@ -462,12 +463,17 @@ def _pack_linear(
 
 
 def _replace_linears(
-    linears: Mapping[str, nn.Linear], hessian: Tensor, tokens: int, grid: Grid, rule: Quantization
+    linears: Mapping[str, nn.Linear],
+    hessian: Tensor,
+    tokens: int,
+    bits: int,
+    scheme: Scheme,
+    rule: Quantization,
 ) -> list[SolvedLinear]:
     """Quantise linears with one Hessian in place, as rows of one matrix."""
     weights = {name: linear.weight for name, linear in linears.items()}
     tall = torch.cat([weight.float() for weight in weights.values()])
-    solved = _solve(tall[None], hessian[None], grid, rule)
+    solved = _solve(tall[None], hessian[None], _grid(bits, scheme), rule)
     rounded = dequantize(solved.stack)[0]
     done: list[SolvedLinear] = []
     ends = accumulate((len(weight) for weight in weights.values()), initial=0)
@@ -479,8 +485,8 @@ def _replace_linears(
         weight.copy_(rounded[rows])
         solved_linear = SolvedLinear(
             name=name,
-            bits=grid.bits,
-            tensors=_packed_rows(name, solved.stack, 0, rows),
+            bits=bits,
+            tensors=_packed_rows(name, solved.stack, 0, rows, scheme.format),
             tokens=tokens,
             damping=solved.damping[0],
             lost=lost,
@@ -495,7 +501,8 @@ def _replace_linears(
 
 
 def _grid(bits: int, scheme: Scheme) -> Grid:
-    return Grid(bits, scheme.group_size, scheme.symmetric)
+    scale_dtype = getattr(torch, SCALE_DTYPES[scheme.format])
+    return Grid(bits, scheme.group_size, scheme.symmetric, scale_dtype)
 
 
 def _solve(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> _Solved:
@@ -523,23 +530,29 @@ def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
     return ((rows @ hessian) * rows).sum(dim=(1, 2))
 
 
-def _packed(names: Sequence[str], stack: QuantizedStack, member: int) -> dict[str, Tensor]:
+def _packed(
+    names: Sequence[str], stack: QuantizedStack, member: int, form: str
+) -> dict[str, Tensor]:
     """The packed tensors of a member that holds the rows of equally tall matrices."""
     height = stack.codes.shape[1] // len(names)
     tensors: dict[str, Tensor] = {}
     for i, name in enumerate(names):
-        tensors |= _packed_rows(name, stack, member, slice(i * height, (i + 1) * height))
+        tensors |= _packed_rows(name, stack, member, slice(i * height, (i + 1) * height), form)
     return tensors
 
 
-def _packed_rows(name: str, stack: QuantizedStack, member: int, rows: slice) -> dict[str, Tensor]:
+def _packed_rows(
+    name: str, stack: QuantizedStack, member: int, rows: slice, form: str
+) -> dict[str, Tensor]:
     """The packed tensors of the matrix that some rows of a member are."""
-    packed = pack_gptq(
+    parts = pack(
+        form,
         stack.codes[member, rows],
         stack.scales[member, rows],
         stack.zeros[member, rows],
         bits=stack.grid.bits,
         group_size=stack.grid.group_size,
+        symmetric=stack.grid.symmetric,
     )
     stem = name.removesuffix(".weight")
-    return {f"{stem}.{part}": tensor for part, tensor in packed._asdict().items()}
+    return {f"{stem}.{part}": tensor for part, tensor in parts.items()}

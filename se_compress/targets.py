@@ -25,15 +25,31 @@ TABLE_VERSION = "2026-11"
 
 # The parts of a stored matrix: suffix, safetensors dtype, shape.
 Parts = Iterator[tuple[str, str, tuple[int, ...]]]
+Granularity = Literal["projection", "expert", "layer", "model"]
 
 
 def _gptq_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
-    """GPTQ v1 (GPTQModel, nn_modules/qlinear/__init__.py)."""
-    groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
+    """GPTQ, v1 and v2 (GPTQModel, nn_modules/qlinear/__init__.py)."""
+    yield from _auto_round_parts(rows, columns, bits, scheme)
+    yield "g_idx", "I32", (columns,)
+
+
+def _auto_round_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
+    """auto-round (auto_round_extension/torch/qlinear_torch.py)."""
+    groups = _groups(columns, scheme)
     yield "qweight", "I32", (columns * bits // 32, rows)
     yield "qzeros", "I32", (groups, rows * bits // 32)
     yield "scales", "F16", (groups, rows)
-    yield "g_idx", "I32", (columns,)
+
+
+def _compressed_tensors_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
+    """pack-quantized (compressed-tensors, compressors/pack_quantized/base.py)."""
+    groups = _groups(columns, scheme)
+    yield "weight_packed", "I32", (rows, columns * bits // 32)
+    yield "weight_scale", "BF16", (rows, groups)
+    yield "weight_shape", "I64", (2,)
+    if not scheme.symmetric:
+        yield "weight_zero_point", "I32", (rows * bits // 32, groups)
 
 
 def _bitsandbytes_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
@@ -50,9 +66,24 @@ def _bitsandbytes_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> P
         yield "weight.nested_offset", "F32", ()
 
 
+def _groups(columns: int, scheme: Scheme) -> int:
+    return 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
+
+
 FORMATS: Mapping[str, Callable[[int, int, int, Scheme], Parts]] = {
     "gptq": _gptq_parts,
+    "gptq_v2": _gptq_parts,
+    "auto-round": _auto_round_parts,
+    "compressed-tensors": _compressed_tensors_parts,
     "bitsandbytes": _bitsandbytes_parts,
+}
+# The dtype in which an engine holds scales, whatever the file has: vLLM takes that of the model,
+# and a bfloat16 number is exact in all of them.
+SCALE_DTYPES: Mapping[str, Literal["float16", "bfloat16"]] = {
+    "gptq": "float16",
+    "gptq_v2": "float16",
+    "auto-round": "float16",
+    "compressed-tensors": "bfloat16",
 }
 
 
@@ -62,7 +93,8 @@ class TargetRules:
 
     methods          quantisation methods whose codes the format holds
     widths           bits that experts may have, beside 16
-    granularity      what may have a width of its own
+    granularity      what may have a width of its own: a projection; an expert; a layer, all experts
+                     and projections alike; or nothing, all experts of the model alike
     group_sizes      columns that may share a scale; -1 is a whole row
     asymmetric       it loads groups with a zero point of their own
     row_multiple     a matrix needs this many rows (or a multiple) to be packed
@@ -75,7 +107,7 @@ class TargetRules:
     format: str
     methods: tuple[str, ...]
     widths: tuple[int, ...]
-    granularity: Literal["projection", "expert", "layer"]
+    granularity: Granularity
     group_sizes: tuple[int, ...]
     asymmetric: bool
     row_multiple: int
@@ -84,23 +116,82 @@ class TargetRules:
     source: str
 
 
-# For a target and a method the first row that holds it is taken.
+_GPTQMODEL = TargetRules(
+    target="gptqmodel",
+    format="gptq",
+    methods=("gptq", "rtn"),
+    widths=(2, 3, 4, 8),
+    granularity="projection",
+    group_sizes=(-1, 32, 64, 128, 256),
+    asymmetric=False,
+    row_multiple=32,
+    column_multiple=32,
+    unfused_names=True,
+    source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and projection; its"
+    " qlinears pack whole int32 words along both axes; a Mixtral file with w1, w3, w2 is refused,"
+    " and so is GPTQ v1 with sym false unless it claims to be GPTQModel's own; 4 bits in groups of"
+    " 16 load, and fail in its CPU kernel. Scales may be negative: its kernels multiply",
+)
+_AUTO_ROUND = replace(
+    _GPTQMODEL,
+    target="transformers",
+    format="auto-round",
+    asymmetric=True,
+    source="auto-round 0.15.1 under transformers 5.17: `extra_config` is looked up per module"
+    " (inference/convert_model.py); packing auto_round holds 2, 3, 4 and 8 bits in whole words of"
+    " 32 rows and columns, zeros as they are (inference/backend.py, auto_round:torch); experts are"
+    " unfused to gate_proj, up_proj, down_proj. It writes negative scales itself",
+)
+_VLLM = TargetRules(
+    target="vllm",
+    format="compressed-tensors",
+    methods=("gptq", "rtn"),
+    widths=(4, 8),
+    granularity="layer",
+    group_sizes=(32, 64, 128),
+    asymmetric=False,
+    row_multiple=32,
+    column_multiple=32,
+    unfused_names=False,
+    source="vLLM 0.32: the scheme of expert 0 is that of its layer, and its three projections must"
+    " agree (compressed_tensors_moe.py); Marlin and Triton hold 4 and 8 bits"
+    " (oracle/int_wna16.py), Marlin in groups of 32, 64, 128 (marlin_utils.py); scales per row need"
+    " Marlin, zero points 4 bits, so neither is offered; Mixtral is read as w1, w3, w2 of"
+    " block_sparse_moe. Scales multiply codes less 8 or 128: they may be negative",
+)
+_AS_IT_IS = TargetRules(
+    target="transformers",
+    format="source",
+    methods=("none",),
+    widths=(),
+    granularity="expert",
+    group_sizes=(),
+    asymmetric=False,
+    row_multiple=1,
+    column_multiple=1,
+    unfused_names=False,
+    source="transformers 5.17: unquantised experts load through AutoModelForCausalLM; a GPTQ file"
+    " of experts would be re-initialised at random without an error",
+)
+
+# For a target, method and symmetry the first row that holds them is taken.
 TARGETS: tuple[TargetRules, ...] = (
-    TargetRules(
-        target="gptqmodel",
-        format="gptq",
-        methods=("gptq", "rtn"),
+    _GPTQMODEL,
+    replace(
+        _GPTQMODEL,
+        format="gptq_v2",
+        asymmetric=True,
+        source="GPTQModel 7.6: like gptq, zeros stored as they are (FORMAT.GPTQ_V2), sym false too",
+    ),
+    _AUTO_ROUND,
+    replace(
+        _VLLM,
+        target="transformers",
         widths=(2, 3, 4, 8),
-        granularity="projection",
+        granularity="model",
         group_sizes=(-1, 32, 64, 128, 256),
-        asymmetric=False,
-        row_multiple=32,
-        column_multiple=32,
-        unfused_names=True,
-        source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and projection; its"
-        " qlinears pack whole int32 words along both axes; a Mixtral file with w1, w3, w2 is"
-        " refused, and so is GPTQ v1 with sym false unless it claims to be GPTQModel's own; 4 bits"
-        " in groups of 16 load, and fail in its CPU kernel",
+        source="transformers 5.17 unpacks all experts by one scheme, without zero points"
+        " (integrations/compressed_tensors.py): another width is read wrong, without an error",
     ),
     TargetRules(
         target="transformers",
@@ -117,34 +208,44 @@ TARGETS: tuple[TargetRules, ...] = (
         " block sizes (functional.py), and its CPU kernel reads blocks that run on into the next"
         " row with the wrong maxima; -1 is int8, which has one maximum per row",
     ),
-    TargetRules(
-        target="transformers",
-        format="source",
-        methods=("none",),
-        widths=(),
-        granularity="expert",
-        group_sizes=(),
-        asymmetric=False,
-        row_multiple=1,
-        column_multiple=1,
-        unfused_names=False,
-        source="transformers 5.17: unquantised experts load through AutoModelForCausalLM; a GPTQ"
-        " file of experts would be re-initialised at random without an error",
+    _AS_IT_IS,
+    _VLLM,
+    replace(_AS_IT_IS, target="vllm", source="vLLM 0.32 reads what transformers writes"),
+    replace(
+        _VLLM,
+        target="sglang",
+        source="SGLang: schemes are looked up per layer (get_moe_scheme, pull request 29761 of June"
+        " 2026), 4 and 8 bits, symmetric only (compressed_tensors_wNa16_moe.py). Read, not run",
     ),
+    replace(_AS_IT_IS, target="sglang", source="SGLang reads what transformers writes. Not run"),
 )
 
 
-def find_rules(target: str, method: str) -> TargetRules:
-    """The row of a target for a method. Raises RecipeError if the target loads no such file."""
+def find_rules(target: str, method: str, form: str = "auto", symmetric: bool = True) -> TargetRules:
+    """The row of a target for a method, and for a format unless that is "auto". Raises RecipeError
+    if the target loads no such file."""
     rows = [rules for rules in TARGETS if rules.target == target]
-    for rules in rows:
-        if method in rules.methods:
+    able = [rules for rules in rows if method in rules.methods]
+    if not able:
+        loads = ", ".join(dict.fromkeys(name for rules in rows for name in rules.methods))
+        others = " or ".join(sorted({r.target for r in TARGETS if method in r.methods}))
+        raise RecipeError(
+            f"target {target} does not load experts of method {method}; it loads {loads}"
+            + (f", and {method} needs target {others}" if others else "")
+        )
+    formats = ", ".join(rules.format for rules in able)
+    if form != "auto":
+        able = [rules for rules in able if rules.format == form]
+    if not able:
+        raise RecipeError(
+            f"quantization.format is {form}; target {target} loads method {method} as {formats}"
+        )
+    for rules in able:
+        if symmetric or rules.asymmetric or not rules.widths:
             return rules
-    able = " or ".join(sorted({rules.target for rules in TARGETS if method in rules.methods}))
-    loads = ", ".join(name for rules in rows for name in rules.methods)
+    within = f" of format {form}" if form != "auto" else ""
     raise RecipeError(
-        f"target {target} does not load experts of method {method}; it loads {loads}"
-        + (f", and {method} needs target {able}" if able else "")
+        f"quantization.symmetric is false; target {target} loads symmetric groups only{within}"
     )
 
 
@@ -161,16 +262,11 @@ def widths_of(scheme: Scheme, rules: TargetRules) -> tuple[int, ...]:
 
 
 def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
-    """Raises RecipeError if the target does not load this grid or a matrix does not fit it."""
-    group_size, symmetric = scheme.group_size, scheme.symmetric
-    if group_size not in rules.group_sizes:
+    """Raises RecipeError if the target does not load this grid or a routed expert does not fit."""
+    if scheme.group_size not in rules.group_sizes:
         raise RecipeError(
-            f"{_size_key(scheme)} is {group_size}; target {rules.target} loads "
+            f"{_size_key(scheme)} is {scheme.group_size}; target {rules.target} loads "
             f"{', '.join(map(str, rules.group_sizes))}"
-        )
-    if not symmetric and not rules.asymmetric:
-        raise RecipeError(
-            f"quantization.symmetric is false; target {rules.target} loads symmetric groups only"
         )
     for identity, roles in source.experts.items():
         for info in roles.values() if identity.expert != "shared" else ():

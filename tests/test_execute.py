@@ -231,6 +231,7 @@ def test_the_result_is_read_as_an_independent_dequantisation_reads_it(made: Made
         read_headers(made.directory),
         made.source.tensors,
         lambda name: result_name(made.source, made.plan, name),
+        made.plan.scheme,
     )
     original = load_file(made.source.path / "model.safetensors")
     for info in made.source.tensors.values():

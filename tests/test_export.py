@@ -36,8 +36,8 @@ def unquantised(source: ModelSource) -> CompressionPlan:
 
 def bits_by_config(config: dict[str, Any], module: str) -> int:
     """The width that GPTQModel gives a module: the first pattern that matches decides, "-:" leaves
-    it alone, "+:" overrides (quantization/config.py, dynamic_get)."""
-    for rule, override in config["dynamic"].items():
+    it alone, "+:" overrides (quantization/config.py, dynamic_get); "-:" is moved to the front."""
+    for rule, override in sorted(config["dynamic"].items(), key=lambda rule: rule[0][0] != "-"):
         if re.match(rule[2:], module):
             return 16 if rule.startswith("-:") else int(override["bits"])
     return int(config["bits"])
@@ -61,7 +61,7 @@ def test_the_settings_are_those_of_gptq_v1(tiny_model: TinyModel) -> None:
         "pack_dtype": "int32",
         "dynamic": {
             r"-:^model\.layers\.1\.mlp\.experts\.2\.": {},
-            r"-:^(?!.*\.experts\.\d+\.).*$": {},
+            r"-:^(model\.|lm_head)(?!.*\.experts\.\d+\.).*$": {},
         },
         "meta": {"quantizer": ["se-compress"]},
     }

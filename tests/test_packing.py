@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from se_compress.quant.packing import pack_gptq, unpack_gptq
+from se_compress.quant.packing import pack, unpack
 
 WIDTHS = [2, 3, 4, 8]
 ROWS, COLUMNS = 64, 96
@@ -29,23 +29,47 @@ def matrix(bits: int, groups: int, rows: int = ROWS, columns: int = COLUMNS) -> 
     return codes, scales, zeros
 
 
+FORMATS = ["gptq", "gptq_v2", "auto-round", "compressed-tensors"]
+
+
+def bfloat16_scales(given: Matrix) -> Matrix:
+    """The same with scales that every format holds."""
+    codes, scales, zeros = given
+    return codes, scales.bfloat16().float(), zeros
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_words_are_those_of_the_bit_by_bit_packer(bits: int) -> None:
+@pytest.mark.parametrize(("form", "offset"), [("gptq", 1), ("gptq_v2", 0), ("auto-round", 0)])
+def test_words_are_those_of_the_bit_by_bit_packer(form: str, offset: int, bits: int) -> None:
     codes, scales, zeros = matrix(bits, groups=3)
-    packed = pack_gptq(codes, scales, zeros, bits=bits, group_size=32)
+    packed = pack(form, codes, scales, zeros, bits=bits, group_size=32, symmetric=False)
     down = [words_bit_by_bit(row, bits) for row in codes.tolist()]
-    across = [words_bit_by_bit([z - 1 for z in group], bits) for group in zeros.T.tolist()]
-    assert packed.qweight.T.tolist() == down
-    assert packed.qzeros.tolist() == across
-    assert packed.scales.tolist() == scales.T.tolist()
+    across = [words_bit_by_bit([z - offset for z in group], bits) for group in zeros.T.tolist()]
+    assert packed["qweight"].T.tolist() == down
+    assert packed["qzeros"].tolist() == across
+    assert packed["scales"].tolist() == scales.T.tolist()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_compressed_tensors_packs_rows_and_its_zeros_down_the_rows(bits: int) -> None:
+    codes, scales, zeros = bfloat16_scales(matrix(bits, groups=3))
+    packed = pack(
+        "compressed-tensors", codes, scales, zeros, bits=bits, group_size=32, symmetric=False
+    )
+    along = [words_bit_by_bit(row, bits) for row in codes.tolist()]
+    down = [words_bit_by_bit(group, bits) for group in zeros.T.tolist()]
+    assert packed["weight_packed"].tolist() == along
+    assert packed["weight_zero_point"].T.tolist() == down
+    assert packed["weight_scale"].tolist() == scales.tolist()
+    assert packed["weight_shape"].tolist() == [ROWS, COLUMNS]
 
 
 def test_three_bits_straddle_words_at_the_11th_and_22nd_value() -> None:
     codes = torch.zeros(32, 32, dtype=torch.uint8)
     codes[0, 10], codes[0, 21] = 0b101, 0b011
     ones = torch.ones(32, 1)
-    packed = pack_gptq(codes, ones, ones.to(torch.uint8), bits=3, group_size=-1)
-    assert packed.qweight[:, 0].tolist() == [0b01 << 30, 0b1 | -(2**31), 0b01]
+    packed = pack("gptq", codes, ones, ones.to(torch.uint8), bits=3, group_size=-1)
+    assert packed["qweight"][:, 0].tolist() == [0b01 << 30, 0b1 | -(2**31), 0b01]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -53,32 +77,53 @@ def test_three_bits_straddle_words_at_the_11th_and_22nd_value() -> None:
 def test_dtypes_shapes_and_the_group_of_each_column(
     bits: int, group_size: int, groups: int
 ) -> None:
-    packed = pack_gptq(*matrix(bits, groups), bits=bits, group_size=group_size)
-    assert [t.dtype for t in packed] == [torch.int32, torch.int32, torch.float16, torch.int32]
-    assert packed.qweight.shape == (COLUMNS * bits // 32, ROWS)
-    assert packed.qzeros.shape == (groups, ROWS * bits // 32)
-    assert packed.scales.shape == (groups, ROWS)
+    packed = pack("gptq", *matrix(bits, groups), bits=bits, group_size=group_size)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()} == {
+        "qweight": (torch.int32, (COLUMNS * bits // 32, ROWS)),
+        "qzeros": (torch.int32, (groups, ROWS * bits // 32)),
+        "scales": (torch.float16, (groups, ROWS)),
+        "g_idx": (torch.int32, (COLUMNS,)),
+    }
     size = COLUMNS if group_size == -1 else group_size
-    assert packed.g_idx.tolist() == [column // size for column in range(COLUMNS)]
-    assert all(t.is_contiguous() for t in packed)
+    assert packed["g_idx"].tolist() == [column // size for column in range(COLUMNS)]
+    assert all(t.is_contiguous() for t in packed.values())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("group_size", "groups"), [(-1, 1), (32, 3)])
+def test_unpacking_gives_back_what_was_packed_and_finds_the_width_itself(
+    form: str, bits: int, group_size: int, groups: int
+) -> None:
+    codes, scales, zeros = bfloat16_scales(matrix(bits, groups))
+    parts = pack(form, codes, scales, zeros, bits=bits, group_size=group_size, symmetric=False)
+    got = unpack(form, parts, COLUMNS)
+    for found, wanted in zip(got, (codes, scales, zeros), strict=False):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted)
+    size = COLUMNS if group_size == -1 else group_size
+    assert got.group.tolist() == [column // size for column in range(COLUMNS)]
+    row, column = 7, 50
+    step = int(codes[row, column]) - int(zeros[row, column // size])
+    assert got.dequantized()[row, column] == step * float(scales[row, column // size])
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_unpacking_gives_back_what_was_packed(bits: int) -> None:
-    given = matrix(bits, groups=3)
-    codes, scales, zeros = unpack_gptq(pack_gptq(*given, bits=bits, group_size=32), bits=bits)
-    for got, wanted in zip((codes, scales, zeros), given, strict=True):
-        assert got.dtype == wanted.dtype
-        assert torch.equal(got, wanted)
+def test_a_symmetric_matrix_has_no_zeros_in_compressed_tensors(bits: int) -> None:
+    codes, scales, zeros = bfloat16_scales(matrix(bits, groups=3))
+    zeros.fill_(1 << (bits - 1))
+    parts = pack("compressed-tensors", codes, scales, zeros, bits=bits, group_size=32)
+    assert "weight_zero_point" not in parts
+    assert torch.equal(unpack("compressed-tensors", parts, COLUMNS).zeros, zeros)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_reader_may_add_one_to_every_zero_of_a_word_at_once(bits: int) -> None:
     codes, scales, zeros = matrix(bits, groups=3)
-    packed = pack_gptq(codes, scales, zeros, bits=bits, group_size=32)
+    packed = pack("gptq", codes, scales, zeros, bits=bits, group_size=32)
     one_in_each = sum(1 << place for place in range(0, 32, bits))
     true_zeros = [words_bit_by_bit(group, bits) for group in zeros.T.tolist()]
-    assert (packed.qzeros + one_in_each).tolist() == true_zeros
+    assert (packed["qzeros"] + one_in_each).tolist() == true_zeros
 
 
 @pytest.mark.parametrize(
@@ -94,7 +139,7 @@ def test_what_does_not_fill_words_is_refused(
     bits: int, rows: int, columns: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        pack_gptq(*matrix(bits, 1, rows, columns), bits=bits, group_size=-1)
+        pack("gptq", *matrix(bits, 1, rows, columns), bits=bits, group_size=-1)
 
 
 @pytest.mark.parametrize(("bits", "rows", "columns"), [(4, 8, 16), (2, 16, 48), (8, 4, 12)])
@@ -102,20 +147,40 @@ def test_whole_words_that_are_no_whole_run_of_32_values_fit(
     bits: int, rows: int, columns: int
 ) -> None:
     given = matrix(bits, 1, rows, columns)
-    codes, _, zeros = unpack_gptq(pack_gptq(*given, bits=bits, group_size=-1), bits=bits)
-    assert torch.equal(codes, given[0])
-    assert torch.equal(zeros, given[2])
+    got = unpack("gptq", pack("gptq", *given, bits=bits, group_size=-1), columns)
+    assert torch.equal(got.codes, given[0])
+    assert torch.equal(got.zeros, given[2])
 
 
-def test_a_zero_of_zero_is_refused() -> None:
+def test_a_zero_of_zero_is_refused_where_it_would_borrow() -> None:
     codes, scales, zeros = matrix(4, groups=1)
     zeros[5] = 0
-    with pytest.raises(ValueError, match="a zero point is 0: GPTQ v1 at 4 bits holds 1 to 15"):
-        pack_gptq(codes, scales, zeros, bits=4, group_size=-1)
+    with pytest.raises(ValueError, match="a zero point is 0: gptq at 4 bits holds 1 to 15"):
+        pack("gptq", codes, scales, zeros, bits=4, group_size=-1)
+    parts = pack("gptq_v2", codes, scales, zeros, bits=4, group_size=-1)
+    assert torch.equal(unpack("gptq_v2", parts, COLUMNS).zeros, zeros)
 
 
 def test_a_code_that_is_too_wide_is_refused() -> None:
     codes, scales, zeros = matrix(3, groups=1)
     codes[5, 5] = 8
-    with pytest.raises(ValueError, match="a code is 8: GPTQ v1 at 3 bits holds 0 to 7"):
-        pack_gptq(codes, scales, zeros, bits=3, group_size=-1)
+    with pytest.raises(ValueError, match="a code is 8: gptq at 3 bits holds 0 to 7"):
+        pack("gptq", codes, scales, zeros, bits=3, group_size=-1)
+
+
+@pytest.mark.parametrize(("form", "near"), [("gptq", 1e-8), ("compressed-tensors", 1.001)])
+def test_a_scale_is_never_rounded_by_the_file(form: str, near: float) -> None:
+    codes, scales, zeros = bfloat16_scales(matrix(4, groups=1))
+    scales[3, 0] = near
+    with pytest.raises(ValueError, match=r"a scale is no torch\.b?float16 number"):
+        pack(form, codes, scales, zeros, bits=4, group_size=-1)
+
+
+def test_words_that_do_not_belong_to_the_matrix_are_refused() -> None:
+    parts = pack("gptq", *matrix(4, groups=1), bits=4, group_size=-1)
+    with pytest.raises(ValueError, match="100 columns do not fill 12 words at any width"):
+        unpack("gptq", parts, 100)
+    given = bfloat16_scales(matrix(4, groups=1))
+    parts = pack("compressed-tensors", *given, bits=4, group_size=-1)
+    with pytest.raises(ValueError, match=r"weight_shape is \[64, 96\], not \[64, 48\]"):
+        unpack("compressed-tensors", parts, 48)

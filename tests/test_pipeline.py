@@ -388,7 +388,7 @@ def test_an_edited_plan_is_honoured(settled: Workplace) -> None:
     [
         ("quantization.method=rtn", "method is gptq, but the recipe says rtn"),
         ("quantization.group_size=-1", "group_size is 32, but the recipe says -1"),
-        ("quantization.symmetric=false", "symmetric is True, but the recipe says False"),
+        ("quantization.symmetric=false", "format is gptq, but the recipe says gptq_v2"),
         ("target=transformers", "target is gptqmodel, but the recipe says transformers"),
     ],
 )

@@ -590,16 +590,15 @@ def test_nothing_is_quantised_by_method_none() -> None:
     ("target", "quantization", "message"),
     [
         (
-            "transformers",
-            {"method": "gptq"},
-            "target transformers does not load experts of method gptq; it loads bitsandbytes, "
-            "none, and gptq needs target gptqmodel",
+            "vllm",
+            {"format": "gptq"},
+            "quantization.format is gptq; target vllm loads method rtn as compressed-tensors",
         ),
         (
             "gptqmodel",
             {"method": "none"},
             "target gptqmodel does not load experts of method none; it loads gptq, rtn, and none "
-            "needs target transformers",
+            "needs target sglang or transformers or vllm",
         ),
         (
             "gptqmodel",
@@ -607,9 +606,9 @@ def test_nothing_is_quantised_by_method_none() -> None:
             "quantization.group_size is 16; target gptqmodel loads -1, 32, 64, 128, 256",
         ),
         (
-            "gptqmodel",
+            "sglang",
             {"symmetric": False},
-            "quantization.symmetric is false; target gptqmodel loads symmetric groups only",
+            "quantization.symmetric is false; target sglang loads symmetric groups only",
         ),
         (
             "gptqmodel",
@@ -728,7 +727,7 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
     [
         (
             replace(PLAN, target="onnx"),
-            "target 'onnx' is not one of gptqmodel, transformers",
+            "target 'onnx' is not one of gptqmodel, transformers, vllm, sglang",
         ),
         (
             replace(PLAN, scheme=replace(PLAN.scheme, method="awq")),
@@ -740,7 +739,8 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
         ),
         (
             replace(PLAN, scheme=replace(PLAN.scheme, symmetric=False)),
-            "quantization.symmetric is false; target gptqmodel loads symmetric groups only",
+            "quantization.symmetric is false; target gptqmodel loads symmetric groups only of "
+            "format gptq",
         ),
         (
             replace(PLAN, experts=(*PLAN.experts, PLAN.experts[0])),
@@ -795,7 +795,7 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
         ),
         (
             replace(PLAN, scheme=replace(PLAN.scheme, format="marlin")),
-            "format is 'marlin'; for target gptqmodel and method rtn accepted is gptq",
+            "quantization.format is marlin; target gptqmodel loads method rtn as gptq, gptq_v2",
         ),
         (
             replace(PLAN, others=(OtherDecision("model.embed_tokens.weight", 4, ""),)),

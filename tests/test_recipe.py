@@ -125,6 +125,11 @@ def test_a_size_may_be_a_number_of_bytes() -> None:
     assert parse({"policy.size": 12}).policy.size == 12
 
 
+def test_shards_are_of_five_gigabytes_unless_told() -> None:
+    assert parse({}).shard_size == 5 * 10**9
+    assert parse({"shard_size": "2GiB"}).shard_size == 2 * 2**30
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
@@ -140,8 +145,8 @@ def test_missing_text_is_named() -> None:
 
 
 TOP = (
-    "known are model, output, target, compute_dtype, calibration, super_experts, policy, "
-    "quantization, validation, variants, require"
+    "known are model, output, target, compute_dtype, shard_size, calibration, super_experts, "
+    "policy, quantization, validation, variants, require"
 )
 
 
@@ -205,7 +210,11 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
         ("model", "", "model is '': string should have at least 1 character"),
         ("model", None, "model is None: input should be a valid string"),
         ("output", ["a"], "output is ['a']: input should be a valid string"),
-        ("target", "onnx", "target is 'onnx': input should be 'transformers' or 'gptqmodel'"),
+        (
+            "target",
+            "onnx",
+            "target is 'onnx': input should be 'transformers', 'gptqmodel', 'vllm' or 'sglang'",
+        ),
         (
             "compute_dtype",
             "float16",

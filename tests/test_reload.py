@@ -97,7 +97,7 @@ def write(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
 
 def reader(source: ModelSource, plan: CompressionPlan, directory: Path) -> Reader:
     found = read_headers(directory)
-    return open_result(found, source.tensors, lambda name: result_name(source, plan, name))
+    return open_result(found, source.tensors, lambda n: result_name(source, plan, n), plan.scheme)
 
 
 def logits(source: ModelSource, read: Reader) -> Tensor:

@@ -1,24 +1,32 @@
 """What goes into the file follows from plan and headers, and is what the packer makes of it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
-from se_compress.artifacts import CompressionPlan, ModelSource, Scheme, TensorInfo
+from se_compress.artifacts import (
+    CompressionPlan,
+    ExpertIndex,
+    ModelSource,
+    Scheme,
+    TensorInfo,
+)
 from se_compress.checkpoint import TORCH_DTYPES
 from se_compress.errors import RecipeError
 from se_compress.families import FAMILIES
 from se_compress.headers import Slot
-from se_compress.policy import make_plan
-from se_compress.quant.packing import pack_gptq
+from se_compress.policy import check_plan, make_plan
+from se_compress.quant.packing import pack
 from se_compress.recipe import Target
 from se_compress.source import open_source
 from se_compress.targets import (
+    SCALE_DTYPES,
     TARGETS,
     find_rules,
     packed_slots,
@@ -37,19 +45,32 @@ def info(rows: int, columns: int) -> TensorInfo:
     return TensorInfo(name, "BF16", (rows, columns), "f", 0, 2 * rows * columns)
 
 
-def plan_for(source: ModelSource, target: str = "gptqmodel") -> CompressionPlan:
-    method = "none" if target == "transformers" else "rtn"
-    protect = [{"layer": source.moe_layers[0], "expert": 1}]
+Changes = Mapping[tuple[int, ExpertIndex], Mapping[str, Any]]
+
+
+def plan_for(
+    source: ModelSource,
+    target: str = "gptqmodel",
+    form: str = "auto",
+    protect: Sequence[Mapping[str, int]] | None = None,
+    method: str = "rtn",
+) -> CompressionPlan:
+    if protect is None:
+        protect = [{"layer": source.moe_layers[0], "expert": 1}]
     return make_plan(
         source,
         None,
         tiny.recipe(
             source.name,
             target=target,
-            policy={"protect": protect, "bits": 4},
-            quantization={"method": method, "group_size": 32},
+            policy={"protect": list(protect), "bits": 4},
+            quantization={"method": method, "group_size": 32, "format": form},
         ),
     )
+
+
+def unquantised(source: ModelSource) -> CompressionPlan:
+    return plan_for(source, "transformers", method="none")
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -61,39 +82,144 @@ def test_every_target_of_a_recipe_has_a_row() -> None:
     assert len({(rules.target, rules.format) for rules in TARGETS}) == len(TARGETS)
 
 
-def test_a_target_is_asked_for_a_method() -> None:
-    assert find_rules("gptqmodel", "gptq").format == "gptq"
-    assert find_rules("transformers", "none").format == "source"
+@pytest.mark.parametrize(
+    ("asked", "form"),
+    [
+        (("gptqmodel", "gptq"), "gptq"),
+        (("gptqmodel", "rtn", "auto", False), "gptq_v2"),
+        (("gptqmodel", "gptq", "gptq_v2"), "gptq_v2"),
+        (("transformers", "gptq"), "auto-round"),
+        (("transformers", "gptq", "auto", False), "auto-round"),
+        (("transformers", "gptq", "compressed-tensors"), "compressed-tensors"),
+        (("transformers", "none"), "source"),
+        (("transformers", "none", "auto", False), "source"),
+        (("vllm", "gptq"), "compressed-tensors"),
+        (("sglang", "rtn"), "compressed-tensors"),
+        (("vllm", "none"), "source"),
+    ],
+)
+def test_the_row_is_the_first_that_holds_what_is_asked(asked: tuple[Any, ...], form: str) -> None:
+    assert find_rules(*asked).format == form
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            ("gptqmodel", "none"),
+            "target gptqmodel does not load experts of method none; it loads gptq, rtn, and none "
+            "needs target sglang or transformers or vllm",
+        ),
+        (
+            ("vllm", "gptq", "gptq"),
+            "quantization.format is gptq; target vllm loads method gptq as compressed-tensors",
+        ),
+        (
+            ("vllm", "gptq", "auto", False),
+            "quantization.symmetric is false; target vllm loads symmetric groups only",
+        ),
+        (
+            ("gptqmodel", "gptq", "gptq", False),
+            "quantization.symmetric is false; target gptqmodel loads symmetric groups only of "
+            "format gptq",
+        ),
+    ],
+)
+def test_what_no_row_holds_is_refused_with_what_is(asked: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        find_rules(*asked)
+
+
+# ------------------------------------------------------------------------------------ granularity
+
+
+def with_widths(source: ModelSource, target: str, form: str, changes: Changes) -> CompressionPlan:
+    plan = plan_for(source, target, form, protect=())
+    experts = tuple(replace(d, **changes.get((d.layer, d.expert), {})) for d in plan.experts)
+    return replace(plan, experts=experts)
+
+
+ONE_EXPERT: Changes = {(1, 2): {"bits": 8}}
+ONE_LAYER: Changes = {(1, expert): {"bits": 8} for expert in range(8)}
+DOWN: Changes = {(1, 2): {"down_bits": 8}}
+
+
+@pytest.mark.parametrize(
+    ("target", "form", "changes", "message"),
+    [
+        ("gptqmodel", "gptq", DOWN, ""),
+        ("transformers", "auto-round", DOWN, ""),
+        ("transformers", "auto-round", ONE_EXPERT, ""),
+        ("vllm", "compressed-tensors", ONE_LAYER, ""),
+        (
+            "vllm", "compressed-tensors", ONE_EXPERT,
+            "expert (1, 2) has 8 bits and expert (1, 0) 4; target vllm loads one width per layer",
+        ),
+        (
+            "sglang", "compressed-tensors", DOWN,
+            "expert (1, 2) has 4 bits and down_bits 8; target sglang loads one width per layer",
+        ),
+        (
+            "transformers", "compressed-tensors", ONE_LAYER,
+            "expert (1, 0) has 8 bits and expert (0, 0) 4; target transformers loads one width per "
+            "model",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mix_that_is_too_fine_is_refused_by_the_expert_s_name(
+    tiny_model: TinyModel, target: str, form: str, changes: Changes, message: str
+) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    plan = with_widths(source, target, form, changes)
+    if not message:
+        checked = check_plan(plan, source, "plan.json")
+        assert [d.bits for d in checked.experts] == [d.bits for d in plan.experts]
+        return
+    with pytest.raises(RecipeError, match=re.escape(f"plan.json: {message}")):
+        check_plan(plan, source, "plan.json")
+
+
+def test_where_all_experts_are_alike_none_can_be_protected(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
     message = (
-        "target transformers does not load experts of method rtn; it loads bitsandbytes, none, "
-        "and rtn needs target gptqmodel"
+        "expert (0, 1) keeps 16 bits; as compressed-tensors, target transformers loads one width "
+        "for all experts of a model: accepted are policy.protect none and another "
+        "quantization.format"
     )
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
-        find_rules("transformers", "rtn")
+        plan_for(source, "transformers", "compressed-tensors")
 
 
 # ---------------------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("bits", find_rules("gptqmodel", "gptq").widths)
+@pytest.mark.parametrize("form", SCALE_DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 64])
-def test_slots_are_what_the_packer_makes(bits: int, group_size: int) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_slots_are_what_the_packer_makes(
+    form: str, bits: int, group_size: int, symmetric: bool
+) -> None:
     rows, columns = 96, 64
     groups = 1 if group_size == -1 else columns // group_size
-    packed = pack_gptq(
+    packed = pack(
+        form,
         torch.zeros(rows, columns, dtype=torch.uint8),
         torch.ones(rows, groups),
         torch.ones(rows, groups, dtype=torch.uint8),
         bits=bits,
         group_size=group_size,
+        symmetric=symmetric,
     )
-    slots = packed_slots(info(rows, columns), bits, Scheme("gptq", "rtn", group_size, True))
+    slots = packed_slots(info(rows, columns), bits, Scheme(form, "rtn", group_size, symmetric))
     stem = "model.layers.0.mlp.experts.1.down_proj."
-    assert [slot.name for slot in slots] == [stem + part for part in packed._fields]
-    for slot, tensor in zip(slots, packed, strict=True):
+    assert [slot.name for slot in slots] == [stem + part for part in packed]
+    for slot, tensor in zip(slots, packed.values(), strict=True):
         assert slot.shape == tuple(tensor.shape)
         assert TORCH_DTYPES[slot.dtype] == tensor.dtype
         assert slot.size_bytes == tensor.numel() * tensor.itemsize
+    scales = next(tensor for tensor in packed.values() if tensor.is_floating_point())
+    assert scales.dtype == getattr(torch, SCALE_DTYPES[form])
 
 
 def test_at_16_bits_a_matrix_keeps_its_own_bytes() -> None:
@@ -136,7 +262,7 @@ def test_all_but_the_planned_experts_stay_as_they_are(tiny_model: TinyModel, fam
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_an_unquantised_result_is_the_source_itself(tiny_model: TinyModel, family: str) -> None:
     source = open_source(str(tiny_model(family)))
-    slots = list(result_slots(source, plan_for(source, "transformers")))
+    slots = list(result_slots(source, unquantised(source)))
     assert {slot.name: (slot.dtype, slot.shape) for slot in slots} == {
         name: (tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()
     }
@@ -144,7 +270,7 @@ def test_an_unquantised_result_is_the_source_itself(tiny_model: TinyModel, famil
 
 def test_slots_keep_the_order_of_the_source(tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model("mixtral")))
-    slots = [slot.name for slot in result_slots(source, plan_for(source, "transformers"))]
+    slots = [slot.name for slot in result_slots(source, unquantised(source))]
     assert slots == sorted(slots, key=lambda name: source.tensors[name].begin)
 
 
@@ -162,12 +288,14 @@ def test_slots_keep_the_order_of_the_source(tiny_model: TinyModel) -> None:
         ("lm_head.weight", "lm_head.weight"),
     ],
 )
-def test_gptqmodel_finds_mixtral_by_the_names_of_its_live_model(
+def test_mixtral_goes_by_the_names_that_each_engine_looks_for(
     tiny_model: TinyModel, name: str, stored: str
 ) -> None:
     source = open_source(str(tiny_model("mixtral")))
     assert result_name(source, plan_for(source), name) == stored
-    assert result_name(source, plan_for(source, "transformers"), name) == name
+    assert result_name(source, plan_for(source, "transformers"), name) == stored
+    assert result_name(source, plan_for(source, "vllm", protect=()), name) == name
+    assert result_name(source, unquantised(source), name) == name
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mixtral"}))

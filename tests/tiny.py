@@ -20,11 +20,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from se_compress.artifacts import ExpertIndex
+from se_compress.artifacts import CompressionPlan, ExpertIndex, ModelSource
+from se_compress.checkpoint import allocate, copy_tensor, open_tensors, write_tensors
+from se_compress.export import export_config
 from se_compress.families import FAMILIES
+from se_compress.headers import lay_out
+from se_compress.quant.grid import Grid, rtn
+from se_compress.quant.packing import pack
 from se_compress.recipe import Recipe, parse_recipe
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
+from se_compress.targets import SCALE_DTYPES, planned_bits, result_name, result_slots
 
 BOS, EOS = 0, 1
 VOCABULARY = 288  # the tokenizer's 265 words, filled up to a multiple of 32
@@ -284,6 +290,39 @@ def starve(directory: Path, layer: int, expert: int) -> None:
     for bias in family.per_expert:
         tensors[bias.format(layer=layer)][expert] = -10
     edit_weights(directory, tensors)
+
+
+def write_result(
+    source: ModelSource, plan: CompressionPlan, directory: Path, shard_bytes: int = 10**9
+) -> Path:
+    """The result of any plan, each matrix rounded to nearest for itself: no forward pass."""
+    directory.mkdir()
+    layout = lay_out(result_slots(source, plan), directory, shard_bytes)
+    allocate(layout)
+    read, scheme = open_tensors(source.tensors), plan.scheme
+    for info in source.tensors.values():
+        name, bits = result_name(source, plan, info.name), planned_bits(plan, info)
+        if bits == 16:
+            copy_tensor(info, layout[name])
+            continue
+        scale_dtype = getattr(torch, SCALE_DTYPES[scheme.format])
+        weight = read(info.name).float()[None]
+        stack = rtn(
+            weight,
+            Grid(bits, scheme.group_size, scheme.symmetric, scale_dtype),
+            torch.ones(1, weight.shape[2]),
+        )
+        parts = pack(
+            scheme.format,
+            *(part[0] for part in (stack.codes, stack.scales, stack.zeros)),
+            bits=bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+        )
+        stem = name.removesuffix(".weight")
+        write_tensors(layout, {f"{stem}.{part}": tensor for part, tensor in parts.items()})
+    export_config(source, plan, directory)
+    return directory
 
 
 def plain_model(directory: Path) -> Any:

@@ -368,7 +368,7 @@ class _Part:
             gram = _gram(part, self.hessian[e], ridge[e], self.grid)
             pull = torch.addcmul(self._response[e, :, r], ridge[e], weight[e, :, r]).mul_(part)
             pull = _sums(pull, self.grid).mT
-            self.scales[e, :, r] = _least(gram, pull, self.scales[e, :, r].mT).mT
+            self.scales[e, :, r] = _least(gram, pull, self.scales[e, :, r].mT, self.grid).mT
         rounded = _arrange(steps.mul_(self._per_column(self.scales)), self.factors.order)
         torch.sub(self.weight, rounded, out=self.error)
 
@@ -411,7 +411,7 @@ def _sums(columns_first: Tensor, grid: Grid) -> Tensor:
     return columns_first.reshape(members, -1, grid.width(columns), rows).sum(2)
 
 
-def _least(gram: Tensor, pull: Tensor, scales: Tensor) -> Tensor:
+def _least(gram: Tensor, pull: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """The scales [E, R, G] of least cost, row by row; those given where that is not less."""
     # In units in which gram has a unit diagonal, and held lightly to the given scales: a group
     # whose codes are all zero has no say in the cost and keeps its scale.
@@ -423,7 +423,7 @@ def _least(gram: Tensor, pull: Tensor, scales: Tensor) -> Tensor:
     wanted = pull / size + HOLD * scales * size
     fitted = torch.cholesky_solve(wanted[..., None], factor)[..., 0] / size
     # A group that inputs hardly reach would be blown up without bounds to make up for the others.
-    fitted = as_stored(scales * (fitted / scales).clamp(1 / STRETCH, STRETCH))
+    fitted = as_stored(scales * (fitted / scales).clamp(1 / STRETCH, STRETCH), grid)
 
     def cost(s: Tensor) -> Tensor:
         return ((gram @ s[..., None])[..., 0] * s).sum(-1) - 2 * (pull * s).sum(-1)

@@ -3,8 +3,8 @@
 E experts, R rows (out features), C columns (in features), G groups.
 
 A weight is stored as a code of `bits` bits and read as (code - zero) * scale, with one scale and
-one integer zero per row and group of `group_size` columns. Scales are exact float16 values, since
-that is what the files hold. Zeros lie in 1..2^bits-1, since GPTQ v1 stores zero - 1.
+one integer zero per row and group of `group_size` columns. Scales are values that the file holds
+exactly, float16 or bfloat16. Zeros lie in 1..2^bits-1, since GPTQ v1 stores zero - 1.
 
 A symmetric grid has one level more below zero than above. A negative scale turns it over, and puts
 that level where it helps: 11 % less output error at 4 bits, 14 % at 3 and 2, on real experts.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)
 SMALLEST_SCALE = 2.0**-14  # the least normal float16; engines may flush anything less to zero
-LARGEST_SCALE = 65504.0
+LARGEST_SCALE = 65280.0  # the greatest that float16 and bfloat16 both hold
 RANGES = 16
 
 # Weights that one step of the search holds, four temporaries each. Fewer fit a core's cache, more
@@ -38,12 +38,14 @@ CHUNK = {"cpu": 2**18, "cuda": 2**25}
 class Grid:
     """Width, columns per group (-1: one group per row; the last may be shorter), kind of zero.
 
-    Symmetric fixes the zero at the middle code; otherwise each group has its own.
+    Symmetric fixes the zero at the middle code; otherwise each group has its own. Scales are exact
+    in `scale_dtype`.
     """
 
     bits: int
     group_size: int
     symmetric: bool
+    scale_dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:
@@ -72,7 +74,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantizedStack:
-    """codes uint8 [E, R, C]; scales float32 [E, R, G], exact in float16; zeros uint8 [E, R, G]."""
+    """codes uint8 [E, R, C]; scales float32 [E, R, G], exact in the grid's scale_dtype; zeros uint8
+    [E, R, G]."""
 
     codes: Tensor
     scales: Tensor
@@ -114,10 +117,11 @@ def by_group(columns_last: Tensor, grid: Grid) -> Tensor:
     return columns_last.reshape(*columns_last.shape[:-1], -1, grid.width(columns))
 
 
-def as_stored(scale: Tensor) -> Tensor:
-    """The nearest scale that float16 holds as a normal number, sign kept; 0 becomes the least."""
+def as_stored(scale: Tensor, grid: Grid) -> Tensor:
+    """The nearest scale that the file holds and float16 holds as a normal number, sign kept; 0
+    becomes the least."""
     size = scale.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE)
-    return size.copysign_(scale).to(torch.float16).to(torch.float32)
+    return size.copysign_(scale).to(grid.scale_dtype).to(torch.float32)
 
 
 def choose_scales(weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,12 +154,12 @@ def _cover(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     if grid.symmetric:
         longer, shorter = torch.maximum(-low, high), torch.minimum(-low, high)
         scale = torch.maximum(longer / grid.middle, shorter / (grid.middle - 1))
-        scale = as_stored(torch.where(high > -low, -scale, scale))
+        scale = as_stored(torch.where(high > -low, -scale, scale), grid)
         return scale, torch.full_like(scale, grid.middle)
     scale = (high - low) / grid.top
     zero = (-low / scale.clamp(min=SMALLEST_SCALE)).round_()
     scale = torch.where(zero < 1, high / (grid.top - 1), scale)  # zero 1 leaves a level less above
-    return as_stored(scale), zero.clamp_(1, grid.top)
+    return as_stored(scale, grid), zero.clamp_(1, grid.top)
 
 
 def _normalised(importance: Tensor) -> Tensor:
@@ -211,8 +215,8 @@ def _search(weights: Tensor, costs: Tensor, grid: Grid) -> tuple[Tensor, Tensor]
             best_low = torch.where(better, least[:, :, 0], best_low)
     if grid.symmetric:  # the mirror image is the grid under a negative scale
         turned = torch.where(best_low > -grid.middle, -best_scale, best_scale)
-        return as_stored(turned * unit), torch.full_like(unit, grid.middle)
-    return as_stored(best_scale * unit), -best_low
+        return as_stored(turned * unit, grid), torch.full_like(unit, grid.middle)
+    return as_stored(best_scale * unit, grid), -best_low
 
 
 def _limits(low: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

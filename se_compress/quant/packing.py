@@ -1,60 +1,146 @@
-"""GPTQ v1 tensors: the integer codes of one matrix, packed into 32-bit words, and back.
+"""Files' ways to store the integer codes of one matrix in 32-bit words, and back.
 
 R rows (out features), C columns (in features), G groups, b bits.
 
 Values lie in the words as one little-endian string of bits: value i of a run has the bits from i*b
 on, so 32 values fill b words whatever b is. At 2, 4 and 8 bits no value straddles two words; at 3
-bits the 11th and the 22nd of every 32 do, the 10-1-10-1-10 pattern of GPTQModel's packer. Weights
-are packed down the columns (a run belongs to one row of the matrix), zeros across the rows.
+bits the 11th and the 22nd of every 32 do, the 10-1-10-1-10 pattern of GPTQModel's packer. A code
+means (code - zero) * scale of its group in every format.
 
-A zero is stored less one, and readers add the one to the packed words: zero 0 would borrow from its
-neighbour, and is refused.
+    gptq                qweight int32 [C*b/32, R], runs down the columns; qzeros int32 [G, R*b/32],
+                        runs across the rows; scales float16 [G, R]; g_idx int32 [C]. A zero is
+                        stored less one, and readers add the one to the packed words: zero 0 would
+                        borrow from its neighbour, and is refused. GPTQModel, qlinear/__init__.py
+    gptq_v2             the same with zeros as they are
+    auto-round          the same without g_idx. auto-round 0.15, auto_round_extension/torch/
+                        qlinear_torch.py, packing_format auto_round
+    compressed-tensors  weight_packed int32 [R, C*b/32]; weight_scale bfloat16 [R, G]; weight_shape
+                        int64 [2]; where zeros differ weight_zero_point int32 [R*b/32, G], runs down
+                        the rows. compressed-tensors 0.19, compressors/pack_quantized; it calls the
+                        codes less 2^(b-1) the values, which changes no bit
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 WORD = 32
+# Format -> what is taken off a zero before it is stored.
+ZERO_OFFSETS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 0, "auto-round": 0}
+COMPRESSED_TENSORS = "compressed-tensors"
+# Format -> what follows the module's name; the codes first.
+MARKS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(ZERO_OFFSETS, ("qweight", "qzeros", "scales", "g_idx")),
+    COMPRESSED_TENSORS: ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    "source": ("qweight",),
+}
 
 
-class PackedGptq(NamedTuple):
-    """The four tensors of a GPTQ v1 module, under their names in the file."""
+class Codes(NamedTuple):
+    """One matrix: codes uint8 [R, C], scales float32 [R, G], zeros uint8 [R, G], and the group of
+    each column, int64 [C]."""
 
-    qweight: Tensor  # int32 [C*b/32, R]
-    qzeros: Tensor  # int32 [G, R*b/32]
-    scales: Tensor  # float16 [G, R]
-    g_idx: Tensor  # int32 [C]
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group: Tensor
+
+    def dequantized(self) -> Tensor:
+        """float32 [R, C], bit for bit (code - zero) * scale."""
+        steps = self.codes.float() - self.zeros.float()[:, self.group]
+        return steps * self.scales.float()[:, self.group]
 
 
-def pack_gptq(
-    codes: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, group_size: int
-) -> PackedGptq:
-    """Pack one matrix.
+def pack(
+    form: str,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors of one matrix in a format, by what follows the module's name.
 
-    codes uint8 [R, C], scales float [R, G], zeros uint8 [R, G]; group_size -1 is one group per row.
-    Raises ValueError if R or C does not fill whole words, a zero point is 0 or a code is too wide.
+    codes uint8 [R, C], scales float32 [R, G], zeros uint8 [R, G]; group_size -1 is one group per
+    row; symmetric: every zero is the middle code. Raises ValueError if R or C does not fill whole
+    words, a zero or a code is out of range, or the format would round a scale.
     """
     rows, columns = codes.shape
+    offset = 0 if form == COMPRESSED_TENSORS else ZERO_OFFSETS[form]
     _check_fills_words("rows (out features)", rows, bits)
     _check_fills_words("columns (in features)", columns, bits)
-    _check_range("code", codes, 0, bits)
-    _check_range("zero point", zeros, 1, bits)
-    return PackedGptq(
-        qweight=_pack(codes, bits).T.contiguous(),
-        qzeros=_pack(zeros.T - 1, bits),
-        scales=scales.T.to(torch.float16).contiguous(),
-        g_idx=_group_of_column(columns, group_size, codes.device),
-    )
+    _check_range(form, "code", codes, 0, bits)
+    _check_range(form, "zero point", zeros, offset, bits)
+    if form == COMPRESSED_TENSORS:
+        parts = {
+            "weight_packed": _pack(codes, bits),
+            "weight_scale": _exactly(scales, torch.bfloat16),
+            "weight_shape": torch.tensor(codes.shape),
+        }
+        if not symmetric:
+            parts["weight_zero_point"] = _pack(zeros.T, bits).T.contiguous()
+        return parts
+    parts = {
+        "qweight": _pack(codes, bits).T.contiguous(),
+        "qzeros": _pack(zeros.T - offset, bits),
+        "scales": _exactly(scales.T, torch.float16),
+    }
+    if form != "auto-round":
+        parts["g_idx"] = _group_of_column(columns, group_size, codes.device)
+    return parts
 
 
-def unpack_gptq(packed: PackedGptq, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [R, C], scales float32 [R, G] and zeros uint8 [R, G] of a packed matrix."""
-    codes = _unpack(packed.qweight.T, bits)
-    zeros = (_unpack(packed.qzeros, bits) + 1).T
-    return codes, packed.scales.T.to(torch.float32).contiguous(), zeros.contiguous()
+def unpack(form: str, parts: Mapping[str, Tensor], columns: int) -> Codes:
+    """What `pack` packed, for a matrix of so many columns: the width follows from the words."""
+    if form == COMPRESSED_TENSORS:
+        return _unpack_compressed_tensors(parts, columns)
+    words, scales = parts["qweight"].T, parts["scales"].T.float()
+    bits = _width(words, columns)
+    codes = _unpack(words, bits)
+    zeros = (_unpack(parts["qzeros"], bits) + ZERO_OFFSETS[form]).T
+    group = parts["g_idx"].long() if "g_idx" in parts else _even_groups(columns, scales)
+    return Codes(codes, scales.contiguous(), zeros.contiguous(), group)
+
+
+def _unpack_compressed_tensors(parts: Mapping[str, Tensor], columns: int) -> Codes:
+    scales = parts["weight_scale"].float()
+    if parts["weight_shape"].tolist() != [len(scales), columns]:
+        shape = parts["weight_shape"].tolist()
+        raise ValueError(f"weight_shape is {shape}, not {[len(scales), columns]}")
+    bits = _width(parts["weight_packed"], columns)
+    zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
+    if "weight_zero_point" in parts:
+        zeros = _unpack(parts["weight_zero_point"].T, bits).T
+    codes = _unpack(parts["weight_packed"], bits)
+    return Codes(codes, scales, zeros, _even_groups(columns, scales))
+
+
+def _width(words: Tensor, columns: int) -> int:
+    bits, rest = divmod(words.shape[1] * WORD, columns)
+    if rest or not 1 <= bits <= 8:
+        raise ValueError(f"{columns} columns do not fill {words.shape[1]} words at any width")
+    return bits
+
+
+def _even_groups(columns: int, scales: Tensor) -> Tensor:
+    """The group of each column where nothing but their number is stored."""
+    groups = scales.shape[1]
+    if columns % groups:
+        raise ValueError(f"{columns} columns do not make {groups} equal groups")
+    return torch.arange(columns, device=scales.device) // (columns // groups)
+
+
+def _exactly(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the dtype of the file. Raises ValueError if that would round one."""
+    stored = scales.to(dtype)
+    if not torch.equal(stored.to(scales.dtype), scales):
+        raise ValueError(f"a scale is no {dtype} number: the grid must have rounded it")
+    return stored.contiguous()
 
 
 def _group_of_column(columns: int, group_size: int, device: torch.device) -> Tensor:
@@ -104,12 +190,12 @@ def _check_fills_words(what: str, count: int, bits: int) -> None:
         )
 
 
-def _check_range(what: str, values: Tensor, least: int, bits: int) -> None:
+def _check_range(form: str, what: str, values: Tensor, least: int, bits: int) -> None:
     if values.numel() == 0:
         return
     low, high = int(values.min()), int(values.max())
     if low < least or high >= 2**bits:
         raise ValueError(
             f"a {what} is {low if low < least else high}: "
-            f"GPTQ v1 at {bits} bits holds {least} to {2**bits - 1}"
+            f"{form} at {bits} bits holds {least} to {2**bits - 1}"
         )
