@@ -4,8 +4,9 @@
 
 Every tool quantises the routed experts of the same checkpoint, and nothing else, from the same
 32 x 256 calibration tokens, symmetric, in groups of 64, each at its own defaults, in a process of
-its own; the tools take turns, --rounds times at the first of --bits, once at the others. The clock
-is that of peers/worker.py, memory the process's largest resident set. Quality is measured by
+its own; the tools take turns, --rounds times at the first of --bits. Other widths are made once,
+for their quality; peers' results that lie there are not made again. The clock is that of
+peers/worker.py, memory the process's largest resident set. Quality is measured by
 peers/evaluate.py, which shares no code with any of them, on held-out text.
 
 The peers get a virtual environment of their own, .venv-peers, made on the first run from
@@ -40,22 +41,25 @@ GROUP_SIZE, SEQUENCE = 64, 256
 
 @dataclass(frozen=True)
 class Tool:
-    """A competitor: its worker, and whether the time and quality bars look at it.
+    """A competitor and its worker.
 
-    routed  llm-compressor only: see peers/worker.py
+    routed     llm-compressor only: see peers/worker.py
+    symmetric  whether groups have no zero point of their own
     """
 
     name: str
     worker: str
-    rival: bool
     routed: bool = False
+    symmetric: bool = True
 
 
+OURS = Tool("se-compress", "se_compress_worker.py")
 TOOLS = (
-    Tool("se-compress", "se_compress_worker.py", rival=False),
-    Tool("GPTQModel", "gptqmodel_worker.py", rival=True),
-    Tool("llm-compressor", "llmcompressor_worker.py", rival=True),
-    Tool("llm-compressor, routed tokens only", "llmcompressor_worker.py", rival=False, routed=True),
+    OURS,
+    Tool("GPTQModel", "gptqmodel_worker.py"),
+    Tool("llm-compressor", "llmcompressor_worker.py"),
+    Tool("llm-compressor, routed tokens only", "llmcompressor_worker.py", routed=True),
+    Tool("se-compress, asymmetric", "se_compress_worker.py", symmetric=False),
 )
 
 
@@ -77,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--models", default="smollm2-moe,random-qwen3")
-    parser.add_argument("--bits", default="4,3,2", help="the first of them is timed in every round")
+    parser.add_argument("--bits", default="4,3,2", help="the first of them is timed")
     parser.add_argument("--tools", default=";".join(tool.name for tool in TOOLS), help="by ;")
     parser.add_argument("--work", default=str(ROOT / "out" / "against-peers"))
     parser.add_argument("--under", default="", help="a command that runs each timed process")
@@ -156,16 +160,22 @@ def _build_random(path: Path, layers: int, experts: int) -> None:
 
 
 def _measure(work: Path, tools: Sequence[Tool], options: argparse.Namespace) -> None:
-    for tool in tools:
+    timed = [tool for tool in tools if tool.symmetric]
+    for tool in timed if options.rounds else ():
         _run(tool, "warm-up", 4, work, options.under)
+    widths = [int(bits) for bits in options.bits.split(",")]
     for name in options.models.split(","):
-        widths = [int(bits) for bits in options.bits.split(",")]
         for turn in range(options.rounds):
-            order = tools if turn % 2 == 0 else tools[::-1]
-            for bits in widths if turn == 0 else widths[:1]:
-                for tool in order:
-                    report = _run(tool, name, bits, work, options.under)
-                    _keep(work, name, bits, tool, report)
+            for tool in timed if turn % 2 == 0 else timed[::-1]:
+                report = _run(tool, name, widths[0], work, options.under)
+                _keep(work, name, widths[0], tool, report)
+        for bits in widths:
+            for tool in tools:
+                made = (_output(work, name, bits, tool) / "config.json").exists()
+                if made and (tool in timed and bits == widths[0] and options.rounds):
+                    continue
+                if not made or tool.worker == OURS.worker:
+                    _run(tool, name, bits, work, options.under)
         _evaluate(name, work)
 
 
@@ -180,14 +190,14 @@ def _run(tool: Tool, name: str, bits: int, work: Path, under: str) -> dict[str, 
         "tokens": tokens if name != "warm-up" else tokens[:10],
         "bits": bits,
         "group_size": GROUP_SIZE,
-        "symmetric": True,
+        "symmetric": tool.symmetric,
         "skip": SKIP,
         "routed": tool.routed,
     }
     files = [work / "job.json", work / "report.json"]
     files[0].write_text(json.dumps(job))
     files[1].unlink(missing_ok=True)
-    python = sys.executable if tool.name == "se-compress" else str(PEERS / "bin" / "python")
+    python = sys.executable if tool.worker == OURS.worker else str(PEERS / "bin" / "python")
     command = [*under.split(), python, str(WORKERS / tool.worker), *map(str, files)]
     # GPTQModel 7.6 does not start on two cores without its variable; nothing else is set.
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
@@ -232,7 +242,7 @@ def _evaluate(name: str, work: Path) -> None:
     found = _found(work)
     for path, quality in json.loads(report.read_text()).items():
         bits, tool = made[path]
-        found[f"{name}/{bits}/{tool.name}"]["quality"] = quality
+        found.setdefault(f"{name}/{bits}/{tool.name}", {"runs": []})["quality"] = quality
     (work / "found.json").write_text(json.dumps(found, indent=1))
 
 
@@ -271,7 +281,7 @@ def _table(found: dict[str, Any], name: str) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for bits in (4, 3, 2):
-        ours = found.get(f"{name}/{bits}/{TOOLS[0].name}")
+        ours = found.get(f"{name}/{bits}/{OURS.name}")
         for tool in TOOLS:
             entry = found.get(f"{name}/{bits}/{tool.name}")
             if entry and ours:
@@ -281,23 +291,23 @@ def _table(found: dict[str, Any], name: str) -> str:
 
 def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> str:
     runs = [run for run in entry["runs"] if not run.get("failed")]
-    if not runs:
-        return f"| {bits} | {tool.name} | cannot do it | | | | | |"
     seconds = [run["seconds"] for run in runs]
-    own = median(run["seconds"] for run in ours["runs"])
-    peak = max(run["peak_bytes"] for run in runs) / 1e9
-    quality, best = entry["quality"], ours["quality"]["kl_divergence"]
-    rival = tool is not TOOLS[0]
-    cells = (
+    own = [run["seconds"] for run in ours["runs"]]
+    quality, best = entry.get("quality"), ours["quality"]["kl_divergence"]
+    cells = [
         str(bits),
         tool.name,
-        f"{median(seconds):.1f} ({', '.join(f'{s:.1f}' for s in seconds)})",
-        f"{median(seconds) / own:.1f}x" if rival else "",
-        f"{peak:.2f} GB",
-        f"{quality['kl_divergence']:.4f}",
-        f"{1 - best / quality['kl_divergence']:.0%}" if rival else "",
-        f"{quality['perplexity']:.2f} (source {quality['perplexity_source']:.2f})",
-    )
+        f"{median(seconds):.1f} ({', '.join(f'{s:.1f}' for s in seconds)})" if seconds else "",
+        f"{median(seconds) / median(own):.1f}x" if seconds and own and tool is not OURS else "",
+        f"{max(run['peak_bytes'] for run in runs) / 1e9:.2f} GB" if runs else "",
+    ]
+    if quality:
+        cells.append(f"{quality['kl_divergence']:.4f}")
+        rival = tool.worker != OURS.worker
+        cells.append(f"{1 - best / quality['kl_divergence']:.0%}" if rival else "")
+        cells.append(f"{quality['perplexity']:.2f} (source {quality['perplexity_source']:.2f})")
+    else:
+        cells += ["cannot do it", "", ""]
     return f"| {' | '.join(cells)} |"
 
 

@@ -59,7 +59,7 @@ from se_compress.surgery import Shrunk, is_made, shrink
 from se_compress.targets import planned_bits, result_name
 
 # Tokens of the source's own stream that are kept to compare with: its leading sequences.
-WITNESS_TOKENS = 2048
+WITNESS_TOKENS = 1024
 
 
 def compress(

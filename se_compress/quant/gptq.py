@@ -62,7 +62,7 @@ REFIT_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # of the largest temporary of a 
 
 HOLD = 1e-5  # how hard a refit holds on to the scales it starts from
 STRETCH = 2.0  # the most by which a refit may change a scale
-PIECE = 1024  # tokens in one product of activations
+PIECE = 4096  # tokens in one product of activations
 PIECE_STEP = 128  # tokens that its size is a multiple of
 STRIP = 256  # columns of a Hessian in one product
 
