@@ -33,7 +33,8 @@ from se_compress.measures import mean_over_sequences, sink_mass
 
 IMPLEMENTATION = "se_compress"
 # oneDNN compiles and keeps a kernel for every number of rows that it meets: 1 ms and 0.7 MB each
-# with bfloat16 on a CPU, half of the time of an expert's product. So experts see rounded numbers.
+# with bfloat16 on a CPU, half of the time of an expert's product. So experts see rounded numbers:
+# multiples of this, or eight sizes an octave.
 ROW_BLOCK = 64
 PIECE_TOKENS = 256
 
@@ -111,8 +112,9 @@ def expert_inner(module: nn.Module, expert: int, inputs: Tensor) -> Tensor:
 
 
 def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """hidden[rows], and after them repetitions of row 0 up to a multiple of ROW_BLOCK."""
-    missing = -len(rows) % ROW_BLOCK if len(rows) > ROW_BLOCK else 0
+    """hidden[rows], and after them repetitions of row 0 up to a number of which there are few."""
+    block = max(ROW_BLOCK, 2 ** (len(rows).bit_length() - 4)) if len(rows) > ROW_BLOCK else 1
+    missing = -len(rows) % block
     return hidden.index_select(0, nn.functional.pad(rows, (0, missing)))
 
 
