@@ -46,7 +46,7 @@ def render_report(
 ) -> str:
     """The report as one HTML file that needs nothing beside it: style, data and Plotly included."""
     context = _shared_context(recipe, profile, plan, validation)
-    context |= _remarkable(recipe, profile, validation)
+    context |= _remarkable(recipe, profile, plan, validation)
     ranked = sorted(profile.experts, key=lambda stats: (-stats.peak, stats.id))
     return template("report.html.j2").render(
         context,
@@ -105,23 +105,35 @@ def _shared_context(
 
 
 def _remarkable(
-    recipe: Recipe, profile: ExpertProfile, validation: ValidationReport
+    recipe: Recipe, profile: ExpertProfile, plan: CompressionPlan, validation: ValidationReport
 ) -> dict[str, Any]:
-    """Experts that a reader should hear of: the worst, the rare, those treated differently."""
+    """Experts and other linears that a reader should hear of: the worst, the rare, those treated
+    differently."""
     records = [record for layer in validation.records for record in layer.experts]
+    linears = [record for layer in validation.records for record in layer.linears]
     rare = [record for record in records if record.shrinkage > 0]
-    fallbacks: dict[str, list[ExpertId]] = {}
-    for record in records:
-        if record.fallback:
-            fallbacks.setdefault(record.fallback, []).append(record.id)
+    limit = 1.001 * recipe.quantization.damping
     return {
         "worst": sorted(records, key=_by_error),
         "rare": sorted(rare, key=lambda record: (-record.shrinkage, record.id)),
-        "fallbacks": fallbacks,
-        "damped": [r.id for r in records if r.damping > 1.001 * recipe.quantization.damping],
+        "fallbacks": _by_reason((r.id, r.fallback) for r in records),
+        "damped": [r.id for r in records if r.damping > limit],
+        "linears": sorted(linears, key=lambda record: (-record.error, record.name)),
+        "linear_fallbacks": _by_reason((r.name, r.fallback) for r in linears),
+        "damped_linears": [r.name for r in linears if r.damping > limit],
+        "unpacked": [other.name for other in plan.others if other.bits == 16],
         "unrouted": [stats.id for stats in profile.experts if stats.tokens == 0],
         "rows": TABLE_ROWS,
     }
+
+
+def _by_reason(reasons: Iterable[tuple[object, str]]) -> dict[str, list[object]]:
+    """Who has which reason; those without one are left out."""
+    found: dict[str, list[object]] = {}
+    for name, reason in reasons:
+        if reason:
+            found.setdefault(reason, []).append(name)
+    return found
 
 
 def _by_error(record: ExpertRecord) -> tuple[float, ExpertId]:

@@ -427,6 +427,32 @@ def test_gate_and_up_of_another_width_than_down(
     assert_records(made)
 
 
+def test_an_expert_that_cannot_be_factorised_is_recovered_alone(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = solver.gptq, []
+
+    def with_a_bad_member(weight: Tensor, hessian: Tensor, *rest: Any, **options: Any) -> Any:
+        if not calls:  # gate and up of the first layer; the second member is expert 2
+            size = hessian.shape[1]
+            hessian[1] = torch.ones(size, size).mul(-9).fill_diagonal_(1)
+        calls.append(weight.shape)
+        return plain(weight, hessian, *rest, **options)
+
+    good = run(tiny_model("mixtral"), tmp_path / "good")
+    monkeypatch.setattr(solver, "gptq", with_a_bad_member)
+    made = run(tiny_model("mixtral"), tmp_path / "result")
+    first = {e.expert: e for e in made.records[0].experts}
+    assert {e: r.fallback for e, r in first.items()} == {0: "", 2: solver.NOT_FACTORED, 3: ""}
+    assert first[2].damping == 1.0
+    for expert in 0, 3:
+        for role in ROLES:
+            name = made.source.experts[ExpertId(0, expert)][role].name.removesuffix("weight")
+            part = result_name(made.source, made.plan, name + "qweight")
+            assert torch.equal(made.tensors[part], good.tensors[part])
+    assert all(not e.fallback for record in made.records[1:] for e in record.experts)
+
+
 def test_as_many_at_a_time_as_memory_allows(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,14 @@ from artefacts_example import (
 )
 from pages import Node, check_form, parse
 
-from se_compress.artifacts import Check, Continuation, Scheme, ValidationReport
+from se_compress.artifacts import (
+    Check,
+    Continuation,
+    LinearRecord,
+    OtherDecision,
+    Scheme,
+    ValidationReport,
+)
 from se_compress.page import describe_gates, judge, number, percent, size
 from se_compress.report import render_model_card, render_report
 
@@ -204,6 +211,30 @@ def test_nothing_out_of_the_ordinary_is_silent(page: Node) -> None:
         assert f"{identity} 4 41" in text
     for note in (*example_profile().notes, *example_plan().notes):
         assert note in page.first(id="notes").text
+
+
+def test_linears_that_are_no_experts_are_reported() -> None:
+    names = [f"model.layers.0.self_attn.{role}_proj.weight" for role in "qkvo"]
+    validation = example_validation()
+    good, bad = (
+        LinearRecord(name, 4, 8192, damping, error, fallback)
+        for name, damping, error, fallback in (
+            (names[0], 0.2, 0.031, ""),
+            (names[1], 1.0, 0.052, "the Hessian stayed singular"),
+        )
+    )
+    records = (replace(validation.records[0], linears=(good, bad)), *validation.records[1:])
+    others = (OtherDecision(names[2], 16, "kept in 16 bits: 40 rows"),)
+    page = render(
+        validation=replace(validation, records=records),
+        plan=replace(example_plan(), others=others),
+    )
+    text = page.first(id="errors").text
+    assert "2 linears of attention and dense MLPs quantised" in text
+    assert f"the largest relative output error is 5.2 %, of {names[1]}." in text
+    assert f"Fallback for 1 linear (the Hessian stayed singular): {names[1]}." in text
+    assert f"1 linear needed more damping than the recipe's: {names[1]}." in text
+    assert f"as the format cannot pack the shape: {names[2]}." in text
 
 
 def test_unused_experts_are_named() -> None:
