@@ -281,7 +281,9 @@ class StreamedModel:
 
         _register()
         self.family: Family = FAMILIES[self.source.family]
-        config = CONFIG_MAPPING[self.source.family].from_dict(dict(self.source.config))
+        config = CONFIG_MAPPING[self.source.family].from_dict(
+            copy.deepcopy(dict(self.source.config))
+        )
         config._attn_implementation = IMPLEMENTATION
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

@@ -28,17 +28,17 @@ from se_compress.artifacts import (
     ModelSource,
     RunOptions,
 )
-from se_compress.checkpoint import allocate
+from se_compress.checkpoint import allocate, open_result
 from se_compress.errors import RecipeError
 from se_compress.execute import compress
 from se_compress.export import export_config
 from se_compress.families import FAMILIES, per_expert_tensors, routing_groups
-from se_compress.headers import lay_out
+from se_compress.headers import lay_out, read_headers
 from se_compress.page import fate
 from se_compress.policy import check_plan, make_plan
 from se_compress.source import open_source
 from se_compress.surgery import Shrunk, shrink
-from se_compress.targets import result_slots
+from se_compress.targets import result_name, result_slots
 from se_compress.validator import validate
 
 TinyModel = Callable[[str], Path]
@@ -241,6 +241,37 @@ def test_a_zeroed_expert_has_a_down_proj_of_zeros_and_nothing_else_changes(
     }
     assert not any(after[name].any() for name in changed)
     assert made.small.source.config == made.source.config
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_zeroed_expert_stays_zero_when_it_is_quantised(
+    tiny_model: TinyModel, tmp_path: Path, method: str
+) -> None:
+    path = tiny_model("olmoe")
+    source = open_source(str(path))
+    settings = recipe(
+        path,
+        target="gptqmodel",
+        quantization={"method": method, "group_size": 32},
+        policy={"zero": [{"layer": 1, "expert": 5}], "protect": "none"},
+        validation={"data": "unused.txt", "early_stop": False},
+    )
+    plan = make_plan(source, None, settings)
+    assert plan.by_id[ExpertId(1, 5)].bits == 4
+    small = shrink(source, plan)
+    layout = lay_out(result_slots(small.source, small.plan), tmp_path / "out", 10**9)
+    allocate(layout)
+    records = compress(source, plan, TOKENS, settings, layout, RunOptions())
+    record = next(e for r in records for e in r.experts if e.id == ExpertId(1, 5))
+    assert (record.error_down, record.fallback) == (0.0, "")
+    read = open_result(
+        read_headers(tmp_path / "out"),
+        small.source.tensors,
+        lambda name: result_name(small.source, small.plan, name),
+        plan.scheme,
+    )
+    assert not read("model.layers.1.mlp.experts.5.down_proj.weight").any()
+    assert read("model.layers.1.mlp.experts.5.up_proj.weight").any()
 
 
 @pytest.mark.parametrize("protect", ["super-experts", "none"])
