@@ -57,7 +57,7 @@ DRAWS = 5
 # Of the source's size, so that widths alone, pruning alone and both can meet it.
 AUTO_SIZES = {"smollm2-moe": 0.66, "smollm2-mixtral": 0.42}
 AUTO_BITS = [2, 3, 4]
-PARTS = ("random", "prune", "merge", "auto")
+PARTS = ("prune", "merge", "auto", "random")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def recipe_for(name: str, quantized: bool = False, **policy: Any) -> Recipe:
                 "generation": {"tokens": 24},
                 "early_stop": False,
             },
+            "super_experts": {"confirm": False},
             "policy": policy,
             "quantization": method,
         },
@@ -156,8 +157,8 @@ def plans(model: Model, part: str) -> Iterator[tuple[str, Recipe, CompressionPla
 
 def _policies(part: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if part == "prune":
-        for fraction in FRACTIONS:
-            for score in SCORES:
+        for score in SCORES:
+            for fraction in FRACTIONS:
                 rule = {"fraction": fraction, "score": score}
                 yield f"prune {fraction:.1%}, {score}, protected", {"prune": rule}
                 yield f"prune {fraction:.1%}, {score}, naive", {"prune": rule, "protect": "none"}
@@ -186,22 +187,20 @@ def _splits(model: Model) -> Iterator[tuple[str, Recipe, CompressionPlan]]:
             plan = make_plan(model.source, model.profile, recipe)
         except RecipeError:
             continue
-        if count > model.source.expert_count // 2 or count % 2:
-            continue
         mark = ", chosen by auto" if plan.experts == best.experts else ""
+        if not mark and (count > model.source.expert_count // 2 or count % 4):
+            continue
         yield f"{count} of {model.source.expert_count} experts pruned{mark}", recipe, plan
 
 
-def measure(model: Model, part: str) -> list[dict[str, Any]]:
-    rows = []
+def measure(model: Model, part: str) -> Iterator[dict[str, Any]]:
     for name, recipe, plan in plans(model, part):
         row = {"name": name} | judge(model, recipe, plan)
         if part == "auto":
             row["predicted"] = predicted_loss(plan, model.profile)
             row["bits"] = plan.bits_per_weight
         print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -251,7 +250,7 @@ def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
         ' loops are result minus source. "(n super)": super experts that are gone.',
     ]
     for name, parts in measured.items():
-        for part, rows in parts.items():
+        for part, rows in ((part, rows) for part, rows in parts.items() if rows):
             source = rows[0]["perplexity_source"]
             lines += ["", f"### {name} (PPL {source:.2f}): {TITLES[part]}", "", table(part, rows)]
     return "\n".join(lines)
@@ -272,9 +271,11 @@ def main() -> None:
     for name in arguments.models.split(","):
         model = open_model(name, arguments.work)
         for part in [arguments.only] if arguments.only else PARTS:
-            measured.setdefault(name, {})[part] = measure(model, part)
-            saved.write_text(json.dumps(measured, indent=1))
-            write_section("surgery", section(measured))
+            rows = measured.setdefault(name, {})[part] = []
+            for row in measure(model, part):
+                rows.append(row)
+                saved.write_text(json.dumps(measured, indent=1))
+                write_section("surgery", section(measured))
 
 
 if __name__ == "__main__":
