@@ -159,9 +159,10 @@ class ExpertStats:
     gate_mass         sum of its routing weights over all tokens, divided by the number of tokens
     mean_output_norm  mean L2 norm of the down_proj output over its tokens
     saliency          mean of routing weight x output norm over its tokens (REAP, arXiv:2510.13999)
-    loss_gate_up      bits -> mean over all tokens of |weight x (output - quantised output)|^2 /
-                      |h|^2, h the token's residual after the layer: the error that rounding
-                      gate_proj and up_proj to that width (no GPTQ) puts into the stream
+    loss_gate_up      bits -> KL divergence, in nats per token, that rounding gate_proj and up_proj
+                      to that width (no GPTQ) is expected to cost: the layer's sensitivity x the
+                      mean over all tokens of |weight x (output - quantised output)|^2 / |h|^2, h
+                      the token's residual after the layer
     loss_down         the same for down_proj; 0 bits: nothing is left of the output
     """
 
@@ -204,6 +205,8 @@ class LayerStats:
     sink_mass    per head, mean attention that queries at position >= 8 pay to position 0
     sink_rate    Gu et al. (arXiv:2410.10781): share of heads whose position-0 attention, averaged
                  over all queries, exceeds 0.3
+    sensitivity  KL divergence of the next token, in nats, per squared relative error of the stream
+                 after the layer: measured once, by rounding all its experts; 1 in a dense layer
     """
 
     layer: int
@@ -221,6 +224,7 @@ class LayerStats:
     mlp_peak: float | None
     sink_mass: tuple[float, ...]
     sink_rate: float
+    sensitivity: float = 1.0
 
 
 @dataclass(frozen=True)

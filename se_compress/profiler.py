@@ -80,6 +80,10 @@ LOSS_STRONGEST = 32
 LOSS_STACK_ELEMENTS = 2**26
 # Tokens of a layer on which every expert is evaluated, to compare their outputs.
 SIMILARITY_TOKENS = 1024
+# What a layer's error costs is measured on so many tokens, at this width of all its experts. Not at
+# a wider one: errors that are too small to send a token to another expert cost less than they will.
+SENSITIVITY_TOKENS = 512
+SENSITIVITY_BITS = 3
 STATES_FILE = "profile-states.safetensors"
 
 
@@ -97,6 +101,8 @@ def profile_experts(
     layers = _mark_layers([part.layer for part in measured])
     experts = tuple(sorted((e for part in measured for e in part.experts), key=lambda e: e.id))
     _assert_all_seen(source, experts)
+    some = tokens[: max(1, SENSITIVITY_TOKENS // len(tokens[0]))]
+    layers, experts = _in_nats(layers, experts, _sensitivities(model, some, recipe, options))
     found = _select(layers, experts, recipe.super_experts)
     if recipe.super_experts.confirm and found.super_experts:
         confirmed = _confirm(
@@ -127,7 +133,7 @@ def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe:
     """Equal if a profile made from these inputs would be equal."""
     grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
     criterion = recipe.super_experts.model_dump()
-    parts = ["profile-4", source.digest, tokens, criterion, grid, recipe.compute_dtype]
+    parts = ["profile-5", source.digest, tokens, criterion, grid, recipe.compute_dtype]
     return digest_of(*parts, *(["similarity"] if recipe.policy.merge else []))
 
 
@@ -418,6 +424,115 @@ def _assert_all_seen(source: ModelSource, experts: Iterable[ExpertStats]) -> Non
         raise RuntimeError(f"no expert was observed in layers {missing}; this is a bug")
 
 
+# ---------------------------------------------------------------------------------- sensitivity
+
+
+@dataclass
+class _Rounded:
+    """A copy of the stream behind one layer's rounded experts; `error` is the mean over tokens of
+    the squared relative distance that the rounding made in the layer's output."""
+
+    layer: int
+    error: float
+    hidden: list[Tensor]
+
+
+def _sensitivities(
+    model: StreamedModel, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
+) -> dict[int, float]:
+    """MoE layer -> LayerStats.sensitivity.
+
+    An error is passed on by the later layers, which may drop it or send tokens to other experts for
+    it; how much it costs differs between layers by a factor of three and more, and with it, losses
+    rank like what quantising really costs (benchmarks/rank_correlation.py). One pass, the stream
+    forked behind every MoE layer.
+    """
+    rule = recipe.quantization
+    grid = Grid(SENSITIVITY_BITS, rule.group_size, rule.symmetric)
+    base, forks = model.embed(batches_of(tokens, options.batch_tokens)), list[_Rounded]()
+    count = model.source.layer_count
+    for layer in range(count):
+        options.progress("sensitivity", layer, count)
+        base = _fork_layer(model, layer, base, forks, grid)
+    options.progress("sensitivity", count, count)
+    costs = (_mean_divergence(model, base, fork.hidden) for fork in forks)
+    return {
+        fork.layer: max(cost, 1e-9) / max(fork.error, 1e-12)
+        for fork, cost in zip(forks, costs, strict=True)
+    }
+
+
+def _fork_layer(
+    model: StreamedModel, layer: int, before: list[Tensor], forks: list[_Rounded], grid: Grid
+) -> list[Tensor]:
+    """Run a layer over the stream and its copies and fork one more; returns the stream after it."""
+    module, capture = model.load_layer(layer), RoutingCapture()
+    for fork in forks:
+        fork.hidden = model.run_layer(layer, module, fork.hidden)
+    after = model.run_layer(layer, module, before, capture)
+    if layer in model.source.moe_layers:
+        _round_experts(model.experts_module(module), capture, grid)
+        rounded = model.run_layer(layer, module, before)
+        forks.append(_Rounded(layer, _squared_distance(rounded, after), rounded))
+    return after
+
+
+def _round_experts(experts: Any, capture: RoutingCapture, grid: Grid) -> None:
+    """Round the live weights of a layer's experts to the nearest codes, in place."""
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    chunk = max(1, LOSS_STACK_ELEMENTS // gate_up[0].numel())
+    for start in range(0, gate_up.shape[0], chunk):
+        members = range(start, min(start + chunk, gate_up.shape[0]))
+        inputs = [capture.hidden[capture.rows_of(expert)[0]] for expert in members]
+        inner = [
+            experts._apply_gate(nn.functional.linear(rows, gate_up[expert]))
+            for expert, rows in zip(members, inputs, strict=True)
+        ]
+        for weight, seen in ((gate_up, inputs), (down, inner)):
+            power = torch.stack([_mean_square(rows) for rows in seen])
+            part = weight[members.start : members.stop]
+            part.copy_(dequantize(rtn(part.float(), grid, power)))
+
+
+def _squared_distance(changed: Sequence[Tensor], states: Sequence[Tensor]) -> float:
+    ratios = [
+        ((new.float() - old.float()).norm(dim=-1) / old.float().norm(dim=-1)).square().flatten()
+        for new, old in zip(changed, states, strict=True)
+    ]
+    return float(torch.cat(ratios).mean())
+
+
+def _mean_divergence(
+    model: StreamedModel, source: Sequence[Tensor], changed: Sequence[Tensor]
+) -> float:
+    """Mean KL(source || changed) over positions, from the hidden states after the last layer."""
+    ours, theirs = in_pieces(source), in_pieces(changed)
+    pairs = zip(model.logits(ours), model.logits(theirs), strict=True)
+    tokens = sum(states.shape[0] * states.shape[1] for states in source)
+    return sum(float(kl_divergence(a, b).double().sum()) for a, b in pairs) / tokens
+
+
+def _in_nats(
+    layers: Sequence[LayerStats], experts: Sequence[ExpertStats], sensitivity: Mapping[int, float]
+) -> tuple[tuple[LayerStats, ...], tuple[ExpertStats, ...]]:
+    """Layers with their sensitivity, and experts whose losses are multiplied by it."""
+
+    def scaled(loss: Mapping[int, float], layer: int) -> dict[int, float]:
+        return {bits: sensitivity[layer] * value for bits, value in loss.items()}
+
+    return (
+        tuple(replace(s, sensitivity=sensitivity.get(s.layer, s.sensitivity)) for s in layers),
+        tuple(
+            replace(
+                e,
+                loss_gate_up=scaled(e.loss_gate_up, e.layer),
+                loss_down=scaled(e.loss_down, e.layer),
+            )
+            for e in experts
+        ),
+    )
+
+
 # ------------------------------------------------------------------------------------ the criterion
 
 
@@ -640,12 +755,8 @@ def _rise_removed(
 
 
 def _measure_divergence(model: StreamedModel, base: _Variant, variants: Sequence[_Variant]) -> None:
-    tokens = sum(states.shape[0] * states.shape[1] for states in base.hidden)
     for variant in variants:
-        ours, theirs = in_pieces(base.hidden), in_pieces(variant.hidden)
-        pairs = zip(model.logits(ours), model.logits(theirs), strict=True)
-        total = sum(float(kl_divergence(source, result).sum()) for source, result in pairs)
-        variant.divergence = total / tokens
+        variant.divergence = _mean_divergence(model, base.hidden, variant.hidden)
 
 
 def _ablation(base: _Variant, variant: _Variant) -> Ablation:
