@@ -652,7 +652,8 @@ class CheckpointSummary:
     name             of the variant; "" without variants
     directory        where it is: in comparison.json seen from there, otherwise as the recipe has it
     published        it passed its gates; otherwise it is kept apart as rejected
-    size_bytes, bits_per_weight, perplexity_*   as in plan.json and validation.json
+    size_bytes, bits_per_weight   as in validation.json and plan.json
+    perplexity_*     as in validation.json; None if the result could not be run
     super_experts    how many the model has
     kept             how many of these were neither pruned, merged nor zeroed
     protected        how many experts the plan protects
@@ -666,8 +667,8 @@ class CheckpointSummary:
     size_bytes: int
     source_size_bytes: int
     bits_per_weight: float
-    perplexity_source: float
-    perplexity_result: float
+    perplexity_source: float | None
+    perplexity_result: float | None
     super_experts: int
     kept: int
     protected: int
@@ -708,7 +709,7 @@ class Comparison:
                   2 % larger that is nearer to the source (least KL divergence); None if there is
                   none
     closest       of the same: the nearest to the source
-    size_bytes, perplexity   of the source
+    size_bytes, perplexity   of the source; None if no result could be run
     tokens        held-out tokens
     """
 
@@ -718,7 +719,7 @@ class Comparison:
     recommended: str | None
     closest: str | None
     size_bytes: int
-    perplexity: float
+    perplexity: float | None
     tokens: int
     super_experts: tuple[ExpertId, ...]
     variants: tuple[ComparedVariant, ...]

@@ -372,7 +372,7 @@ def _comparison(comparison: Comparison) -> Table:
     for name in ("size", "bits", "KL divergence", "perplexity"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
-    table.add_row("source", _size(comparison.size_bytes), "16", "", f"{comparison.perplexity:.2f}")
+    table.add_row("source", _size(comparison.size_bytes), "16", "", _number(comparison.perplexity))
     for variant in comparison.variants:
         one = variant.checkpoint
         check = one.by_name.get("kl_divergence")
@@ -381,7 +381,7 @@ def _comparison(comparison: Comparison) -> Table:
             _size(one.size_bytes),
             f"{one.bits_per_weight:.2f}",
             _number(check.value if check else None),
-            f"{one.perplexity_result:.2f}",
+            _number(one.perplexity_result),
             "passed" if one.published else "REJECTED",
         )
     return table
@@ -418,11 +418,12 @@ def _verdict(check: Check) -> str:
 
 def _result_line(outcome: Outcome) -> str:
     validation, plan = outcome.validation, outcome.plan
+    measured = f"{validation.perplexity_source:.2f} -> {validation.perplexity_result:.2f}"
     return (
         f"{outcome.directory}: {'passed' if outcome.published else 'REJECTED'}, "
         f"{_size(validation.source_size_bytes)} -> {_size(validation.size_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per expert weight, "
-        f"perplexity {validation.perplexity_source:.2f} -> {validation.perplexity_result:.2f}"
+        f"perplexity {measured if validation.tokens else 'not measured'}"
     )
 
 

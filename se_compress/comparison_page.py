@@ -274,6 +274,7 @@ def _zeroings(comparison: Comparison, rows: Sequence[Row]) -> list[Zeroing]:
         )
         for row in rows
         if row.variant.zeroed and not row.variant.removed
+        if row.checkpoint.perplexity_result and row.checkpoint.perplexity_source
     ]
 
 

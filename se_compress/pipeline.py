@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from se_compress.allocate import scheme_of
 from se_compress.artifacts import (
@@ -52,8 +53,12 @@ from se_compress.source import open_source
 from se_compress.surgery import shrink
 from se_compress.targets import result_slots
 
+if TYPE_CHECKING:
+    from se_compress.validator import Original
+
 Notice = Callable[[str], None]
 Tokens = Sequence[Sequence[int]]
+Originals = dict[object, "Original"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def run(request: Request) -> Outcome:
     plan = _plan(source, None, request)
     check_packages([plan])
     check_disk([plan], source, request.recipe)
-    return _run(request, source)
+    return _run(request, source, {})
 
 
 def run_variants(request: Request) -> VariantsOutcome:
@@ -174,10 +179,11 @@ def run_variants(request: Request) -> VariantsOutcome:
             plans.append(_plan(source, None, one))
     check_packages(plans)
     check_disk(plans, source, request.recipe)
-    outcomes = {}
+    outcomes: dict[str, Outcome] = {}
+    originals: Originals = {}
     for name, one in requests.items():
         with _naming(name):
-            outcomes[name] = _run(one, source)
+            outcomes[name] = _run(one, source, originals)
     comparison = _compare(request, outcomes)
     _write_comparison(request.output, comparison)
     return VariantsOutcome(request.output, outcomes, comparison)
@@ -215,7 +221,8 @@ def _naming(name: str) -> Iterator[None]:
         raise type(error)(f"variant {name}: {error}") from None
 
 
-def _run(request: Request, source: ModelSource) -> Outcome:
+def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
+    """`originals` is filled with the source's side of the validation, for the variants to share."""
     from se_compress.calibrate import draw_sequences
 
     recipe, output = request.recipe, request.output
@@ -235,7 +242,7 @@ def _run(request: Request, source: ModelSource) -> Outcome:
         small = shrink(source, plan)
         layout = lay_out(result_slots(small.source, small.plan), staged, recipe.shard_size)
         records = _compress(source, plan, calibration, layout, work, request)
-        validation = _validate(source, plan, staged, held_out, records, request)
+        validation = _validate(source, plan, staged, held_out, records, request, originals)
         _write_reports(source, staged, profile, plan, validation, request)
         save_settings(staged / SETTINGS_FILE, settings)
         directory = output if validation.passed else rejected(output)
@@ -315,10 +322,15 @@ def _validate(
     tokens: Tokens,
     records: Sequence[LayerRecord],
     request: Request,
+    originals: Originals,
 ) -> ValidationReport:
-    from se_compress.validator import validate
+    from se_compress.validator import Original, validate
 
-    return validate(source, plan, staged, tokens, records, request.recipe, request.options)
+    recipe, options = request.recipe, request.options
+    alike = (recipe.compute_dtype, recipe.validation.generation)
+    if alike not in originals:
+        originals[alike] = Original(source, tokens, recipe, options)
+    return validate(source, plan, staged, tokens, records, recipe, options, originals[alike])
 
 
 def _write_reports(
@@ -372,8 +384,9 @@ def _compare(request: Request, outcomes: Mapping[str, Outcome]) -> Comparison:
         )
         for name, outcome in outcomes.items()
     ]
-    first = next(iter(outcomes.values()))
-    return compare(request.recipe, first.profile, first.validation.tokens, variants)
+    profile = next(iter(outcomes.values())).profile
+    tokens = max(outcome.validation.tokens for outcome in outcomes.values())
+    return compare(request.recipe, profile, tokens, variants)
 
 
 def _write_comparison(output: Path, comparison: Comparison) -> None:

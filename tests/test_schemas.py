@@ -1,0 +1,86 @@
+"""The JSON Schemas: the committed ones are the generated ones, and real files keep to them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import json_schemas as schemas
+import pytest
+from artefacts_example import (
+    example_comparison,
+    example_plan,
+    example_profile,
+    example_validation,
+    failed_validation,
+    mixed_plan,
+    quiet_profile,
+    unproven_validation,
+)
+from jsonschema import Draft202012Validator, ValidationError
+
+from se_compress.artifacts import RunResult, to_json, to_json_line
+
+NAMES = ("comparison", "plan", "profile", "run-result", "validation")
+
+
+def schema(name: str) -> dict[str, Any]:
+    text = (schemas.DIRECTORY / f"{name}.schema.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def check(name: str, text: str) -> None:
+    Draft202012Validator(schema(name)).validate(json.loads(text))
+
+
+def test_the_committed_schemas_are_those_of_the_dataclasses() -> None:
+    assert sorted(p.name for p in schemas.DIRECTORY.iterdir()) == [
+        f"{name}.schema.json" for name in NAMES
+    ]
+    for name, root in schemas.ROOTS.items():
+        written = (schemas.DIRECTORY / f"{name}.schema.json").read_text(encoding="utf-8")
+        assert written == schemas.text_of(root), "run: python tools/json_schemas.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_schema_is_one(name: str) -> None:
+    Draft202012Validator.check_schema(schema(name))
+    assert "description" in schema(name)
+
+
+def test_artefacts_keep_to_their_schema() -> None:
+    for profile in (example_profile(), quiet_profile()):
+        check("profile", to_json(profile))
+    for plan in (example_plan(), mixed_plan()):
+        check("plan", to_json(plan))
+    for validation in (example_validation(), failed_validation(), unproven_validation()):
+        check("validation", to_json(validation))
+    check("comparison", to_json(example_comparison()))
+    checkpoints = tuple(variant.checkpoint for variant in example_comparison().variants)
+    for result in (
+        RunResult("published", 0, comparison="out/comparison.json", checkpoints=checkpoints),
+        RunResult("failed", 2, "r.yaml: there is no such recipe"),
+    ):
+        check("run-result", to_json_line(result))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda plan: plan.pop("experts"), "'experts' is a required property"),
+        (lambda plan: plan.update(extra=1), "Additional properties are not allowed"),
+        (lambda plan: plan.update(size_bytes="big"), "'big' is not of type 'integer'"),
+        (lambda plan: plan["experts"][0].update(action="burn"), "'burn' is not one of"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(edit: Any, message: str) -> None:
+    plan = json.loads(to_json(example_plan()))
+    edit(plan)
+    with pytest.raises(ValidationError, match=message):
+        check("plan", json.dumps(plan))
+
+
+def test_the_schemas_come_with_the_package() -> None:
+    import se_compress
+
+    assert schemas.DIRECTORY.parent == Path(se_compress.__file__).parent
