@@ -331,6 +331,14 @@ def _curves(comparison: Comparison) -> list[Curve]:
             compared,
             "hidden_error",
         ),
+        _curve(
+            "turned",
+            "Change of the sink tokens' state",
+            "How far their hidden state moved, direction included: low widths turn it long before "
+            "they make it smaller.",
+            compared,
+            "sink_error",
+        ),
     ]
 
 

@@ -65,15 +65,33 @@ WORDINGS: Mapping[str, Wording] = {
         "at most",
         share=True,
     ),
+    "sink_token_error": Wording(
+        "Sink token's state changed",
+        "How far the hidden state of tokens with a massive activation moved, size and direction "
+        "together, relative to its length; the worst layer counts.",
+        "at most",
+        share=True,
+    ),
     "router_agreement": Wording(
         "Router agreement",
         "Share of the experts chosen by the source that the result chooses too.",
         "at least",
         share=True,
     ),
+    "router_agreement_least": Wording(
+        "Router agreement, worst layer",
+        "The same in the layer where they agree least.",
+        "at least",
+        share=True,
+    ),
     "repetition": Wording(
         "Added repetition",
         "Repeated four-token runs in the continuations, as a share: result minus source.",
+        "at most",
+    ),
+    "loops": Wording(
+        "Added loops",
+        "Continuations that end in a loop, as a share: result minus source.",
         "at most",
     ),
     "tensors_accounted": Wording(

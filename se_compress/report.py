@@ -94,6 +94,7 @@ def _shared_context(
         "gates": gates,
         "verdict": judge(gates, validation),
         "decisions": kinds.most_common(),
+        "others": Counter((d.bits, d.reason) for d in plan.others).most_common(),
         "sizes": (
             ("Whole checkpoint", validation.source_size_bytes, validation.size_bytes),
             ("Routed experts alone", validation.source_expert_bytes, validation.expert_bytes),
@@ -166,6 +167,7 @@ def _sample(continuation: Continuation) -> dict[str, object]:
         "source": "".join(source[agreed:]),
         "result": "".join(result[agreed:]),
         "agreed": agreed,
+        "loops": (continuation.loop_source, continuation.loop_result),
         "identical": source == result,
     }
 
@@ -233,7 +235,9 @@ def _layer_figures(profile: ExpertProfile, layers: Sequence[LayerComparison]) ->
     sinks["layout"]["yaxis"] |= {"range": [0, 1], "tickformat": ".0%"}
     hidden = _lines(profile, layers, "relative distance", result="hidden_error")
     hidden["layout"]["yaxis"] |= {"rangemode": "tozero", "tickformat": "~%"}
-    figures = {"stream": stream, "sinks": sinks, "hidden": hidden}
+    turned = _lines(profile, layers, "relative change", result="sink_error")
+    turned["layout"]["yaxis"] |= {"rangemode": "tozero", "tickformat": "~%"}
+    figures = {"stream": stream, "sinks": sinks, "hidden": hidden, "turned": turned}
     if routed:
         figures["routers"] = _lines(profile, routed, "same experts", result="router_agreement")
         figures["routers"]["layout"]["yaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}

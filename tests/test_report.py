@@ -338,7 +338,7 @@ def test_figures_are_plotly_figures_with_a_place_each(page: Node) -> None:
     for key, figure in figures.items():
         go.Figure(figure)
         assert page.first(id=f"plot-{key}").attributes["role"] == "img"
-    wanted = {"peaks", "bits", "stream", "sinks", "hidden", "routers"}
+    wanted = {"peaks", "bits", "stream", "sinks", "hidden", "turned", "routers"}
     assert set(figures) == wanted | {"heads-source", "heads-result"}
 
 
@@ -523,6 +523,26 @@ def test_card_says_how_to_load() -> None:
     _, body = card(target="transformers")
     assert "AutoModelForCausalLM.from_pretrained(path" in body
     assert "GPTQModel" not in body
+
+
+@pytest.mark.parametrize(
+    ("target", "file_format", "said"),
+    [
+        ("vllm", "compressed-tensors", "vllm serve ."),
+        ("vllm", "source", "vllm serve ."),
+        ("sglang", "compressed-tensors", "python -m sglang.launch_server --model-path ."),
+        ("transformers", "auto-round", "pip install auto-round"),
+        ("transformers", "bitsandbytes", "import se_compress"),
+    ],
+)
+def test_card_says_how_each_engine_loads_it(target: str, file_format: str, said: str) -> None:
+    plan = example_plan()
+    plan = replace(plan, target=target, scheme=replace(plan.scheme, format=file_format))
+    text = render_model_card(example_recipe(), "mit", example_profile(), plan, example_validation())
+    loading = text.split("## How to load it")[1].split("## How it was made")[0]
+    assert said in loading
+    assert "GPTQModel" not in loading
+    assert ("one width" in loading) == (file_format == "compressed-tensors")
 
 
 def test_card_of_a_bitsandbytes_file() -> None:
