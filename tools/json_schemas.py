@@ -49,7 +49,7 @@ def _define(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)
         fields = dataclasses.fields(kind)
         definitions[kind.__name__] = {
-            "description": (kind.__doc__ or "").strip(),
+            "description": " ".join((kind.__doc__ or "").split("\n\n")[0].split()),
             "type": "object",
             "properties": {field.name: _schema(hints[field.name], definitions) for field in fields},
             "required": [field.name for field in fields if "unless_none" not in field.metadata],
