@@ -121,14 +121,16 @@ def bits_per_weight(source: ModelSource, plan: CompressionPlan) -> float:
 
 
 def _check_widths(rules: TargetRules, recipe: Recipe) -> None:
-    accepted = (*widths_of(scheme_of(recipe), rules), 16)
+    scheme = scheme_of(recipe)
+    accepted = (*widths_of(scheme, rules), 16)
+    files = f"{rules.format} {scheme.data_type or ''}".rstrip()
     wanted = [("policy.bits lists", bits) for bits in recipe.policy.bits]
     wanted.append(("policy.protected_bits is", recipe.policy.protected_bits))
     wanted.append(("policy.other_bits is", recipe.policy.other_bits))
     for key, bits in wanted:
         if bits not in accepted:
             raise RecipeError(
-                f"{key} {bits}; target {rules.target} loads {rules.format} files of "
+                f"{key} {bits}; target {rules.target} loads {files} files of "
                 f"{', '.join(map(str, accepted))} bits"
             )
 

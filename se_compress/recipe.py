@@ -304,23 +304,6 @@ class Recipe(_Section):
     def _names(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
-    @model_validator(mode="after")
-    def _width_of_the_data_type(self) -> "Recipe":
-        if self.quantization.method == "bitsandbytes":
-            data_type = self.quantization.data_type
-            width = 8 if data_type == "int8" else 4
-            if self.policy.bits != (width,):
-                raise ValueError(
-                    f"policy.bits is {list(self.policy.bits)}, but data_type {data_type} stores "
-                    f"{width} bits: [{width}] is accepted"
-                )
-            if self.policy.protected_bits not in (width, 16):
-                raise ValueError(
-                    f"policy.protected_bits is {self.policy.protected_bits}, but data_type "
-                    f"{data_type} stores {width} bits: 16 is accepted"
-                )
-        return self
-
 
 def parse_size(text: str) -> int:
     """Bytes of "9GB" (10^9) or "4.5GiB" (2^30)."""

@@ -282,7 +282,8 @@ def unpackable(info: TensorInfo, rules: TargetRules, scheme: Scheme) -> str:
     """Why a matrix cannot be packed; "" if it can."""
     rows, columns = info.shape
     if scheme.group_size != -1 and columns % scheme.group_size:
-        fitting = [g for g in rules.group_sizes if g == -1 or columns % g == 0]
+        per_row = scheme.data_type is None  # of bitsandbytes' types int8 alone is, and always
+        fitting = [g for g in rules.group_sizes if (per_row if g == -1 else columns % g == 0)]
         return (
             f"{_size_key(scheme)} {scheme.group_size} does not divide the {columns} columns of "
             f"{info.name}; accepted there: {', '.join(map(str, fitting)) or 'none'}"

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from se_compress import loading
-from se_compress.artifacts import CompressionPlan, ModelSource, OtherDecision, RunOptions
+from se_compress.artifacts import CompressionPlan, ModelSource, RunOptions
 from se_compress.checkpoint import allocate, open_result
 from se_compress.errors import SourceError
 from se_compress.execute import compress
@@ -49,9 +49,7 @@ class Result:
     directory: Path
 
 
-def write(
-    model: Path, directory: Path, data_type: str, others: bool = False, **policy: Any
-) -> Result:
+def write(model: Path, directory: Path, data_type: str, **policy: Any) -> Result:
     source = open_source(str(model))
     protect = [{"layer": source.moe_layers[-1], "expert": 2}]
     quantization: dict[str, Any] = {"method": "bitsandbytes", "data_type": data_type}
@@ -63,26 +61,12 @@ def write(
         quantization=quantization,
     )
     plan = make_plan(source, None, recipe)
-    plan = with_others(plan, source) if others else plan
     directory.mkdir()
     layout = lay_out(result_slots(source, plan), directory, 10**9)
     allocate(layout)
     compress(source, plan, TOKENS, recipe, layout, RunOptions())
     export_config(source, plan, directory)
     return Result(source, plan, directory)
-
-
-def with_others(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
-    """The same, shared experts and all linears of attention and dense MLPs packed as well."""
-    experts = tuple(
-        replace(d, action="quantize", bits=4) if d.expert == "shared" else d for d in plan.experts
-    )
-    others = tuple(
-        OtherDecision(info.name, 4, "a test")
-        for info in source.tensors.values()
-        if info.kind in ("attention", "dense_mlp") and len(info.shape) == 2
-    )
-    return replace(plan, experts=experts, others=others)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +229,7 @@ def test_the_model_without_its_head_loads_as_well(result: Result) -> None:
 def test_attention_dense_mlps_and_shared_experts_can_be_packed_too(
     tiny_model: TinyModel, tmp_path: Path, name: str
 ) -> None:
-    result = write(tiny_model(name), tmp_path / "result", "nf4", others=True)
+    result = write(tiny_model(name), tmp_path / "result", "nf4", other_bits=4)
     model, info = load(result.directory, dtype=torch.float32)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -650,6 +650,23 @@ def test_a_block_that_runs_on_into_the_next_row_is_refused() -> None:
         make_plan(SOURCE, None, bitsandbytes(block_size=1024))
 
 
+@pytest.mark.parametrize(
+    ("data_type", "policy", "message"),
+    [
+        ("nf4", {"bits": 8}, "policy.bits lists 8; {} nf4 files of 4, 16 bits"),
+        ("int8", {"bits": 4}, "policy.bits lists 4; {} int8 files of 8, 16 bits"),
+        ("fp4", {"protected_bits": 8}, "policy.protected_bits is 8; {} fp4 files of 4, 16 bits"),
+        ("nf4", {"other_bits": 8}, "policy.other_bits is 8; {} nf4 files of 4, 16 bits"),
+    ],
+)
+def test_a_data_type_has_one_width(data_type: str, policy: dict[str, Any], message: str) -> None:
+    blocks = {} if data_type == "int8" else {"block_size": 32}
+    quantization = {"method": "bitsandbytes", "data_type": data_type, **blocks}
+    asked = tiny.recipe("m", policy={"bits": 4, **policy}, quantization=quantization)
+    loads = message.format("target transformers loads bitsandbytes")
+    refuse(lambda: make_plan(SOURCE, None, asked), loads)
+
+
 def test_an_edited_plan_keeps_to_the_width_of_the_data_type() -> None:
     plan = make_plan(SOURCE, None, bitsandbytes(block_size=32))
     eight = replace(plan.experts[0], bits=8)

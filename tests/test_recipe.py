@@ -368,28 +368,10 @@ BITSANDBYTES = {"quantization.method": "bitsandbytes"}
             {**BITSANDBYTES, "quantization.data_type": "int8", "quantization.block_size": 64},
             "quantization: block_size is not a key of data_type int8: it has a scale per row",
         ),
-        (
-            {**BITSANDBYTES, "policy.bits": [4, 8], "policy.size": "1GB"},
-            "the recipe: policy.bits is [4, 8], but data_type nf4 stores 4 bits: [4] is accepted",
-        ),
-        (
-            {**BITSANDBYTES, "quantization.data_type": "int8"},
-            "the recipe: policy.bits is [4], but data_type int8 stores 8 bits: [8] is accepted",
-        ),
-        (
-            {**BITSANDBYTES, "policy.protected_bits": 8},
-            "the recipe: policy.protected_bits is 8, but data_type nf4 stores 4 bits: 16 is "
-            "accepted",
-        ),
     ],
 )
 def test_what_bitsandbytes_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
     refuse(lambda: parse(settings), f"r.yaml: {message}")
-
-
-def test_int8_may_protect_at_its_own_width() -> None:
-    int8 = {"quantization.data_type": "int8", "policy.bits": 8, "policy.protected_bits": 8}
-    assert parse({**BITSANDBYTES, **int8}).policy.bits == (8,)
 
 
 def test_a_key_that_is_no_text_is_named() -> None:
