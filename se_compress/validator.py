@@ -143,7 +143,6 @@ def validate(
     if not _is_complete(small, found):
         reason = "not run: a result with tensors missing cannot be run"
         return _report(source, _alone(accounted, reason), None, (), records, found)
-    rule = recipe.validation
     original = original or Original(source, tokens, recipe, options)
     read = open_result(
         found,
@@ -152,18 +151,19 @@ def validate(
         plan.scheme,
     )
     result = _streamed(small.source, read, recipe, options)
-    compared = _compare(original, result, small, options)
-    continuations, repetition = _generate(original, result, rule, options)
-    checks = [
-        *_prediction_checks(compared.predictions, rule),
-        *_massive_checks(compared.layers, rule),
-        _sink_check(compared, rule),
-        *_router_checks(compared.layers, rule),
-        *repetition,
-        accounted,
-        _reload(result, plan, directory, tokens[0][:RELOAD_TOKENS], options),
-    ]
-    return _report(source, checks, compared, continuations, records, found)
+    judged = _judge(original, result, small, recipe.validation, options)
+    reloaded = _reload(result, plan, directory, tokens[0][:RELOAD_TOKENS], options)
+    checks = [*judged.checks, accounted, reloaded]
+    return _report(source, checks, judged.compared, judged.continuations, records, found)
+
+
+def judge(
+    original: "Original", read: Reader, recipe: Recipe, options: RunOptions
+) -> tuple[Check, ...]:
+    """Every gate that the behaviour of a model decides. `read` gives its tensors by the names of
+    the source; nothing has to be on disk."""
+    result = _streamed(original.model.source, read, recipe, options)
+    return _judge(original, result, None, recipe.validation, options).checks
 
 
 def _alone(check: Check, reason: str) -> list[Check]:
@@ -358,7 +358,7 @@ class _Compared:
 
 
 def _compare(
-    original: Original, result: StreamedModel, small: Shrunk, options: RunOptions
+    original: Original, result: StreamedModel, small: Shrunk | None, options: RunOptions
 ) -> _Compared:
     layers: list[LayerComparison] = []
     sinks = _SinkSums()
@@ -366,7 +366,9 @@ def _compare(
     options.progress("validate", 0, count)
     pairs = zip(original.walk(), _walk(result, original.batches), strict=True)
     for layer, (old, new) in enumerate(pairs):
-        layers.append(_compare_layer(layer, old, new, _new_ids(small, layer)))
+        layers.append(
+            _compare_layer(layer, old, new, _new_ids(small, layer, result.source.expert_count))
+        )
         sinks.add(old, new)
         options.progress("validate", layer + 1, count)
     return _Compared(
@@ -398,8 +400,11 @@ def _compare_layer(
     )
 
 
-def _new_ids(small: Shrunk, layer: int) -> Mapping[int, int]:
-    """What the result calls each routed expert of the source's layer that it still has."""
+def _new_ids(small: Shrunk | None, layer: int, count: int) -> Mapping[int, int]:
+    """What the result calls each routed expert of the source's layer that it still has; the same
+    without surgery."""
+    if small is None:
+        return {expert: expert for expert in range(count)}
     return {
         member.expert: new.expert
         for new, members in small.origin.items()
@@ -473,6 +478,34 @@ def _compare_predictions(
 
 
 # -------------------------------------------------------------------------------------------- gates
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The gates that the two models' behaviour decides, and what they were decided on."""
+
+    checks: tuple[Check, ...]
+    compared: _Compared
+    continuations: tuple[Continuation, ...]
+
+
+def _judge(
+    original: Original,
+    result: StreamedModel,
+    small: Shrunk | None,
+    rule: Validation,
+    options: RunOptions,
+) -> _Judged:
+    compared = _compare(original, result, small, options)
+    continuations, repetition = _generate(original, result, rule, options)
+    checks = (
+        *_prediction_checks(compared.predictions, rule),
+        *_massive_checks(compared.layers, rule),
+        _sink_check(compared, rule),
+        *_router_checks(compared.layers, rule),
+        *repetition,
+    )
+    return _Judged(checks, compared, continuations)
 
 
 def _at_most(
