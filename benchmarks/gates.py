@@ -154,7 +154,7 @@ def shift_scales(model: Model) -> Changes:
 
 
 def exchange_experts(model: Model) -> Changes:
-    """The two experts of one layer that most tokens go to, in each other's place."""
+    """Two experts of the super expert's layer in each other's place, the router as it was."""
     first, second = (ExpertId(model.super_expert.layer, e) for e in two_others(model.super_expert))
     pairs = zip(model.names(first), model.names(second), strict=True)
     return {a: model.read(b) for pair in pairs for a, b in (pair, pair[::-1])}
@@ -253,7 +253,7 @@ def prepare(work: Path) -> tuple[Model, Original]:
     source = open_source(recipe.model)
     calibration = draw_sequences(recipe.calibration, source.path, "calibration")
     found = profile_experts(source, calibration[:4], recipe, RunOptions()).super_experts
-    (super_expert,) = (one.id for one in found)
+    super_expert = max(found, key=lambda one: one.peak).id
     protect = [{"layer": super_expert.layer, "expert": super_expert.expert}]
     recipe = settings(TEXT, protect=protect)
     read = open_tensors(source.tensors)

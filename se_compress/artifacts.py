@@ -733,19 +733,22 @@ class Comparison:
 class RunResult:
     """The line that `--json` prints.
 
-    outcome       published, rejected (exit code 4), planned (a dry run), or failed: see `message`
+    outcome       published, rejected (exit code 4), planned (a dry run), validated (an existing
+                  checkpoint passed), or failed: see `message`
     message       the sentence that goes with an exit code other than 0; "" with 0
     comparison    path of comparison.json; None without variants
     checkpoints   one for each variant, or the only one; none after an error
     plans         the same of a dry run
+    validation    path of the validation.json of an existing checkpoint
     """
 
-    outcome: Literal["published", "rejected", "planned", "failed"]
+    outcome: Literal["published", "rejected", "planned", "validated", "failed"]
     exit_code: int
     message: str = ""
     comparison: str | None = None
     checkpoints: tuple[CheckpointSummary, ...] = ()
     plans: tuple[PlanSummary, ...] = ()
+    validation: str | None = field(default=None, metadata=UNLESS_NONE)
 
 
 # ------------------------------------------------------------------------------------------- JSON

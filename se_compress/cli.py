@@ -50,6 +50,7 @@ from se_compress.pipeline import (
     Preview,
     Request,
     VariantsOutcome,
+    judge_existing,
     preview,
     preview_variants,
     run,
@@ -79,6 +80,10 @@ def _command(
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Use this plan.json, edited or not.")
+    ] = None,
+    validate: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Judge this checkpoint by the recipe; compress nothing."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Sizes, budget and loadability; reads no weights.")
@@ -112,8 +117,16 @@ def _command(
         fresh=fresh,
         notice=screen.notice,
     )
+    if validate is not None and (plan is not None or dry_run):
+        raise RecipeError("--validate: goes with neither --plan nor --dry-run")
     if dry_run:
         result = _plan_only(request, screen)
+    elif validate is not None:
+        with _hushed(verbose), screen.progress() as progress:
+            options = RunOptions(device=_device(device), progress=progress)
+            place = Path(output) if output else validate.with_name(f"{validate.name}.validation")
+            report = judge_existing(replace(request, options=options), validate, place)
+        result = _finish_validation(report, validate, place, screen)
     else:
         with _hushed(verbose), screen.progress() as progress:
             options = RunOptions(device=_device(device), progress=progress)
@@ -174,6 +187,19 @@ def _finish(outcome: Outcome | VariantsOutcome, screen: "_Screen") -> RunResult:
         message=message,
         comparison=comparison,
         checkpoints=tuple(checkpoints),
+    )
+
+
+def _finish_validation(
+    report: ValidationReport, directory: Path, place: Path, screen: "_Screen"
+) -> RunResult:
+    screen.show_validation(report, directory, place)
+    failed = f"{directory}: {_failed_gates(report)}; report in {place}"
+    return RunResult(
+        outcome="validated" if report.passed else "rejected",
+        exit_code=0 if report.passed else ValidationFailed.exit_code,
+        message="" if report.passed else failed,
+        validation=str(place / "validation.json"),
     )
 
 
@@ -351,6 +377,12 @@ class _Screen:
         if not self.quiet:
             self.out.print(_gates(validation))
         self.out.print(_result_line(outcome), markup=False, soft_wrap=True)
+
+    def show_validation(self, report: ValidationReport, directory: Path, place: Path) -> None:
+        if not self.quiet:
+            self.out.print(_gates(report))
+        verdict = "passed" if report.passed else "REJECTED"
+        self.out.print(f"{directory}: {verdict}; see {place}", markup=False, soft_wrap=True)
 
     def show_comparison(self, outcome: VariantsOutcome) -> None:
         if not self.quiet:

@@ -30,7 +30,7 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.comparison import compare, describe_variant, summarize
-from se_compress.errors import RecipeError, SeCompressError
+from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.headers import lay_out
 from se_compress.policy import check_plan, curve_of, make_plan
 from se_compress.preflight import check_disk, check_memory, check_packages
@@ -164,6 +164,35 @@ def run(request: Request) -> Outcome:
     return _run(request, source, {})
 
 
+def judge_existing(request: Request, directory: Path, output: Path) -> ValidationReport:
+    """Judge a checkpoint that exists against the recipe's model and gates; nothing is compressed.
+
+    One of ours is judged by the plan in it, any other as `validator.validate` does without a plan.
+    `output` gets validation.json, and of one of ours the report.
+    """
+    from se_compress.calibrate import draw_sequences
+    from se_compress.report import render_report
+    from se_compress.validator import validate
+
+    if not directory.is_dir():
+        raise SourceError(f"--validate {directory}: there is no such directory")
+    source = open_source(request.recipe.model)
+    plan_file, profile_file = (directory / OURS / f"{name}.json" for name in ("plan", "profile"))
+    plan = _read_plan(plan_file) if plan_file.exists() else None
+    if plan is not None:
+        plan = check_plan(plan, source, str(plan_file))
+    held_out = draw_sequences(request.recipe.validation, source.path, "validation")
+    report = validate(source, plan, directory, held_out, (), request.recipe, request.options)
+    write_atomically(output / "validation.json", to_json(report))
+    profile = load(ExpertProfile, profile_file)
+    if plan is not None and profile is not None:
+        html = render_report(request.recipe, profile, plan, report)
+        write_atomically(output / "report.html", html)
+    else:
+        request.notice(f"{directory} has no plan and profile of ours: it gets no report.html")
+    return report
+
+
 def run_variants(request: Request) -> VariantsOutcome:
     """The whole flow for each variant of the recipe, and the comparison of their results.
 
@@ -271,15 +300,19 @@ def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) 
     return profile
 
 
+def _read_plan(file: Path) -> CompressionPlan:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise RecipeError(f"--plan {file}: cannot be read ({reason})") from None
+    return from_json(CompressionPlan, text, str(file))
+
+
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
     if request.plan_file is None:
         return make_plan(source, profile, request.recipe)
-    try:
-        text = request.plan_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise RecipeError(f"--plan {request.plan_file}: cannot be read ({reason})") from None
-    plan = from_json(CompressionPlan, text, str(request.plan_file))
+    plan = _read_plan(request.plan_file)
     plan = check_plan(plan, source, str(request.plan_file))
     wanted = {"target": request.recipe.target}
     if plan.target == request.recipe.target:

@@ -57,7 +57,8 @@ from se_compress.artifacts import (
     ValidationReport,
 )
 from se_compress.checkpoint import Reader, open_result, open_tensors
-from se_compress.errors import NOT_RUN_EXIT_CODE
+from se_compress.errors import NOT_RUN_EXIT_CODE, SourceError
+from se_compress.families import FAMILIES, unfused_name
 from se_compress.headers import Slot, read_headers
 from se_compress.measures import (
     COMMON_SHARE,
@@ -77,7 +78,9 @@ from se_compress.measures import (
     sink_rate,
     sink_token_change,
 )
+from se_compress.quant.packing import PackedGptq
 from se_compress.recipe import Recipe, Validation
+from se_compress.source import read_config
 from se_compress.splice import open_shrunk
 from se_compress.streaming import (
     PIECE_TOKENS,
@@ -93,6 +96,7 @@ from se_compress.targets import planned_bits, result_name, result_slots
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
 RELOAD_LIMIT = 0.10
 RELOAD_TOKENS = 64
+PACKED_PARTS = PackedGptq._fields
 LISTED_ELEMENTS, LISTED_SINKS = 8, 4
 GATES = (
     "perplexity_increase",
@@ -120,7 +124,7 @@ PACKAGES = (
 
 def validate(
     source: ModelSource,
-    plan: CompressionPlan,
+    plan: CompressionPlan | None,
     directory: Path,
     tokens: Sequence[Sequence[int]],
     records: Sequence[LayerRecord],
@@ -130,30 +134,28 @@ def validate(
 ) -> ValidationReport:
     """Judge the checkpoint in `directory`, made from `source` by `plan`.
 
+    plan      None for a checkpoint that somebody else made of the source: 16-bit, or GPTQ v1. Every
+              tensor has to be there, but may have changed
     tokens    held-out sequences of token ids, all of one length
     records   what compression said of each layer; goes into the report. If it stopped early, the
               result is not whole, and the gate that stopped it is all that is reported
     original  the source's side, if several results are judged on the same tokens
+
+    Raises SourceError if the checkpoint cannot be read.
     """
-    found, small = read_headers(directory), shrink(source, plan)
+    found = read_headers(directory)
     if records and (stopped := records[-1].failed):
         reason = f"not run: compressing stopped after layer {records[-1].layer}"
         return _report(source, _alone(stopped, reason), None, (), records, found)
-    accounted = _account(source, small, found)
-    if not _is_complete(small, found):
+    stored = _planned(source, plan, found) if plan else _foreign(source, directory, found)
+    if not stored.complete:
         reason = "not run: a result with tensors missing cannot be run"
-        return _report(source, _alone(accounted, reason), None, (), records, found)
+        return _report(source, _alone(stored.accounted, reason), None, (), records, found)
     original = original or Original(source, tokens, recipe, options)
-    read = open_result(
-        found,
-        small.source.tensors,
-        lambda name: result_name(small.source, small.plan, name),
-        plan.scheme,
-    )
-    result = _streamed(small.source, read, recipe, options)
-    judged = _judge(original, result, small, recipe.validation, options)
-    reloaded = _reload(result, plan, directory, tokens[0][:RELOAD_TOKENS], options)
-    checks = [*judged.checks, accounted, reloaded]
+    result = _streamed(stored.source, stored.read, recipe, options)
+    judged = _judge(original, result, stored.small, recipe.validation, options)
+    reloaded = _reload(result, stored.target, directory, tokens[0][:RELOAD_TOKENS], options)
+    checks = [*judged.checks, stored.accounted, reloaded]
     return _report(source, checks, judged.compared, judged.continuations, records, found)
 
 
@@ -214,6 +216,84 @@ def _versions() -> dict[str, str]:
 
 
 # --------------------------------------------------------------------------------------- accounting
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint on disk. `source` and `small` describe it as a model, `read` gives its tensors
+    by the names of that; `target` is the engine that should load it."""
+
+    source: ModelSource
+    small: Shrunk | None
+    target: str
+    accounted: Check
+    complete: bool
+    read: Reader
+
+
+def _planned(
+    source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]
+) -> _Stored:
+    small = shrink(source, plan)
+    return _Stored(
+        source=small.source,
+        small=small,
+        target=plan.target,
+        accounted=_account(source, small, found),
+        complete=_is_complete(small, found),
+        read=open_result(
+            found,
+            small.source.tensors,
+            lambda name: result_name(small.source, small.plan, name),
+            plan.scheme,
+        ),
+    )
+
+
+def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo]) -> _Stored:
+    """Tensors are looked for by the source's names, and by those of GPTQModel."""
+    target = _engine_of(directory)
+    family = FAMILIES[source.family]
+    names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
+    problems, known, same = [], set[str](), 0
+    for name, info in source.tensors.items():
+        stem = names[name].removesuffix(".weight")
+        whole = found.get(names[name])
+        parts = {part for part in (f"{stem}.{p}" for p in PACKED_PARTS) if part in found}
+        known |= {names[name]} | parts
+        if whole is not None and whole.shape != info.shape:
+            problems.append(f"{names[name]} is {list(whole.shape)}, not {list(info.shape)}")
+        elif whole is None and len(parts) != len(PACKED_PARTS):
+            problems.append(f"{names[name]} is missing")
+        elif whole is not None and whole.dtype == info.dtype:
+            same += _same_bytes(info, whole)
+    complete = not problems
+    problems += [f"{name} is not in the source" for name in found if name not in known]
+    detail = "; ".join([f"{same} of {len(names)} are the source's own bytes", *problems[:3]])
+    share = max(0.0, 1.0 - len(problems) / len(names))
+    return _Stored(
+        source=source,
+        small=None,
+        target=target,
+        accounted=Check("tensors_accounted", share, 1.0, not problems, detail),
+        complete=complete,
+        read=open_result(found, source.tensors, lambda name: names[name]),
+    )
+
+
+def _engine_of(directory: Path) -> str:
+    """What loads a checkpoint, by its config. Raises SourceError for a format that is not read."""
+    settings = read_config(directory).get("quantization_config")
+    if not settings:
+        return "transformers"
+    method = settings.get("quant_method", "unknown")
+    layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
+    if method == "gptq" and layout == "gptq":
+        return "gptqmodel"
+    raise SourceError(
+        f"{directory}: quant_method {method} ({layout}) is not read without a plan of ours; "
+        "accepted are checkpoints in 16 or 32 bits and GPTQ v1"
+    )
 
 
 def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]) -> Check:
@@ -689,7 +769,7 @@ def _continuations(
 
 def _reload(
     result: StreamedModel,
-    plan: CompressionPlan,
+    target: str,
     directory: Path,
     tokens: Sequence[int],
     options: RunOptions,
@@ -704,7 +784,7 @@ def _reload(
     with tempfile.TemporaryDirectory() as scratch:
         request = Path(scratch) / "request.json"
         answer = Path(scratch) / "logits.safetensors"
-        request.write_text(json.dumps({"tokens": list(tokens), "target": plan.target}))
+        request.write_text(json.dumps({"tokens": list(tokens), "target": target}))
         command = [sys.executable, "-m", "se_compress.reload", str(directory), scratch]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         options.progress("reload", 1, 1)
@@ -714,7 +794,7 @@ def _reload(
 
         logits = load_file(answer)["logits"]
     error = float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
-    return _at_most("reload", error, RELOAD_LIMIT, f"logits through {plan.target}")
+    return _at_most("reload", error, RELOAD_LIMIT, f"logits through {target}")
 
 
 def _reload_failure(process: "subprocess.CompletedProcess[str]") -> Check:

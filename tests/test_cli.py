@@ -503,3 +503,45 @@ def test_a_rejected_result_is_told_in_one_line(settings: dict[str, Any], tmp_pat
     validation = from_json(ValidationReport, report, "validation.json")
     assert [check.name for check in validation.checks if check.passed is False] == ["kl_divergence"]
     assert validation.check("reload").passed
+
+
+def test_an_existing_checkpoint_is_judged_on_its_own(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"target": "gptqmodel"}
+    settings["quantization"]["method"] = "rtn"
+    loose = {"perplexity_increase": 1e9, "kl_divergence": 1e3, "sink_decay": 1.0, "loops": 10.0}
+    settings["validation"] |= {**loose, "router_agreement": 0.0, "router_agreement_least": 0.0}
+    write(settings, tmp_path)
+    assert run("r.yaml", "--quiet", "--device", "cpu", cwd=tmp_path).returncode == 0
+    made = json.loads((tmp_path / "out" / "se_compress" / "validation.json").read_text())
+    done = run("r.yaml", "--validate", "out", "--json", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert (line["outcome"], line["validation"]) == ("validated", "out.validation/validation.json")
+    again = json.loads((tmp_path / "out.validation" / "validation.json").read_text())
+    assert again["checks"] == made["checks"], "by the plan that lies in it"
+    assert (tmp_path / "out.validation" / "report.html").exists()
+    shutil.rmtree(tmp_path / "out" / "se_compress")  # and now as if it were another's: GPTQ v1
+    strict = ("--set", "validation.kl_divergence=1e-9", "--output", "judged")
+    done = run("r.yaml", "--validate", "out", *strict, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 4
+    assert re.search(r"se-compress: out: kl_divergence is .* report in judged\n$", done.stderr)
+    foreign = json.loads((tmp_path / "judged" / "validation.json").read_text())
+    values = [{c["name"]: c["value"] for c in report["checks"]} for report in (made, foreign)]
+    assert values[0] == values[1]
+    assert (tmp_path / "out").exists(), "what is judged stays where it is"
+
+
+def test_what_is_to_be_judged_has_to_be_there(settings: dict[str, Any], tmp_path: Path) -> None:
+    write(settings, tmp_path)
+    done = run("r.yaml", "--validate", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        3,
+        "se-compress: --validate nowhere: there is no such directory",
+    )
+    done = run("r.yaml", "--validate", "out", "--dry-run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "se-compress: --validate: goes with neither --plan nor --dry-run\n",
+    )

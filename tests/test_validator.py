@@ -1,6 +1,7 @@
 """The measures of the validator against their definitions, written out over two plain models."""
 
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from se_compress import measures
 from se_compress import validator as validation
 from se_compress.artifacts import Check, RunOptions, ValidationReport
+from se_compress.errors import SourceError
 from se_compress.policy import make_plan
 from se_compress.source import open_source
 
@@ -236,6 +238,75 @@ def test_other_bytes_fail_the_account_and_are_measured_all_the_same(judged: Any)
     assert "differs from the source" in check.detail
     assert not report.passed
     assert report.check("kl_divergence").value
+
+
+# ---------------------------------------------------------------------------- a result of another's
+
+
+@pytest.fixture
+def judge_foreign(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., ValidationReport]:
+    """Validates an altered copy without a plan, after tensors of it have been replaced."""
+    not_run = Check("reload", None, 0.1, None, "left out")
+    monkeypatch.setattr(validation, "_reload", lambda *arguments: not_run)
+
+    def judge(name: str, noise: float = 0.2, **changes: Tensor | None) -> ValidationReport:
+        path = tiny_model(name)
+        result = altered(path, tmp_path / "foreign", noise)
+        tiny.edit_weights(result, changes)
+        settings = tiny.recipe(path, validation={"data": "unused.txt", "generation": {"tokens": 0}})
+        source = open_source(str(path))
+        return validation.validate(source, None, result, TOKENS, (), settings, RunOptions())
+
+    return judge
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3"])
+def test_without_a_plan_changed_weights_are_judged_by_what_they_do(
+    family: str, judge_foreign: Callable[..., ValidationReport], judged: Any
+) -> None:
+    report, (_, _, planned) = judge_foreign(family), judged(family, 0.2)
+    value = planned.check("kl_divergence").value
+    assert report.check("kl_divergence").value == pytest.approx(value, rel=1e-5)
+    accounted = report.check("tensors_accounted")
+    assert accounted.passed
+    same = re.fullmatch(r"(\d+) of (\d+) are the source's own bytes", accounted.detail)
+    assert same
+    assert 0 < int(same[1]) < int(same[2])
+
+
+def test_without_a_plan_every_tensor_has_to_be_there_all_the_same(
+    judge_foreign: Callable[..., ValidationReport],
+) -> None:
+    lost = "model.layers.1.mlp.experts.3.up_proj.weight"
+    report = judge_foreign("qwen3_moe", **{lost: None})
+    accounted = report.check("tensors_accounted")
+    assert accounted.passed is False
+    assert f"{lost} is missing" in accounted.detail
+    assert report.check("kl_divergence").detail.startswith("not run")
+
+
+def test_without_a_plan_shapes_and_strangers_are_named(
+    judge_foreign: Callable[..., ValidationReport],
+) -> None:
+    router = "model.layers.1.mlp.gate.weight"
+    report = judge_foreign("olmoe", **{router: torch.ones(7, tiny.HIDDEN), "stray": torch.ones(2)})
+    detail = report.check("tensors_accounted").detail
+    assert f"{router} is [7, 64], not [8, 64]" in detail
+    assert "stray is not in the source" in detail
+    assert not report.passed
+
+
+def test_a_format_that_is_not_read_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = open_source(str(tiny_model("olmoe")))
+    shutil.copytree(source.path, tmp_path / "other")
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    tiny.edit_config(tmp_path / "other", quantization_config=settings)
+    with pytest.raises(SourceError, match=r"quant_method compressed-tensors \(pack-quantized\)"):
+        validation.validate(
+            source, None, tmp_path / "other", TOKENS, (), tiny.recipe("m"), RunOptions()
+        )
 
 
 def test_a_value_that_is_no_number_fails() -> None:
