@@ -24,14 +24,16 @@ def main() -> int:
     needed = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     if 2 * needed > psutil.virtual_memory().available:
         return _not_run(f"loading needs about {2 * needed / 1e9:.1f} GB of memory")
+    loaders = {"gptqmodel": _load_gptqmodel, "transformers": _load_transformers}
+    if request["target"] not in loaders:
+        return _not_run(f"{request['target']} cannot be run from here")
     if request["target"] == "gptqmodel" and importlib.util.find_spec("gptqmodel") is None:
         return _not_run("gptqmodel is not installed (pip install 'se-compress[gptq]')")
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     method = config.get("quantization_config", {}).get("quant_method")
     if method == "se-compress" and importlib.util.find_spec("bitsandbytes") is None:
         return _not_run("bitsandbytes is not installed (pip install 'se-compress[bnb]')")
-    load = {"gptqmodel": _load_gptqmodel, "transformers": _load_transformers}[request["target"]]
-    model = load(directory)
+    model = loaders[request["target"]](directory)
 
     import torch
     from safetensors.torch import save_file

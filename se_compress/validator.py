@@ -52,6 +52,7 @@ from se_compress.artifacts import (
     LayerRecord,
     ModelSource,
     RunOptions,
+    Scheme,
     SinkPosition,
     TensorInfo,
     ValidationReport,
@@ -78,7 +79,7 @@ from se_compress.measures import (
     sink_rate,
     sink_token_change,
 )
-from se_compress.quant.packing import PackedGptq
+from se_compress.quant.packing import COMPRESSED_TENSORS, MARKS
 from se_compress.recipe import Recipe, Validation
 from se_compress.source import read_config
 from se_compress.splice import open_shrunk
@@ -96,7 +97,7 @@ from se_compress.targets import planned_bits, result_name, result_slots
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
 RELOAD_LIMIT = 0.10
 RELOAD_TOKENS = 64
-PACKED_PARTS = PackedGptq._fields
+LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
 LISTED_ELEMENTS, LISTED_SINKS = 8, 4
 GATES = (
     "perplexity_increase",
@@ -134,8 +135,8 @@ def validate(
 ) -> ValidationReport:
     """Judge the checkpoint in `directory`, made from `source` by `plan`.
 
-    plan      None for a checkpoint that somebody else made of the source: 16-bit, or GPTQ v1. Every
-              tensor has to be there, but may have changed
+    plan      None for a checkpoint that somebody else made of the source, in one of `_form_of`'s
+              formats. Every tensor has to be there, but may have changed
     tokens    held-out sequences of token ids, all of one length
     records   what compression said of each layer; goes into the report. If it stopped early, the
               result is not whole, and the gate that stopped it is all that is reported
@@ -252,18 +253,18 @@ def _planned(
 
 def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo]) -> _Stored:
     """Tensors are looked for by the source's names, and by those of GPTQModel."""
-    target = _engine_of(directory)
+    form, target = _form_of(directory)
     family = FAMILIES[source.family]
     names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
     problems, known, same = [], set[str](), 0
     for name, info in source.tensors.items():
         stem = names[name].removesuffix(".weight")
         whole = found.get(names[name])
-        parts = {part for part in (f"{stem}.{p}" for p in PACKED_PARTS) if part in found}
-        known |= {names[name]} | parts
+        parts = [part for part in (f"{stem}.{p}" for p in MARKS[form]) if part in found]
+        known |= {names[name], *parts}
         if whole is not None and whole.shape != info.shape:
             problems.append(f"{names[name]} is {list(whole.shape)}, not {list(info.shape)}")
-        elif whole is None and len(parts) != len(PACKED_PARTS):
+        elif whole is None and len(parts) < LEAST_PARTS:
             problems.append(f"{names[name]} is missing")
         elif whole is not None and whole.dtype == info.dtype:
             same += _same_bytes(info, whole)
@@ -277,22 +278,28 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         target=target,
         accounted=Check("tensors_accounted", share, 1.0, not problems, detail),
         complete=complete,
-        read=open_result(found, source.tensors, lambda name: names[name]),
+        read=open_result(
+            found, source.tensors, lambda name: names[name], Scheme(form, "", -1, True)
+        ),
     )
 
 
-def _engine_of(directory: Path) -> str:
-    """What loads a checkpoint, by its config. Raises SourceError for a format that is not read."""
+def _form_of(directory: Path) -> tuple[str, str]:
+    """The format of a checkpoint and the engine that loads it, by its config. Raises SourceError
+    for a format that is not read."""
     settings = read_config(directory).get("quantization_config")
     if not settings:
-        return "transformers"
+        return "source", "transformers"
     method = settings.get("quant_method", "unknown")
-    layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
-    if method == "gptq" and layout == "gptq":
-        return "gptqmodel"
+    layout = settings.get("checkpoint_format", settings.get("format"))
+    if method == "gptq" and layout in ("gptq", "gptq_v2"):
+        return layout, "gptqmodel"
+    if method == "compressed-tensors" and layout == "pack-quantized":
+        return COMPRESSED_TENSORS, "vllm"
     raise SourceError(
-        f"{directory}: quant_method {method} ({layout}) is not read without a plan of ours; "
-        "accepted are checkpoints in 16 or 32 bits and GPTQ v1"
+        f"{directory}: quant_method {method} (format {layout}) is not read without a plan of ours; "
+        "accepted are unquantised checkpoints, gptq, gptq_v2, and pack-quantized "
+        "compressed-tensors"
     )
 
 

@@ -218,6 +218,14 @@ def test_a_missing_engine_is_told_from_a_broken_result(
     assert capsys.readouterr().err == message
 
 
+def test_an_engine_that_is_not_run_from_here_is_told_from_a_broken_result(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ask(scratch, "vllm"))
+    assert reload.main() == 77
+    assert capsys.readouterr().err == "vllm cannot be run from here\n"
+
+
 def test_a_missing_bitsandbytes_is_told_from_a_broken_result(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

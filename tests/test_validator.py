@@ -301,9 +301,9 @@ def test_without_a_plan_shapes_and_strangers_are_named(
 def test_a_format_that_is_not_read_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     source = open_source(str(tiny_model("olmoe")))
     shutil.copytree(source.path, tmp_path / "other")
-    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     tiny.edit_config(tmp_path / "other", quantization_config=settings)
-    with pytest.raises(SourceError, match=r"quant_method compressed-tensors \(pack-quantized\)"):
+    with pytest.raises(SourceError, match=r"compressed-tensors \(format float-quantized\)"):
         validation.validate(
             source, None, tmp_path / "other", TOKENS, (), tiny.recipe("m"), RunOptions()
         )
