@@ -2,7 +2,7 @@
 
     python benchmarks/policy.py [--models smollm2-moe,smollm2-mixtral] [--only PART]
 
-Each checkpoint is planned from one profile, quantised with GPTQ in groups of 64 (16 x 256
+Each checkpoint is planned from one profile, quantised with GPTQ in groups of 64 (8 x 256
 calibration tokens of the profile's 32 x 256), read back and compared with the source on 8 x 256
 held-out tokens:
 
@@ -19,7 +19,7 @@ a run can be made in parts.
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"
 CORPORA = ("austen", "factbook")
 WIDTHS = [2, 3, 4, 8]
-UNIFORM = (2, 3, 4)
+UNIFORM = (3, 2, 4)
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.25)
 # At these the super experts are protected, and not, and random ones are.
 PROTECTION = {"smollm2-moe": (3.0, 3.5, 4.25), "smollm2-mixtral": (2.5, 3.0, 3.5)}
 RANDOM = {"smollm2-moe": 3.0, "smollm2-mixtral": 2.5}
 DRAWS = 5
-CALIBRATION, HELD_OUT = 16, 8  # sequences that the quantiser sees, and that judge it
+CALIBRATION, HELD_OUT = 8, 8  # sequences that the quantiser sees, and that judge it
 PARTS = ("mixed", "protection", "random")
 
 
@@ -181,7 +181,9 @@ def _random_experts(model: Model, draw: int) -> list[dict[str, int]]:
     return chosen
 
 
-def measure(model: Model, part: str, known: dict[str, dict[str, Any]]) -> None:
+def measure(
+    model: Model, part: str, known: dict[str, dict[str, Any]], keep: Callable[[], None]
+) -> None:
     """Add what is not known yet. Equal policies of several parts are measured once."""
     measured = {json.dumps(row["policy"], sort_keys=True): row for row in known.values()}
     for name, policy in policies(model, part):
@@ -195,6 +197,7 @@ def measure(model: Model, part: str, known: dict[str, dict[str, Any]]) -> None:
         if key not in measured:
             measured[key] = judge(model, recipe, plan)
         known[f"{part}: {name}"] = measured[key] | {"policy": policy}
+        keep()
         print(model.name, part, name, json.dumps(known[f"{part}: {name}"]), flush=True)
 
 
@@ -252,10 +255,6 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def parts_of(only: str | None) -> Sequence[str]:
-    return (only,) if only else PARTS
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="smollm2-moe,smollm2-mixtral")
@@ -268,12 +267,15 @@ def main() -> None:
     # The engine's own load is not what is compared here, and takes longer than the rest.
     not_run = Check("reload", None, None, None, "not run in this benchmark")
     validator._reload = lambda *_: not_run  # type: ignore[assignment]
+
+    def keep() -> None:
+        saved.write_text(json.dumps(measured, indent=1))
+        write_section("policy", section(measured))
+
     for name in arguments.models.split(","):
         model = open_model(name, arguments.work)
-        for part in parts_of(arguments.only):
-            measure(model, part, measured.setdefault(name, {}))
-            saved.write_text(json.dumps(measured, indent=1))
-            write_section("policy", section(measured))
+        for part in (arguments.only,) if arguments.only else PARTS:
+            measure(model, part, measured.setdefault(name, {}), keep)
 
 
 if __name__ == "__main__":
