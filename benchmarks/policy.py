@@ -50,6 +50,7 @@ from se_compress.targets import result_slots
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"
+WORK = ROOT / "out" / "benchmark-policy"
 CORPORA = ("austen", "factbook")
 WIDTHS = [2, 3, 4, 8]
 UNIFORM = (3, 2, 4)
@@ -100,16 +101,24 @@ def recipe_for(name: str, **policy: Any) -> Recipe:
     )
 
 
+def profile_of(
+    name: str, source: ModelSource, calibration: list[list[int]], work: Path
+) -> ExpertProfile:
+    """The profile kept under `work`, made if there is none that fits."""
+    recipe, file = recipe_for(name), work / f"{name}-profile.json"
+    profile = from_json(ExpertProfile, file.read_text(), str(file)) if file.exists() else None
+    if profile is None or profile.digest != profile_digest(source, calibration, recipe):
+        profile = profile_experts(source, calibration, recipe, RunOptions())
+        file.write_text(to_json(profile))
+    return profile
+
+
 def open_model(name: str, work: Path) -> Model:
     recipe = recipe_for(name)
     source = open_source(recipe.model)
     calibration = draw_sequences(recipe.calibration, source.path, "calibration")
     held_out = draw_sequences(recipe.validation, source.path, "validation")
-    file = work / f"{name}-profile.json"
-    profile = from_json(ExpertProfile, file.read_text(), str(file)) if file.exists() else None
-    if profile is None or profile.digest != profile_digest(source, calibration, recipe):
-        profile = profile_experts(source, calibration, recipe, RunOptions())
-        file.write_text(to_json(profile))
+    profile = profile_of(name, source, calibration, work)
     original = validator.Original(source, held_out, recipe, RunOptions(), keep=True)
     return Model(name, source, profile, calibration, original, work)
 
@@ -259,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="smollm2-moe,smollm2-mixtral")
     parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--work", type=Path, default=ROOT / "out" / "benchmark-policy")
+    parser.add_argument("--work", type=Path, default=WORK)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     saved = arguments.work / "measured.json"

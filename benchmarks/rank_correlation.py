@@ -1,47 +1,48 @@
 """Does the predicted loss rank as what quantising really costs? And do losses add up?
 
-    python benchmarks/rank_correlation.py [--model smollm2-moe] [--every 2]
+    python benchmarks/rank_correlation.py [--model smollm2-moe] [--every 5]
 
-One expert of every second layer, drawn at random, and every super expert, is quantised alone with
+One expert of every fifth layer, drawn at random, and every super expert, is quantised alone with
 GPTQ, its Hessian from the calibration tokens: gate and up, down, or both, at 2, 3 and 4 bits. The
-stream is forked there, and the KL divergence to the source on held-out text (4 x 256 tokens, every
-second position) is what it costs. Spearman's rank correlation with the profile's loss says how good
-the prediction is, over all and within each width.
+stream is forked there, and the KL divergence to the source on held-out text (2 x 256 tokens) is
+what it costs. Spearman's rank correlation with the profile's loss says how good the prediction is,
+over all and within each width.
 
 The alternatives beside it: the error without the residual's norm; the same losses from what GPTQ
-made instead of rounding; how often the expert is used; and the losses times a factor of the layer,
-measured by rounding all of its experts to 3 bits: KL divergence per predicted loss.
+made instead of rounding; how often the expert is used; and each without the layer's sensitivity.
 """
 
 import argparse
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from policy import WORK, profile_of, recipe_for
 from results import machine, write_section
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from se_compress.artifacts import ExpertId, RunOptions
+from se_compress.artifacts import ExpertId, Part
 from se_compress.calibrate import draw_sequences
 from se_compress.checkpoint import open_tensors
 from se_compress.measures import kl_divergence
-from se_compress.profiler import profile_experts
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
-from se_compress.quant.grid import Grid, dequantize, rtn
-from se_compress.recipe import Recipe, parse_recipe
+from se_compress.quant.grid import Grid, dequantize
+from se_compress.recipe import Recipe
 from se_compress.source import open_source
 from se_compress.streaming import RoutingCapture, StreamedModel, batches_of
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = ROOT / "tools" / "reference" / "text"
-GROUP_SIZE, WIDTHS, HELD_OUT = 64, (2, 3, 4), 4
-SENSITIVITY_BITS = 3
-KINDS = ("gate and up", "down", "both")
+GROUP_SIZE, WIDTHS, HELD_OUT = 64, (2, 3, 4), 2
+PARTS_OF: Mapping[str, tuple[Part, ...]] = {
+    "gate and up": ("gate_up",),
+    "down": ("down",),
+    "both": ("gate_up", "down"),
+}
+KINDS = tuple(PARTS_OF)
 
 
 @dataclass
@@ -51,27 +52,10 @@ class Fork:
     layer: int
     bits: int
     kind: str
-    expert: ExpertId | None
+    expert: ExpertId
     predicted: dict[str, float]
     states: list[Tensor]
     cost: float = 0.0
-
-
-def recipe_for(name: str) -> Recipe:
-    def files(part: str) -> list[str]:
-        return [str(TEXT / f"{corpus}-{part}.txt") for corpus in ("austen", "factbook")]
-
-    return parse_recipe(
-        {
-            "model": str(ROOT / "models" / name),
-            "output": "unused",
-            "target": "gptqmodel",
-            "calibration": {"data": files("calibration"), "samples": 32, "sequence_length": 256},
-            "validation": {"data": files("held-out"), "samples": 16, "sequence_length": 256},
-            "quantization": {"group_size": GROUP_SIZE},
-        },
-        "benchmark",
-    )
 
 
 def moment(inputs: Tensor) -> Tensor:
@@ -117,8 +101,6 @@ class Study:
         sizes = torch.cat([states.flatten(0, 1).norm(dim=1) for states in self.hidden])
         for expert in chosen:
             self.forks += self._quantized(layer, module, expert, before, capture, sizes)
-        if chosen:
-            self.forks.append(self._rounded(layer, module, before, capture))
 
     def _quantized(
         self,
@@ -158,28 +140,11 @@ class Study:
                 yield Fork(layer, bits, kind, ExpertId(layer, expert), predicted, states)
         live.gate_up_proj[expert], live.down_proj[expert] = gate_up, down
 
-    def _rounded(
-        self, layer: int, module: Any, before: list[Tensor], capture: RoutingCapture
-    ) -> Fork:
-        """All experts of the layer at 3 bits, for the layer's factor."""
-        live = self.model.experts_module(module)
-        grid = Grid(SENSITIVITY_BITS, GROUP_SIZE, True)
-        power = []
-        for expert in range(len(live.down_proj)):
-            rows, _ = capture.rows_of(expert)
-            inner = live._apply_gate(capture.hidden[rows] @ live.gate_up_proj[expert].T)
-            power.append(inner.square().sum(dim=0) / max(1, len(rows)))
-        hidden_power = capture.hidden.square().mean(dim=0).expand(len(power), -1)
-        live.gate_up_proj.copy_(dequantize(rtn(live.gate_up_proj.float(), grid, hidden_power)))
-        live.down_proj.copy_(dequantize(rtn(live.down_proj.float(), grid, torch.stack(power))))
-        states = self.model.run_layer(layer, module, before)
-        return Fork(layer, SENSITIVITY_BITS, "layer", None, {}, states)
-
     def settle(self) -> None:
         """The cost of every fork."""
 
         def logits(states: list[Tensor]) -> Tensor:
-            return next(self.model.logits([states[0][:, 1::2]]))
+            return next(self.model.logits(states))
 
         source = logits(self.held_out)
         for fork in self.forks:
@@ -188,12 +153,12 @@ class Study:
 
 
 @torch.no_grad()
-def study(name: str, every: int) -> list[Fork]:
+def study(name: str, every: int, work: Path) -> list[Fork]:
     recipe = recipe_for(name)
     source = open_source(recipe.model)
     calibration = draw_sequences(recipe.calibration, source.path, "calibration")
     held_out = draw_sequences(recipe.validation, source.path, "validation")
-    profile = profile_experts(source, calibration, recipe, RunOptions())
+    profile = profile_of(name, source, calibration, work)
     model = StreamedModel(source, open_tensors(source.tensors))
     picked = [torch.tensor(held_out[:: len(held_out) // HELD_OUT])]
     found = Study(
@@ -207,27 +172,19 @@ def study(name: str, every: int) -> list[Fork]:
         found.pass_layer(layer, sorted(e for e in chosen if isinstance(e, int)))
         print(name, "layer", layer, len(found.forks), flush=True)
     found.settle()
-    layers = {layer: 0.0 for layer in source.moe_layers}
-    for stats in profile.experts:
-        if stats.expert != "shared":
-            layers[stats.layer] += sum(
-                stats.loss_of(part, SENSITIVITY_BITS)
-                for part in ("gate_up", "down")  # type: ignore[misc]
-            )
-    factor = {f.layer: f.cost / layers[f.layer] for f in found.forks if f.expert is None}
-    quantized = [fork for fork in found.forks if fork.expert is not None]
-    for fork in quantized:
-        stats = profile.by_id[fork.expert]  # type: ignore[index]
-        parts = {"gate and up": ["gate_up"], "down": ["down"]}.get(fork.kind, ["gate_up", "down"])
-        loss = sum(stats.loss_of(part, fork.bits) for part in parts)  # type: ignore[arg-type]
+    sensitivity = {stats.layer: stats.sensitivity for stats in profile.layers}
+    for fork in found.forks:
+        stats, of_layer = profile.by_id[fork.expert], sensitivity[fork.layer]
+        parts = PARTS_OF[fork.kind]
+        loss = sum(stats.loss_of(part, fork.bits) for part in parts)
+        own = fork.predicted["GPTQ's own error"]
         fork.predicted = {
             "the profile's loss": loss,
-            "the same x its layer's factor": loss * factor[fork.layer],
+            "without the layer's sensitivity": loss / of_layer,
+            "GPTQ's own error x sensitivity": own * of_layer,
             **fork.predicted,
         }
-        own = fork.predicted["GPTQ's own error"]
-        fork.predicted["GPTQ's own error x its layer's factor"] = own * factor[fork.layer]
-    return quantized
+    return found.forks
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -274,9 +231,11 @@ def section(name: str, forks: Sequence[Fork]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-moe")
-    parser.add_argument("--every", type=int, default=2, help="layers from one expert to the next")
+    parser.add_argument("--every", type=int, default=5, help="layers from one expert to the next")
+    parser.add_argument("--work", type=Path, default=WORK, help="where a profile is, or goes")
     arguments = parser.parse_args()
-    forks = study(arguments.model, arguments.every)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    forks = study(arguments.model, arguments.every, arguments.work)
     write_section("rank correlation", section(arguments.model, forks))
 
 
