@@ -57,7 +57,9 @@ def render_report(
         widths=sorted({decision.bits or 0 for decision in plan.experts}),
         experts_by_layer=_counts_by_layer(plan),
         samples=[_sample(continuation) for continuation in validation.continuations],
-        recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        recipe_yaml=yaml.safe_dump(
+            recipe.model_dump(mode="json", exclude={"variants", "require"}), sort_keys=False
+        ),
         plotly_js=Markup(get_plotlyjs()),
     )
 

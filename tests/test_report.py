@@ -264,9 +264,8 @@ def test_samples_show_where_the_models_part(page: Node) -> None:
 
 def test_recipe_and_versions_are_there(page: Node) -> None:
     section = page.first(id="recipe")
-    assert yaml.safe_load(str(section.all("pre")[0].children[0])) == example_recipe().model_dump(
-        mode="json"
-    )
+    shown = yaml.safe_load(str(section.all("pre")[0].children[0]))
+    assert shown == example_recipe().model_dump(mode="json", exclude={"variants", "require"})
     assert "torch 2.13.0" in section.text
     assert "made from another one" not in section.text
     other = render(plan=replace(example_plan(), profile_digest="0000"))
