@@ -1,6 +1,6 @@
 """Which gates catch what: sound and broken versions of smollm2-moe, judged one by one.
 
-    python benchmarks/gates.py [--work DIR] [--only NAME,...]
+    python benchmarks/gates.py [--work DIR] [--only NAME,...] [--write-only]
 
 Each version is made by changing tensors of the source, and judged as the validator judges a result,
 on the held-out text of the reference model. Which ones are sound and which broken is decided by
@@ -317,6 +317,8 @@ def summary(measured: Mapping[str, Sequence[Check]], limits: Validation) -> str:
         text += f" Not caught: {', '.join(missed)}."
     if refused:
         text += f" Refused without need: {', '.join(refused)}."
+    if open_ := [case.name for case in CASES if case.name not in measured]:
+        text += f" Not measured yet: {', '.join(open_)}."
     return text
 
 
@@ -324,13 +326,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "gates")
     parser.add_argument("--only", default="", help="measure these again, comma-separated")
+    parser.add_argument("--write-only", action="store_true", help="what has been measured so far")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     file = arguments.work / "measured.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     again = set(filter(None, arguments.only.split(",")))
     wanted = [case for case in CASES if case.name not in kept or case.name in again]
-    if wanted:
+    if wanted and not arguments.write_only:
         model, original = prepare(arguments.work)
         for case in wanted:
             started = time.perf_counter()

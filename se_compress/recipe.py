@@ -264,7 +264,7 @@ class Validation(_Text):
     sequence_length: Annotated[int, Field(ge=16)] = 256
     perplexity_increase: Annotated[float, Field(gt=0.0)] = 0.10
     kl_divergence: Annotated[float, Field(gt=0.0)] = 0.20
-    massive_activation_ratio: Fraction = 0.90
+    massive_activation_ratio: Fraction = 0.75
     sink_decay: Fraction = 0.10
     sink_token_error: Annotated[float, Field(gt=0.0)] = 0.30
     router_agreement: Fraction = 0.70

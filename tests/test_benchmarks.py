@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from se_compress.quant.packing import pack_gptq
+from se_compress.artifacts import Check
+from se_compress.quant.packing import pack
+from se_compress.recipe import Validation
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
 import evaluate  # noqa: E402
+import gates  # noqa: E402
 import results  # noqa: E402
 
 
@@ -33,8 +36,8 @@ def test_the_evaluator_reads_what_we_pack(bits: int) -> None:
     codes = torch.randint(2**bits, (32, 96), generator=draw, dtype=torch.uint8)
     zeros = torch.randint(1, 2**bits, (32, 3), generator=draw, dtype=torch.uint8)
     scales = torch.rand(32, 3, generator=draw).half().float()
-    packed = pack_gptq(codes, scales, zeros, bits=bits, group_size=32)
-    found = evaluate.from_gptq(packed._asdict(), bits, {"checkpoint_format": "gptq"})
+    packed = pack("gptq", codes, scales, zeros, bits=bits, group_size=32)
+    found = evaluate.from_gptq(packed, bits, {"checkpoint_format": "gptq"})
     steps = codes.float() - zeros.float().repeat_interleave(32, 1)
     assert torch.equal(found, steps * scales.repeat_interleave(32, 1))
 
@@ -60,3 +63,28 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
     assert "first" not in text
     assert text.index("third") < text.index("second")
     assert text.count("<!-- begin one -->") == text.count("<!-- end one -->") == 1
+
+
+def judged(**values: float) -> list[Check]:
+    """The gates of a version, each well within its limit unless a value says otherwise."""
+    least = {name: 1.0 if name in gates.AT_LEAST else 0.0 for name in gates.SHORT}
+    return [Check(name, value, None, None) for name, value in {**least, **values}.items()]
+
+
+def test_the_table_of_gates_says_what_was_missed_and_what_refused_without_need() -> None:
+    limits = Validation(data="unused.txt")
+    sound, broken, between = (
+        next(case.name for case in gates.CASES if case.sound is kind)
+        for kind in (True, False, None)
+    )
+    lost = judged(massive_activation_ratio=0.0, kl_divergence=9.0)
+    right = {sound: judged(), broken: lost, between: judged(loops=1.0)}
+    text = gates.table(right, limits)
+    assert f"| {broken} | broken | 0.000 | **9.000** | **0.000** |" in text
+    assert "caught by 2 |" in text
+    assert "WRONG" not in text
+    decided = "1 of 1 sound versions pass, 1 of 1 broken ones are caught. Not measured yet: "
+    assert gates.summary(right, limits).startswith(decided)
+    wrong = {sound: lost, broken: judged()}
+    assert gates.table(wrong, limits).count("WRONG") == 2
+    assert f"Not caught: {broken}. Refused without need: {sound}." in gates.summary(wrong, limits)

@@ -65,7 +65,7 @@ def test_four_keys_are_enough_and_the_rest_is_the_contracts_default() -> None:
     assert recipe.validation.samples == 32
     assert recipe.validation.perplexity_increase == 0.10
     assert recipe.validation.sink_decay == 0.10
-    assert recipe.validation.massive_activation_ratio == 0.90
+    assert recipe.validation.massive_activation_ratio == 0.75
 
 
 def test_a_recipe_is_frozen() -> None:
