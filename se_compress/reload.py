@@ -2,6 +2,10 @@
 se_compress.reload DIRECTORY SCRATCH`. A process of its own, as GPTQModel patches torch,
 transformers and safetensors when it is imported, and as whatever it allocates is gone afterwards.
 
+vLLM and SGLang are not loaded here. transformers reads their unquantised files, and those of one
+width, and stands in for them: what it says is no proof of the engine, but a file that it cannot
+load, or loads otherwise, is broken.
+
 SCRATCH holds request.json ({"tokens": [...], "target": ...}); logits.safetensors is written beside
 it.
 """
@@ -10,12 +14,21 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 
 from se_compress.errors import NOT_RUN_EXIT_CODE
+
+WITHOUT_FLOAT32 = ("auto-round", "compressed-tensors")
+# quant_method of config.json -> the package that unpacks it under transformers, and our extra.
+PACKAGES = {
+    "auto-round": ("auto_round", "autoround"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "se-compress": ("bitsandbytes", "bnb"),
+}
 
 
 def main() -> int:
@@ -24,16 +37,12 @@ def main() -> int:
     needed = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     if 2 * needed > psutil.virtual_memory().available:
         return _not_run(f"loading needs about {2 * needed / 1e9:.1f} GB of memory")
-    loaders = {"gptqmodel": _load_gptqmodel, "transformers": _load_transformers}
-    if request["target"] not in loaders:
-        return _not_run(f"{request['target']} cannot be run from here")
-    if request["target"] == "gptqmodel" and importlib.util.find_spec("gptqmodel") is None:
-        return _not_run("gptqmodel is not installed (pip install 'se-compress[gptq]')")
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    method = config.get("quantization_config", {}).get("quant_method")
-    if method == "se-compress" and importlib.util.find_spec("bitsandbytes") is None:
-        return _not_run("bitsandbytes is not installed (pip install 'se-compress[bnb]')")
-    model = loaders[request["target"]](directory)
+    settings = config.get("quantization_config", {})
+    if reason := _obstacle(request["target"], settings):
+        return _not_run(reason)
+    load = _load_gptqmodel if request["target"] == "gptqmodel" else _load_transformers
+    model = load(directory)
 
     import torch
     from safetensors.torch import save_file
@@ -42,6 +51,22 @@ def main() -> int:
         logits = model(torch.tensor([request["tokens"]])).logits
     save_file({"logits": logits.float().contiguous()}, Path(scratch) / "logits.safetensors")
     return 0
+
+
+def _obstacle(target: str, settings: Mapping[str, Any]) -> str:
+    """Why this machine cannot say anything of the result; "" if it can."""
+    package, extra = PACKAGES.get(settings.get("quant_method", ""), ("transformers", ""))
+    if target == "gptqmodel":
+        package, extra = "gptqmodel", "gptq"
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed (pip install 'se-compress[{extra}]')"
+    groups = settings.get("config_groups", {}).values()
+    patterns = [*settings.get("ignore", ()), *(t for group in groups for t in group["targets"])]
+    if any(pattern.startswith("re:") for pattern in patterns):
+        return (
+            f"{target} is not installed, and transformers would read layers of several widths wrong"
+        )
+    return ""
 
 
 def _not_run(reason: str) -> int:
@@ -61,8 +86,12 @@ def _load_transformers(directory: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # auto-round's linears have no float32; Mixtral's renamed tensors keep their dtype under a
+    # quantizer.
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    packed = config.get("quantization_config", {}).get("quant_method") in WITHOUT_FLOAT32
     loaded = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
+        directory, dtype="auto" if packed else torch.float32, output_loading_info=True
     )
     model, info = cast(tuple[Any, dict[str, Any]], loaded)
     # transformers re-initialises what it does not find, and only this tells. Tensors that it does

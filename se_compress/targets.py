@@ -101,6 +101,7 @@ class TargetRules:
     column_multiple  and this many columns
     unfused_names    tensors go by their names in the live model with its experts unfused
     source           where the facts are from
+    dense_mlp        it loads packed matrices of dense MLPs
     """
 
     target: str
@@ -114,6 +115,7 @@ class TargetRules:
     column_multiple: int
     unfused_names: bool
     source: str
+    dense_mlp: bool = True
 
 
 _GPTQMODEL = TargetRules(
@@ -130,13 +132,16 @@ _GPTQMODEL = TargetRules(
     source="GPTQModel 7.6: `dynamic` is looked up per module, so per expert and projection; its"
     " qlinears pack whole int32 words along both axes; a Mixtral file with w1, w3, w2 is refused,"
     " and so is GPTQ v1 with sym false unless it claims to be GPTQModel's own; 4 bits in groups of"
-    " 16 load, and fail in its CPU kernel. Scales may be negative: its kernels multiply",
+    " 16 load, and fail in its CPU kernel. Scales may be negative: its kernels multiply. It"
+    " knows no dense MLP in Qwen models and leaves a packed one uninitialised, without an error",
+    dense_mlp=False,
 )
 _AUTO_ROUND = replace(
     _GPTQMODEL,
     target="transformers",
     format="auto-round",
     asymmetric=True,
+    dense_mlp=True,
     source="auto-round 0.15.1 under transformers 5.17: `extra_config` is looked up per module"
     " (inference/convert_model.py); packing auto_round holds 2, 3, 4 and 8 bits in whole words of"
     " 32 rows and columns, zeros as they are (inference/backend.py, auto_round:torch); experts are"
@@ -281,6 +286,8 @@ def _size_key(scheme: Scheme) -> str:
 def unpackable(info: TensorInfo, rules: TargetRules, scheme: Scheme) -> str:
     """Why a matrix cannot be packed; "" if it can."""
     rows, columns = info.shape
+    if info.kind == "dense_mlp" and not rules.dense_mlp:
+        return f"{info.name}: target {rules.target} does not load a packed dense MLP"
     if scheme.group_size != -1 and columns % scheme.group_size:
         per_row = scheme.data_type is None  # of bitsandbytes' types int8 alone is, and always
         fitting = [g for g in rules.group_sizes if (per_row if g == -1 else columns % g == 0)]

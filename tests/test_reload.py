@@ -211,19 +211,13 @@ def test_transformers_refuses_a_result_with_a_tensor_missing(
 def test_a_missing_engine_is_told_from_a_broken_result(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (scratch.parent / "result").mkdir()
+    (scratch.parent / "result" / "config.json").write_text("{}", encoding="utf-8")
     monkeypatch.setattr(reload.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ask(scratch, "gptqmodel"))
     assert reload.main() == 77
     message = "gptqmodel is not installed (pip install 'se-compress[gptq]')\n"
     assert capsys.readouterr().err == message
-
-
-def test_an_engine_that_is_not_run_from_here_is_told_from_a_broken_result(
-    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ask(scratch, "vllm"))
-    assert reload.main() == 77
-    assert capsys.readouterr().err == "vllm cannot be run from here\n"
 
 
 def test_a_missing_bitsandbytes_is_told_from_a_broken_result(
@@ -237,6 +231,21 @@ def test_a_missing_bitsandbytes_is_told_from_a_broken_result(
     assert reload.main() == 77
     message = "bitsandbytes is not installed (pip install 'se-compress[bnb]')\n"
     assert capsys.readouterr().err == message
+
+
+def test_layers_of_several_widths_are_not_shown_to_transformers(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "quant_method": "compressed-tensors",
+        "ignore": [r"re:.*\.layers\.(1)\..*\.experts\.\d+\..*"],
+    }
+    (scratch.parent / "result").mkdir()
+    config = json.dumps({"quantization_config": settings})
+    (scratch.parent / "result" / "config.json").write_text(config, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ask(scratch, "vllm"))
+    assert reload.main() == 77
+    assert "vllm is not installed, and transformers would read" in capsys.readouterr().err
 
 
 def test_a_machine_that_is_too_small_is_told_from_a_broken_result(
