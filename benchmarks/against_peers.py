@@ -12,7 +12,7 @@ peers/evaluate.py, which shares no code with any of them, on held-out text.
 The peers get a virtual environment of their own, .venv-peers, made on the first run from
 peers/constraints.txt. A small model goes through each tool before the clock runs: GPTQModel
 compiles its packing kernel then. Measurements are kept under --work, and the section of RESULTS.md
-is rewritten from all of them, so a run can be made in parts.
+is rewritten from all of them, so a run can be made in parts (--steps, --tools, --models, --bits).
 """
 
 import argparse
@@ -70,8 +70,14 @@ def main() -> None:
     _make_environment()
     _write_tokens(work)
     tools = [tool for tool in TOOLS if tool.name in options.tools.split(";")]
-    if not options.report_only:
+    steps = options.steps.split(",")
+    if "measure" in steps:
         _measure(work, tools, options)
+    if "evaluate" in steps:
+        for name in options.models.split(","):
+            _evaluate(name, work)
+    if "report" not in steps:
+        return
     text = _report(work)
     write_section("against_peers", text)
     print(text)
@@ -85,7 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tools", default=";".join(tool.name for tool in TOOLS), help="by ;")
     parser.add_argument("--work", default=str(ROOT / "out" / "against-peers"))
     parser.add_argument("--under", default="", help="a command that runs each timed process")
-    parser.add_argument("--report-only", action="store_true", help="from what --work holds")
+    parser.add_argument("--steps", default="measure,evaluate,report")
     return parser.parse_args()
 
 
@@ -176,7 +182,6 @@ def _measure(work: Path, tools: Sequence[Tool], options: argparse.Namespace) -> 
                     continue
                 if not made or tool.worker == OURS.worker:
                     _run(tool, name, bits, work, options.under)
-        _evaluate(name, work)
 
 
 def _run(tool: Tool, name: str, bits: int, work: Path, under: str) -> dict[str, Any]:
@@ -194,17 +199,17 @@ def _run(tool: Tool, name: str, bits: int, work: Path, under: str) -> dict[str, 
         "skip": SKIP,
         "routed": tool.routed,
     }
-    files = [work / "job.json", work / "report.json"]
+    files = [output.with_name(f"{output.name}.{part}.json") for part in ("job", "report")]
     files[0].write_text(json.dumps(job))
     files[1].unlink(missing_ok=True)
     python = sys.executable if tool.worker == OURS.worker else str(PEERS / "bin" / "python")
     command = [*under.split(), python, str(WORKERS / tool.worker), *map(str, files)]
     # GPTQModel 7.6 does not start on two cores without its variable; nothing else is set.
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
-    with (work / "log.txt").open("a") as log:
+    with output.with_name(f"{output.name}.log").open("a") as log:
         done = subprocess.run(command, env=environment, cwd=work, stdout=log, stderr=log)
     if done.returncode or not files[1].exists():
-        print(f"{tool.name}, {name}, {bits} bits: failed, see {work / 'log.txt'}", file=sys.stderr)
+        print(f"{tool.name}, {name}, {bits} bits: failed, see {output}.log", file=sys.stderr)
         return {"failed": True}
     report: dict[str, Any] = json.loads(files[1].read_text())
     print(tool.name, name, bits, report, file=sys.stderr)
@@ -270,15 +275,23 @@ def _explanation(found: dict[str, Any]) -> str:
         f"`python benchmarks/against_peers.py`: {', '.join(sorted(versions))}; {machine()}. All"
         f" routed experts, symmetric, groups of {GROUP_SIZE}, 32 x {SEQUENCE} calibration tokens."
         " Seconds are the median of the rounds, every round in brackets, from the imported"
-        " libraries to the finished checkpoint. KL divergence to the source (nats) and perplexity"
-        f" over {quality['positions']} positions of held-out text; less is better everywhere."
+        f" libraries to the finished checkpoint, {_threads()}; other work on the machine lengthens"
+        " them, the processor's own time much less, so that is what is compared. KL divergence to"
+        f" the source (nats) and perplexity over {quality['positions']} positions of held-out text;"
+        " less is better everywhere."
     )
+
+
+def _threads() -> str:
+    """OMP_NUM_THREADS, the thread count that all tools see."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    return f"{threads} thread{'s' * (threads != '1')}"
 
 
 def _table(found: dict[str, Any], name: str) -> str:
     lines = [
-        "| bits | | seconds | over ours | peak memory | KL | ours less by | perplexity |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bits | | seconds | CPU s | over ours | peak memory | KL | ours less by | perplexity |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for bits in (4, 3, 2):
         ours = found.get(f"{name}/{bits}/{OURS.name}")
@@ -292,13 +305,15 @@ def _table(found: dict[str, Any], name: str) -> str:
 def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> str:
     runs = [run for run in entry["runs"] if not run.get("failed")]
     seconds = [run["seconds"] for run in runs]
-    own = [run["seconds"] for run in ours["runs"]]
+    used = [run["cpu_seconds"] for run in runs]
+    own = [run["cpu_seconds"] for run in ours["runs"]]
     quality, best = entry.get("quality"), ours["quality"]["kl_divergence"]
     cells = [
         str(bits),
         tool.name,
         f"{median(seconds):.1f} ({', '.join(f'{s:.1f}' for s in seconds)})" if seconds else "",
-        f"{median(seconds) / median(own):.1f}x" if seconds and own and tool is not OURS else "",
+        f"{median(used):.1f}" if used else "",
+        f"{median(used) / median(own):.1f}x" if used and own and tool is not OURS else "",
         f"{max(run['peak_bytes'] for run in runs) / 1e9:.2f} GB" if runs else "",
     ]
     if quality:
