@@ -68,7 +68,7 @@ def main() -> None:
     work = Path(options.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
     _make_environment()
-    _write_tokens(work)
+    _write_tokens(work, options.held_out)
     tools = [tool for tool in TOOLS if tool.name in options.tools.split(";")]
     steps = options.steps.split(",")
     if "measure" in steps:
@@ -91,6 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tools", default=";".join(tool.name for tool in TOOLS), help="by ;")
     parser.add_argument("--work", default=str(ROOT / "out" / "against-peers"))
     parser.add_argument("--under", default="", help="a command that runs each timed process")
+    parser.add_argument("--held-out", type=int, default=32, help="sequences of 256 to evaluate on")
     parser.add_argument("--steps", default="measure,evaluate,report")
     return parser.parse_args()
 
@@ -111,15 +112,15 @@ def _make_environment() -> None:
     ready.write_text(constraints.read_text())
 
 
-def _write_tokens(work: Path) -> None:
+def _write_tokens(work: Path, held_out: int) -> None:
     """Calibration and held-out sequences, ids of the reference model's tokenizer."""
     from se_compress.calibrate import draw_sequences
     from se_compress.recipe import Calibration
 
-    for part in ("calibration", "held-out"):
+    for part, count in (("calibration", 32), ("held-out", held_out)):
         files = tuple(str(TEXT / f"{name}-{part}.txt") for name in CORPORA)
         text = Calibration.model_validate(
-            {"data": files, "samples": 32, "sequence_length": SEQUENCE}
+            {"data": files, "samples": count, "sequence_length": SEQUENCE}
         )
         rows = draw_sequences(text, ROOT / "models" / "smollm2-moe", part)
         (work / f"{part}.json").write_text(json.dumps(rows))
@@ -307,7 +308,7 @@ def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> 
     seconds = [run["seconds"] for run in runs]
     used = [run["cpu_seconds"] for run in runs]
     own = [run["cpu_seconds"] for run in ours["runs"]]
-    quality, best = entry.get("quality"), ours["quality"]["kl_divergence"]
+    quality, best = entry.get("quality"), ours.get("quality")
     cells = [
         str(bits),
         tool.name,
@@ -319,10 +320,11 @@ def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> 
     if quality:
         cells.append(f"{quality['kl_divergence']:.4f}")
         rival = tool.worker != OURS.worker
-        cells.append(f"{1 - best / quality['kl_divergence']:.0%}" if rival else "")
+        less = 1 - best["kl_divergence"] / quality["kl_divergence"] if best else 0.0
+        cells.append(f"{less:.0%}" if rival and best else "")
         cells.append(f"{quality['perplexity']:.2f} (source {quality['perplexity_source']:.2f})")
     else:
-        cells += ["cannot do it", "", ""]
+        cells += ["failed" if len(runs) < len(entry["runs"]) else "not measured", "", ""]
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,7 +1,6 @@
 """se-compress: `compress` under a plan that needs no profile (one width, nothing protected), the
 model running in the checkpoint's own bfloat16, as the others run it."""
 
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,15 +26,13 @@ def quantize(job: Job) -> str:
             "compute_dtype": "bfloat16",
             "calibration": {"data": "the tokens of the job"},
             "policy": {"protect": "none", "bits": job.bits},
-            "quantization": {"group_size": job.group_size},
+            "quantization": {"group_size": job.group_size, "symmetric": job.symmetric},
             "validation": {"data": "none"},
         },
         "the job",
     )
     source, output = open_source(job.model), Path(job.output)
     plan = make_plan(source, None, recipe)
-    # No engine of the table loads asymmetric groups: what they are worth is measured all the same.
-    plan = replace(plan, scheme=replace(plan.scheme, symmetric=job.symmetric))
     output.mkdir(parents=True)
     layout = lay_out(result_slots(source, plan), output, 5 * 10**9)
     allocate(layout)
