@@ -44,6 +44,11 @@ from se_compress.targets import (
 )
 
 CURVE_POINTS = 9
+_PREDICTED = {
+    "model": "one width for all: predicted loss",
+    "layer": "predicted loss of the whole layer",
+    "expert": "predicted loss",
+}
 
 # What has one width: parts of experts.
 Unit = tuple[tuple[ExpertId, Part], ...]
@@ -229,6 +234,12 @@ class _Task:
             ]
             for unit in self.units
         ]
+
+    @cached_property
+    def predicted(self) -> dict[ExpertId, str]:
+        """What each width is predicted to cost, where an expert has one width."""
+        said = ((unit, _predicted(self, unit)) for unit in self.units)
+        return {identity: text for unit, text in said for identity, _ in unit}
 
     @cached_property
     def least(self) -> CompressionPlan:
@@ -458,13 +469,8 @@ def _reason(task: _Task, identity: ExpertId, bits: int) -> str:
         return "quantization.method is none"
     if len(task.allowed) == 1 or task.profile is None:
         return f"uniform width {bits}"
-    if task.rules.granularity == "model":
-        return f"one width for all: predicted loss {_predicted(task, _parts(_routed(task.source)))}"
-    if task.rules.granularity == "layer":
-        layer = (i for i in _routed(task.source) if i.layer == identity.layer)
-        return f"predicted loss of the whole layer {_predicted(task, _parts(layer))}"
-    if task.rules.granularity == "expert":
-        return f"predicted loss {_predicted(task, _parts([identity]))}"
+    if task.rules.granularity != "projection":
+        return f"{_PREDICTED[task.rules.granularity]} {task.predicted[identity]}"
     gate_up, down = (_predicted(task, (part,)) for part in _parts([identity]))
     return f"predicted loss of gate and up {gate_up}; of down {down}"
 
