@@ -55,7 +55,7 @@ FRACTIONS = (0.125, 0.25, 0.5)
 SCORES = ("reap", "frequency", "gate")
 DRAWS = 5
 # Of the source's size, so that widths alone, pruning alone and both can meet it.
-AUTO_SIZES = {"smollm2-moe": 0.66, "smollm2-mixtral": 0.42}
+AUTO_SIZES = {"smollm2-moe": 0.70, "smollm2-mixtral": 0.545}
 AUTO_BITS = [2, 3, 4]
 PARTS = ("prune", "merge", "auto", "random")
 
