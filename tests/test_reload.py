@@ -30,12 +30,13 @@ from se_compress.headers import lay_out, read_headers
 from se_compress.policy import check_plan, make_plan
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
-from se_compress.targets import result_name, result_slots
+from se_compress.targets import is_other_linear, planned_bits, result_name, result_slots
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(2, 24, seed=5)
 MIXED = "qwen3_moe-mixed"
-CASES = (*FAMILIES, MIXED)
+OTHERS = ("qwen2_moe-others", "deepseek_v2-others")  # attention and MLPs are packed as well
+CASES = (*FAMILIES, MIXED, *OTHERS)
 
 # Logits, and what each expert's projection stands for, through GPTQModel; float16, as its reference
 # kernel has no float32. TORCHDYNAMO_DISABLE: compiling its 2- and 8-bit kernels takes longer than
@@ -63,7 +64,11 @@ for directory in sys.argv[2:]:
 def plan_for(source: ModelSource, name: str) -> CompressionPlan:
     settings = {
         "target": "gptqmodel",
-        "policy": {"protect": [{"layer": source.moe_layers[-1], "expert": 2}], "bits": 4},
+        "policy": {
+            "protect": [{"layer": source.moe_layers[-1], "expert": 2}],
+            "bits": 4,
+            "other_bits": 8 if name in OTHERS else 16,
+        },
         "quantization": {"method": "rtn", "group_size": 32},
     }
     plan = make_plan(source, None, tiny.recipe(source.name, **settings))
@@ -117,7 +122,7 @@ def loaded(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> L
     root = tmp_path_factory.mktemp("gptqmodel")
     parts = {}
     for name in CASES:
-        source = open_source(str(tiny_model(name.removesuffix("-mixed"))))
+        source = open_source(str(tiny_model(name.partition("-")[0])))
         plan = plan_for(source, name)
         write(source, plan, root / name)
         parts[name] = (source, plan, reader(source, plan, root / name))
@@ -137,18 +142,19 @@ def run_loader(*directories: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gptqmodel_reads_every_expert_as_we_do(loaded: Loaded, name: str) -> None:
+def test_gptqmodel_reads_every_matrix_as_we_do(loaded: Loaded, name: str) -> None:
     source, plan, read, found = loaded[name]
     packed = 0
-    for identity, roles in source.experts.items():
-        for info in roles.values():
+    for info in source.tensors.values():
+        if info.role is not None or is_other_linear(info):
             module = result_name(source, plan, info.name).removesuffix(".weight")
-            quantized = plan.by_id[identity].action == "quantize"
+            quantized = planned_bits(plan, info) != 16
             packed += quantized
             stands_for = found[f"{'packed' if quantized else 'plain'} {module}"]
             torch.testing.assert_close(stands_for, read(info.name).half(), rtol=0, atol=0)
     assert packed == sum(key.startswith("packed ") for key in found)
-    assert packed == 3 * (len(source.moe_layers) * source.expert_count - 1)
+    experts = 3 * (len(source.moe_layers) * source.expert_count - 1)
+    assert (packed > experts + 10) if name in OTHERS else (packed == experts)
 
 
 @pytest.mark.parametrize("name", CASES)
