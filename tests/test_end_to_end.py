@@ -35,6 +35,7 @@ from se_compress.checkpoint import Reader, allocate, open_result
 from se_compress.execute import compress
 from se_compress.export import export_config
 from se_compress.headers import lay_out, read_headers
+from se_compress.pipeline import Request, preview, preview_variants
 from se_compress.policy import make_plan
 from se_compress.profiler import profile_experts
 from se_compress.recipe import Recipe, load_recipe
@@ -89,6 +90,21 @@ def models() -> Path:
 @pytest.fixture(scope="session")
 def source(models: Path) -> ModelSource:
     return open_source(str(models / "smollm2-moe"))
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_dry_runs(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = path.read_text(encoding="utf-8")
+    request = Request(load_recipe(path, (f"output={tmp_path / 'out'}",)), text)
+    previews = preview_variants(request) if request.recipe.variants else {"": preview(request)}
+    for one in previews.values():
+        assert 0 < one.plan.size_bytes <= one.source.size_bytes
 
 
 @pytest.fixture(scope="session")
