@@ -3,12 +3,11 @@
     python tools/autogptq_check.py [--work out/autogptq-check]
 
 auto-gptq is archived: it quantises on CUDA only, does not import under transformers 5, knows no
-mixed widths and of MoE families Mixtral alone. It still reads GPTQ v1. A Mixtral whose experts and
-attention are all in 4 bits goes through it on the CPU, and its logits are compared with those of a
+mixed widths and of MoE families Mixtral alone. A Mixtral whose experts and attention are all in 4
+bits, GPTQ v1, is given to it on the CPU, and its logits, if it loads, are compared with those of a
 plain model that holds the dequantised weights (tests/dequantise.py, which shares no code with the
 package). It looks for Mixtral's names on disk, our file for GPTQModel has those of the live model,
-so the tensors are renamed. Beside it the same for attention alone, the experts left in 16 bits,
-which is what a dense model is to auto-gptq. Not part of the tests.
+so the tensors are renamed. Not part of the tests.
 """
 
 import argparse
