@@ -16,42 +16,30 @@ Measurements are kept under --work, and the section of RESULTS.md is rewritten f
 a run can be made in parts.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from reference import (
+    HELD_OUT,
+    ROOT,
+    Columns,
+    Model,
+    begin,
+    cells,
+    judge,
+    leave_out_reload,
+    open_model,
+    recipe_of,
+)
 from results import machine, write_section
 
-from se_compress import validator
-from se_compress.artifacts import (
-    Check,
-    CompressionPlan,
-    ExpertProfile,
-    ModelSource,
-    RunOptions,
-    from_json,
-    to_json,
-)
-from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import allocate
 from se_compress.errors import RecipeError
-from se_compress.execute import compress
-from se_compress.export import export_config
-from se_compress.headers import lay_out
 from se_compress.policy import make_plan, predicted_loss
-from se_compress.profiler import profile_digest, profile_experts
-from se_compress.recipe import Recipe, parse_recipe
-from se_compress.source import open_source
-from se_compress.targets import result_slots
+from se_compress.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = ROOT / "tools" / "reference" / "text"
 WORK = ROOT / "out" / "benchmark-policy"
-CORPORA = ("austen", "factbook")
 WIDTHS = [2, 3, 4, 8]
 UNIFORM = (3, 2, 4)
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.25)
@@ -59,95 +47,22 @@ BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.25)
 PROTECTION = {"smollm2-moe": (3.0, 3.5, 4.25), "smollm2-mixtral": (2.5, 3.0, 3.5)}
 RANDOM = {"smollm2-moe": 3.0, "smollm2-mixtral": 2.5}
 DRAWS = 5
-CALIBRATION, HELD_OUT = 8, 8  # sequences that the quantiser sees, and that judge it
+CALIBRATION = 8  # sequences that the quantiser sees
 PARTS = ("mixed", "protection", "random")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A reference model with its profile and the source's side of every comparison."""
-
-    name: str
-    source: ModelSource
-    profile: ExpertProfile
-    calibration: list[list[int]]
-    original: validator.Original
-    work: Path
-
-
 def recipe_for(name: str, **policy: Any) -> Recipe:
-    files = {
-        part: [str(TEXT / f"{c}-{part}.txt") for c in CORPORA]
-        for part in ("calibration", "held-out")
-    }
-    return parse_recipe(
+    return recipe_of(
+        name,
         {
-            "model": str(ROOT / "models" / name),
-            "output": "unused",
-            "target": "gptqmodel",
-            "calibration": {"data": files["calibration"], "samples": 32, "sequence_length": 256},
-            "validation": {
-                "data": files["held-out"],
-                "samples": HELD_OUT,
-                "sequence_length": 256,
-                "generation": {"tokens": 0},
-                "massive_activation_ratio": 0.0,  # a bad result is measured, and not given up
-                "sink_decay": 1.0,
-            },
-            "policy": policy,
-            "quantization": {"method": "gptq", "group_size": 64},
+            "generation": {"tokens": 0},
+            "massive_activation_ratio": 0.0,  # a bad result is measured, and not given up
+            "sink_decay": 1.0,
         },
-        "benchmark",
+        target="gptqmodel",
+        policy=policy,
+        quantization={"method": "gptq", "group_size": 64},
     )
-
-
-def profile_of(
-    name: str, source: ModelSource, calibration: list[list[int]], work: Path
-) -> ExpertProfile:
-    """The profile kept under `work`, made if there is none that fits."""
-    recipe, file = recipe_for(name), work / f"{name}-profile.json"
-    profile = from_json(ExpertProfile, file.read_text(), str(file)) if file.exists() else None
-    if profile is None or profile.digest != profile_digest(source, calibration, recipe):
-        profile = profile_experts(source, calibration, recipe, RunOptions())
-        file.write_text(to_json(profile))
-    return profile
-
-
-def open_model(name: str, work: Path) -> Model:
-    recipe = recipe_for(name)
-    source = open_source(recipe.model)
-    calibration = draw_sequences(recipe.calibration, source.path, "calibration")
-    held_out = draw_sequences(recipe.validation, source.path, "validation")
-    profile = profile_of(name, source, calibration, work)
-    original = validator.Original(source, held_out, recipe, RunOptions(), keep=True)
-    return Model(name, source, profile, calibration, original, work)
-
-
-def judge(model: Model, recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]:
-    """Write the checkpoint and read it back. Loading it through an engine is for the tests."""
-    directory = model.work / "checkpoint"
-    layout = lay_out(result_slots(model.source, plan), directory, 10**10)
-    allocate(layout)
-    tokens = model.calibration[:: len(model.calibration) // CALIBRATION]
-    records = compress(model.source, plan, tokens, recipe, layout, RunOptions())
-    export_config(model.source, plan, directory)
-    report = validator.validate(
-        model.source,
-        plan,
-        directory,
-        model.original.tokens,
-        records,
-        recipe,
-        RunOptions(),
-        model.original,
-    )
-    return {check.name: check.value for check in report.checks} | {
-        "perplexity": report.perplexity_result,
-        "perplexity_source": report.perplexity_source,
-        "size": report.size_bytes,
-        "bits": plan.bits_per_weight,
-        "predicted": predicted_loss(plan, model.profile),
-    }
 
 
 # ---------------------------------------------------------------------------------------- the plans
@@ -204,7 +119,11 @@ def measure(
             known[f"{part}: {name}"] = {"policy": policy, "impossible": str(error)}
             continue
         if key not in measured:
-            measured[key] = judge(model, recipe, plan)
+            tokens = model.calibration[:: len(model.calibration) // CALIBRATION]
+            measured[key] = judge(model, recipe, plan, tokens) | {
+                "bits": plan.bits_per_weight,
+                "predicted": predicted_loss(plan, model.profile),
+            }
         known[f"{part}: {name}"] = measured[key] | {"policy": policy}
         keep()
         print(model.name, part, name, json.dumps(known[f"{part}: {name}"]), flush=True)
@@ -212,7 +131,7 @@ def measure(
 
 # -------------------------------------------------------------------------------------------- table
 
-COLUMNS: Mapping[str, tuple[str, str]] = {
+COLUMNS: Columns = {
     "size": ("bytes", "{:,}"),
     "bits": ("bits per weight", "{:.3f}"),
     "predicted": ("predicted loss", "{:.4g}"),
@@ -241,11 +160,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 f"| {name} | impossible, the least is {least} |{' |' * (len(COLUMNS) - 1)}"
             )
             continue
-        cells = [
-            pattern.format(row[key]) if row.get(key) is not None else "-"
-            for key, (_, pattern) in COLUMNS.items()
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells(row, COLUMNS))} |")
     return "\n".join(lines)
 
 
@@ -265,24 +180,15 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="smollm2-moe,smollm2-mixtral")
-    parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--work", type=Path, default=WORK)
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    saved = arguments.work / "measured.json"
-    measured = json.loads(saved.read_text()) if saved.exists() else {}
-    # The engine's own load is not what is compared here, and takes longer than the rest.
-    not_run = Check("reload", None, None, None, "not run in this benchmark")
-    validator._reload = lambda *_: not_run  # type: ignore[assignment]
+    arguments, saved, measured = begin(__doc__, PARTS, WORK)
+    leave_out_reload()
 
     def keep() -> None:
         saved.write_text(json.dumps(measured, indent=1))
         write_section("policy", section(measured))
 
     for name in arguments.models.split(","):
-        model = open_model(name, arguments.work)
+        model = open_model(name, recipe_for(name), arguments.work)
         for part in (arguments.only,) if arguments.only else PARTS:
             measure(model, part, measured.setdefault(name, {}), keep)
 

@@ -21,7 +21,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from policy import WORK, profile_of, recipe_for
+from policy import WORK, recipe_for
+from reference import profile_of
 from results import machine, write_section
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -158,7 +159,7 @@ def study(name: str, every: int, work: Path) -> list[Fork]:
     source = open_source(recipe.model)
     calibration = draw_sequences(recipe.calibration, source.path, "calibration")
     held_out = draw_sequences(recipe.validation, source.path, "validation")
-    profile = profile_of(name, source, calibration, work)
+    profile = profile_of(name, recipe, source, calibration, work)
     model = StreamedModel(source, open_tensors(source.tensors))
     picked = [torch.tensor(held_out[:: len(held_out) // HELD_OUT])]
     found = Study(

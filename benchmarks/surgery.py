@@ -16,41 +16,29 @@ Measurements are kept under --work, and the section of RESULTS.md is rewritten f
 a run can be made in parts.
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from reference import (
+    ROOT,
+    Columns,
+    Model,
+    begin,
+    cells,
+    judge,
+    leave_out_reload,
+    open_model,
+    recipe_of,
+)
 from results import machine, write_section
 
-from se_compress import validator
-from se_compress.artifacts import (
-    Check,
-    CompressionPlan,
-    ExpertProfile,
-    ModelSource,
-    RunOptions,
-    from_json,
-    to_json,
-)
-from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import allocate
+from se_compress.artifacts import CompressionPlan
 from se_compress.errors import RecipeError
-from se_compress.execute import compress
-from se_compress.export import export_config
-from se_compress.headers import lay_out
 from se_compress.policy import make_plan, predicted_loss
-from se_compress.profiler import profile_digest, profile_experts
-from se_compress.recipe import Recipe, parse_recipe
-from se_compress.source import open_source
-from se_compress.surgery import shrink
-from se_compress.targets import result_slots
+from se_compress.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = ROOT / "tools" / "reference" / "text"
-CORPORA = ("austen", "factbook")
+WORK = ROOT / "out" / "benchmark-surgery"
 FRACTIONS = (0.125, 0.25, 0.5)
 SCORES = ("reap", "frequency", "gate")
 DRAWS = 5
@@ -60,82 +48,15 @@ AUTO_BITS = [2, 3, 4]
 PARTS = ("prune", "merge", "auto", "random")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A reference model with its profile and the source's side of every comparison."""
-
-    name: str
-    source: ModelSource
-    profile: ExpertProfile
-    calibration: list[list[int]]
-    original: validator.Original
-    work: Path
-
-
 def recipe_for(name: str, quantized: bool = False, **policy: Any) -> Recipe:
-    files = {
-        part: [str(TEXT / f"{c}-{part}.txt") for c in CORPORA]
-        for part in ("calibration", "held-out")
-    }
-    method = {"method": "gptq", "group_size": 64} if quantized else {"method": "none"}
-    return parse_recipe(
-        {
-            "model": str(ROOT / "models" / name),
-            "output": "unused",
-            "target": "gptqmodel" if quantized else "transformers",
-            "calibration": {"data": files["calibration"], "samples": 32, "sequence_length": 256},
-            "validation": {
-                "data": files["held-out"],
-                "samples": 8,
-                "sequence_length": 256,
-                "generation": {"tokens": 24},
-                "early_stop": False,
-            },
-            "super_experts": {"confirm": False},
-            "policy": policy,
-            "quantization": method,
-        },
-        "benchmark",
+    return recipe_of(
+        name,
+        {"generation": {"tokens": 24}, "early_stop": False},
+        target="gptqmodel" if quantized else "transformers",
+        super_experts={"confirm": False},
+        policy=policy,
+        quantization={"method": "gptq", "group_size": 64} if quantized else {"method": "none"},
     )
-
-
-def open_model(name: str, work: Path) -> Model:
-    recipe = recipe_for(name, merge={"fraction": 0.5})
-    source = open_source(recipe.model)
-    calibration = draw_sequences(recipe.calibration, source.path, "calibration")
-    held_out = draw_sequences(recipe.validation, source.path, "validation")
-    file = work / f"{name}-profile.json"
-    profile = from_json(ExpertProfile, file.read_text(), str(file)) if file.exists() else None
-    if profile is None or profile.digest != profile_digest(source, calibration, recipe):
-        profile = profile_experts(source, calibration, recipe, RunOptions())
-        file.write_text(to_json(profile))
-    original = validator.Original(source, held_out, recipe, RunOptions(), keep=True)
-    return Model(name, source, profile, calibration, original, work)
-
-
-def judge(model: Model, recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]:
-    """Write the checkpoint and read it back. Loading it through an engine is for the tests."""
-    directory = model.work / "checkpoint"
-    small = shrink(model.source, plan)
-    layout = lay_out(result_slots(small.source, small.plan), directory, 10**10)
-    allocate(layout)
-    quantized = recipe.quantization.method != "none"
-    tokens = model.calibration if quantized else model.calibration[:1]
-    records = compress(model.source, plan, tokens, recipe, layout, RunOptions())
-    export_config(small.source, small.plan, directory)
-    held_out = model.original.tokens
-    report = validator.validate(
-        model.source, plan, directory, held_out, records, recipe, RunOptions(), model.original
-    )
-    checks = {check.name: check.value for check in report.checks}
-    supers = {expert.id for expert in model.profile.super_experts}
-    gone = {d.id for d in plan.experts if d.action in ("prune", "zero")}
-    return checks | {
-        "perplexity": report.perplexity_result,
-        "perplexity_source": report.perplexity_source,
-        "size": plan.size_bytes,
-        "super_experts_gone": len(supers & gone),
-    }
 
 
 def plans(model: Model, part: str) -> Iterator[tuple[str, Recipe, CompressionPlan]]:
@@ -194,8 +115,13 @@ def _splits(model: Model) -> Iterator[tuple[str, Recipe, CompressionPlan]]:
 
 
 def measure(model: Model, part: str) -> Iterator[dict[str, Any]]:
+    supers = {expert.id for expert in model.profile.super_experts}
     for name, recipe, plan in plans(model, part):
-        row = {"name": name} | judge(model, recipe, plan)
+        quantized = recipe.quantization.method != "none"
+        tokens = model.calibration if quantized else model.calibration[:1]
+        gone = {d.id for d in plan.experts if d.action in ("prune", "zero")}
+        row = {"name": name} | judge(model, recipe, plan, tokens)
+        row["super_experts_gone"] = len(supers & gone)
         if part == "auto":
             row["predicted"] = predicted_loss(plan, model.profile)
             row["bits"] = plan.bits_per_weight
@@ -205,7 +131,7 @@ def measure(model: Model, part: str) -> Iterator[dict[str, Any]]:
 
 # -------------------------------------------------------------------------------------------- table
 
-COLUMNS: Mapping[str, tuple[str, str]] = {
+COLUMNS: Columns = {
     "kl_divergence": ("KL", "{:.4f}"),
     "perplexity": ("PPL", "{:.2f}"),
     "massive_activation_ratio": ("massive activation kept", "{:.3f}"),
@@ -233,12 +159,10 @@ def table(part: str, rows: Sequence[Mapping[str, Any]]) -> str:
     heads = ["", "MB", *(title for title, _ in columns.values())]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---|' * (len(heads) - 1)}"]
     for row in rows:
-        cells = [
-            pattern.format(row[key]) if row.get(key) is not None else "-"
-            for key, (_, pattern) in columns.items()
-        ]
         lost = f" ({row['super_experts_gone']} super)" if row["super_experts_gone"] else ""
-        lines.append(f"| {row['name']}{lost} | {row['size'] / 1e6:.1f} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {row['name']}{lost} | {row['size'] / 1e6:.1f} | {' | '.join(cells(row, columns))} |"
+        )
     return "\n".join(lines)
 
 
@@ -257,19 +181,10 @@ def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="smollm2-moe,smollm2-mixtral")
-    parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--work", type=Path, default=ROOT / "out" / "benchmark-surgery")
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    saved = arguments.work / "measured.json"
-    measured = json.loads(saved.read_text()) if saved.exists() else {}
-    # The engine's own load is not what is compared here, and takes longer than the rest.
-    not_run = Check("reload", None, None, None, "not run in this benchmark")
-    validator._reload = lambda *_: not_run  # type: ignore[assignment]
+    arguments, saved, measured = begin(__doc__, PARTS, WORK)
+    leave_out_reload()
     for name in arguments.models.split(","):
-        model = open_model(name, arguments.work)
+        model = open_model(name, recipe_for(name, merge={"fraction": 0.5}), arguments.work)
         for part in [arguments.only] if arguments.only else PARTS:
             rows = measured.setdefault(name, {})[part] = []
             for row in measure(model, part):

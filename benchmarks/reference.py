@@ -1,0 +1,142 @@
+"""A reference model with its profile, and checkpoints of it, written and judged one by one.
+
+What benchmarks/policy.py and benchmarks/surgery.py share.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from se_compress import validator
+from se_compress.artifacts import (
+    Check,
+    CompressionPlan,
+    ExpertProfile,
+    ModelSource,
+    RunOptions,
+    from_json,
+    to_json,
+)
+from se_compress.calibrate import draw_sequences
+from se_compress.checkpoint import allocate
+from se_compress.execute import compress
+from se_compress.export import export_config
+from se_compress.headers import lay_out
+from se_compress.profiler import profile_digest, profile_experts
+from se_compress.recipe import Recipe, parse_recipe
+from se_compress.source import open_source
+from se_compress.surgery import shrink
+from se_compress.targets import result_slots
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "tools" / "reference" / "text"
+CORPORA = ("austen", "factbook")
+HELD_OUT = 8  # sequences of 256 tokens
+
+Columns = Mapping[str, tuple[str, str]]  # key of a row -> title, pattern of a cell
+
+
+@dataclass(frozen=True)
+class Model:
+    """A reference model with its profile and the source's side of every comparison."""
+
+    name: str
+    source: ModelSource
+    profile: ExpertProfile
+    calibration: list[list[int]]
+    original: validator.Original
+    work: Path
+
+
+def recipe_of(name: str, validation: Mapping[str, Any], **sections: Any) -> Recipe:
+    """A recipe for a reference model: calibration on 32 x 256 tokens, and what is given."""
+    files = {
+        part: [str(TEXT / f"{c}-{part}.txt") for c in CORPORA]
+        for part in ("calibration", "held-out")
+    }
+    held_out = {"data": files["held-out"], "samples": HELD_OUT, "sequence_length": 256}
+    return parse_recipe(
+        {
+            "model": str(ROOT / "models" / name),
+            "output": "unused",
+            "calibration": {"data": files["calibration"], "samples": 32, "sequence_length": 256},
+            "validation": held_out | dict(validation),
+            **sections,
+        },
+        "benchmark",
+    )
+
+
+def profile_of(
+    name: str, recipe: Recipe, source: ModelSource, calibration: list[list[int]], work: Path
+) -> ExpertProfile:
+    """The profile kept under `work`, made if there is none that fits."""
+    file = work / f"{name}-profile.json"
+    profile = from_json(ExpertProfile, file.read_text(), str(file)) if file.exists() else None
+    if profile is None or profile.digest != profile_digest(source, calibration, recipe):
+        profile = profile_experts(source, calibration, recipe, RunOptions())
+        file.write_text(to_json(profile))
+    return profile
+
+
+def open_model(name: str, recipe: Recipe, work: Path) -> Model:
+    source = open_source(recipe.model)
+    calibration = draw_sequences(recipe.calibration, source.path, "calibration")
+    held_out = draw_sequences(recipe.validation, source.path, "validation")
+    profile = profile_of(name, recipe, source, calibration, work)
+    original = validator.Original(source, held_out, recipe, RunOptions(), keep=True)
+    return Model(name, source, profile, calibration, original, work)
+
+
+def judge(
+    model: Model, recipe: Recipe, plan: CompressionPlan, tokens: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Write the checkpoint, quantised on `tokens`, and read it back: its checks by name, the
+    perplexities and its size."""
+    directory = model.work / "checkpoint"
+    small = shrink(model.source, plan)
+    layout = lay_out(result_slots(small.source, small.plan), directory, 10**10)
+    allocate(layout)
+    records = compress(model.source, plan, tokens, recipe, layout, RunOptions())
+    export_config(small.source, small.plan, directory)
+    held_out = model.original.tokens
+    report = validator.validate(
+        model.source, plan, directory, held_out, records, recipe, RunOptions(), model.original
+    )
+    return {check.name: check.value for check in report.checks} | {
+        "perplexity": report.perplexity_result,
+        "perplexity_source": report.perplexity_source,
+        "size": report.size_bytes,
+    }
+
+
+def leave_out_reload() -> None:
+    """The engine's own load is not what is compared, and takes longer than the rest."""
+    not_run = Check("reload", None, None, None, "not run in this benchmark")
+    validator._reload = lambda *_: not_run  # type: ignore[assignment]
+
+
+def cells(row: Mapping[str, Any], columns: Columns) -> list[str]:
+    """A row's values as a table shows them; "-" for what was not measured."""
+    return [
+        pattern.format(row[key]) if row.get(key) is not None else "-"
+        for key, (_, pattern) in columns.items()
+    ]
+
+
+def begin(
+    doc: str, parts: Sequence[str], work: Path
+) -> tuple[argparse.Namespace, Path, dict[str, Any]]:
+    """The command line (models, one part only, work), where measurements are kept, and those that
+    are there already."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--models", default="smollm2-moe,smollm2-mixtral")
+    parser.add_argument("--only", choices=parts)
+    parser.add_argument("--work", type=Path, default=work)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    saved = arguments.work / "measured.json"
+    return arguments, saved, json.loads(saved.read_text()) if saved.exists() else {}
