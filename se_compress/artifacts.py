@@ -10,6 +10,7 @@ by a position in some list. This module needs the standard library only.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import types
 import typing
@@ -753,6 +754,9 @@ class RunResult:
 
 # ------------------------------------------------------------------------------------------- JSON
 
+# JSON has no such numbers: they are written as these strings.
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
 
 def to_json(artifact: object) -> str:
     """Deterministic JSON: fields in the order of the dataclass, one record of a list per line."""
@@ -762,16 +766,16 @@ def to_json(artifact: object) -> str:
     lines = []
     for key, value in plain.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            rows = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in value)
+            rows = ",\n".join("    " + _dump(row) for row in value)
             lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
         else:
-            lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"  {json.dumps(key)}: {_dump(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def to_json_line(artifact: object) -> str:
     """The same in a single line of ASCII."""
-    return json.dumps(_plain(artifact))
+    return json.dumps(_plain(artifact), allow_nan=False)
 
 
 def from_json(kind: type[Artifact], text: str, where: str) -> Artifact:
@@ -802,6 +806,10 @@ def digest_of(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _dump(plain: Any) -> str:
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+
+
 def _plain(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         present = {
@@ -814,6 +822,8 @@ def _plain(value: object) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
@@ -833,6 +843,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if origin is Literal and data in arguments:
         return data
     if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if kind is float and data in NOT_FINITE:
         return float(data)
     if isinstance(kind, type) and type(data) is kind:
         return data

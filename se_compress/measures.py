@@ -216,3 +216,21 @@ def find_loop(tokens: Sequence[int]) -> Loop | None:
         if length >= max(LOOP_REPEATS * period, LOOP_TOKENS):
             return Loop(period, length)
     return None
+
+
+def weight_cosine(source: Tensor, result: Tensor) -> float | None:
+    """Cosine between two matrices [R, C], taken as vectors; None if the source's is zero. What was
+    quantised keeps its direction, what belongs elsewhere is at a right angle."""
+    size = float(source.norm())
+    if size == 0:
+        return None
+    return float((source * result).sum()) / (size * max(float(result.norm()), 1e-30))
+
+
+def gain_spread(source: Tensor, result: Tensor) -> float:
+    """Standard deviation over the rows of a matrix [R, C] of <result, source> / <source, source>,
+    rows of zeros left out. Rounding leaves every row its size; a scale that belongs to another row
+    does not."""
+    energy = source.square().sum(1)
+    gain = (source * result).sum(1)[energy > 0] / energy[energy > 0]
+    return float(gain.std(correction=0)) if len(gain) else 0.0

@@ -94,6 +94,18 @@ WORDINGS: Mapping[str, Wording] = {
         "Continuations that end in a loop, as a share: result minus source.",
         "at most",
     ),
+    "weight_cosine": Wording(
+        "Weights point the same way",
+        "Cosine between a quantised matrix and the one that it was made from; the worst counts. "
+        "Near 0: it is another one.",
+        "at least",
+    ),
+    "weight_gain": Wording(
+        "Rows keep their size",
+        "How much the sizes of a matrix's rows are scattered, beside those of the source; much of "
+        "that is a sign of scales in the wrong place.",
+        "at most",
+    ),
     "tensors_accounted": Wording(
         "Tensors accounted for",
         "Share of the planned tensors that are in the files as planned.",

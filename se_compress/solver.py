@@ -43,8 +43,9 @@ from se_compress.recipe import Quantization, Recipe
 from se_compress.streaming import RoutingCapture, expert_inner, select_rows
 from se_compress.targets import SCALE_DTYPES
 
-# Float32 elements of all Hessians and stacks that are held at once: 1 GiB.
-STACK_ELEMENTS = 2**28
+# Float32 elements of all Hessians and stacks that are held at once: 128 MiB on the CPU, which gains
+# nothing from more; 1 GiB on a GPU.
+STACK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 # Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
 # calibrated.
 LAYER_TOKENS = 4096
@@ -173,7 +174,7 @@ def _stacks(
     STACK_ELEMENTS."""
     hidden, inner = experts.gate_up_proj.shape[-1], experts.down_proj.shape[-1]
     each = hidden**2 + inner**2 + 3 * hidden * inner
-    size = max(1, STACK_ELEMENTS // each)
+    size = max(1, STACK_ELEMENTS[experts.gate_up_proj.device.type] // each)
     members: dict[tuple[int, int], list[int]] = {}
     for decision in decisions:
         if isinstance(decision.expert, int):

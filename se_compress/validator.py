@@ -18,6 +18,11 @@ The measures are defined in `measures.py`; these are the gates:
     repetition                share of 4-grams of a greedy continuation that occurred in it before;
                               result - source, mean over prompts
     loops                     share of the continuations that end in a loop, result - source
+    weight_cosine             least cosine between a quantised matrix and what it was made from:
+                              experts, layers or files that took each other's place
+    weight_gain               spread of the gains of a matrix's rows (`measures.gain_spread`),
+                              median over the matrices of one kind in a layer, worst layer: scales
+                              that belong to other rows
     tensors_accounted         share of the planned tensors that are in the result as planned,
                               unchanged ones byte for byte, those that surgery makes (router rows
                               of the experts that are left, merged and zeroed weights) value for
@@ -37,9 +42,11 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -68,6 +75,7 @@ from se_compress.measures import (
     cross_entropy,
     distinct,
     find_loop,
+    gain_spread,
     is_massive,
     kl_divergence,
     massive_elements,
@@ -78,6 +86,7 @@ from se_compress.measures import (
     sink_decay,
     sink_rate,
     sink_token_change,
+    weight_cosine,
 )
 from se_compress.quant.packing import COMPRESSED_TENSORS, MARKS
 from se_compress.recipe import Recipe, Validation
@@ -109,6 +118,8 @@ GATES = (
     "router_agreement_least",
     "repetition",
     "loops",
+    "weight_cosine",
+    "weight_gain",
     "tensors_accounted",
     "reload",
 )
@@ -156,17 +167,27 @@ def validate(
     result = _streamed(stored.source, stored.read, recipe, options)
     judged = _judge(original, result, stored.small, recipe.validation, options)
     reloaded = _reload(result, stored.target, directory, tokens[0][:RELOAD_TOKENS], options)
-    checks = [*judged.checks, stored.accounted, reloaded]
+    weights = _weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
+    checks = [*judged.checks, *weights, stored.accounted, reloaded]
     return _report(source, checks, judged.compared, judged.continuations, records, found)
 
 
 def judge(
-    original: "Original", read: Reader, recipe: Recipe, options: RunOptions
+    original: "Original",
+    read: Reader,
+    recipe: Recipe,
+    options: RunOptions,
+    intended: Reader | None = None,
 ) -> tuple[Check, ...]:
-    """Every gate that the behaviour of a model decides. `read` gives its tensors by the names of
-    the source; nothing has to be on disk."""
-    result = _streamed(original.model.source, read, recipe, options)
-    return _judge(original, result, None, recipe.validation, options).checks
+    """Every gate that behaviour and weights of a model decide. `read` gives its tensors by the
+    names of the source, `intended` what they were made from, if that is not the source; nothing has
+    to be on disk."""
+    source = original.model.source
+    result = _streamed(source, read, recipe, options)
+    judged = _judge(original, result, None, recipe.validation, options).checks
+    intended = intended or original.model.read
+    weights = _weight_checks(source.tensors.values(), intended, read, recipe.validation)
+    return (*judged, *weights)
 
 
 def _alone(check: Check, reason: str) -> list[Check]:
@@ -184,7 +205,7 @@ def _report(
     records: Sequence[LayerRecord],
     found: Mapping[str, TensorInfo],
 ) -> ValidationReport:
-    perplexities = compared.predictions.perplexities if compared else (1.0, 1.0)
+    perplexities = compared.predictions.perplexities if compared else (math.nan, math.nan)
     return ValidationReport(
         passed=all(check.passed is not False for check in checks),
         checks=tuple(checks),
@@ -222,7 +243,8 @@ def _versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class _Stored:
     """A checkpoint on disk. `source` and `small` describe it as a model, `read` gives its tensors
-    by the names of that; `target` is the engine that should load it."""
+    by the names of that, `intended` what they were made from; of `changed` the values may differ.
+    `target` is the engine that should load it."""
 
     source: ModelSource
     small: Shrunk | None
@@ -230,6 +252,8 @@ class _Stored:
     accounted: Check
     complete: bool
     read: Reader
+    intended: Reader
+    changed: tuple[TensorInfo, ...]
 
 
 def _planned(
@@ -247,6 +271,10 @@ def _planned(
             small.source.tensors,
             lambda name: result_name(small.source, small.plan, name),
             plan.scheme,
+        ),
+        intended=open_shrunk(source, small),
+        changed=tuple(
+            info for info in small.source.tensors.values() if planned_bits(small.plan, info) != 16
         ),
     )
 
@@ -281,6 +309,8 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         read=open_result(
             found, source.tensors, lambda name: names[name], Scheme(form, "", -1, True)
         ),
+        intended=open_tensors(source.tensors),
+        changed=tuple(source.tensors.values()),
     )
 
 
@@ -330,6 +360,33 @@ def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]
     share = 1.0 - len(problems) / max(len(expected), 1)
     detail = "; ".join(problems[:3])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
+
+
+def _weight_checks(
+    changed: Iterable[TensorInfo], intended: Reader, read: Reader, rule: Validation
+) -> tuple[Check, Check]:
+    """Every matrix that may have changed, beside what it was made from."""
+    least, where = 1.0, ""
+    spreads = defaultdict[tuple[int | None, str], list[float]](list)
+    for info in changed:
+        if len(info.shape) != 2:
+            continue
+        before, after = intended(info.name).float(), read(info.name).float()
+        cosine = weight_cosine(before, after)
+        if cosine is None:
+            continue
+        if not cosine >= least:
+            least, where = cosine, f"least in {info.name}"
+        kind = info.name.removesuffix(".weight").rpartition(".")[2]
+        spreads[info.layer, kind].append(gain_spread(before, after))
+    of_kind = {key: median(values) for key, values in spreads.items()}
+    worst = max(of_kind, key=lambda key: _sortable(of_kind[key], math.inf), default=None)
+    most = of_kind[worst] if worst else 0.0
+    detail = f"most in {worst[1]} of layer {worst[0]}" if worst and most else ""
+    return (
+        _at_least("weight_cosine", least, rule.weight_cosine, where),
+        _at_most("weight_gain", most, rule.weight_gain, detail),
+    )
 
 
 def _is_complete(small: Shrunk, found: Mapping[str, TensorInfo]) -> bool:

@@ -14,11 +14,14 @@ import pytest
 import tiny
 import torch
 import yaml
+from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 
+import se_compress
 from se_compress import __version__
 from se_compress.artifacts import ValidationReport, from_json
 
+RESULT_SCHEMA = Path(se_compress.__file__).parent / "schemas" / "run-result.schema.json"
 COMMAND = str(Path(sys.executable).with_name("se-compress"))
 MODULE = [sys.executable, "-m", "se_compress"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
@@ -518,6 +521,7 @@ def test_an_existing_checkpoint_is_judged_on_its_own(
     done = run("r.yaml", "--validate", "out", "--json", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout)
+    Draft202012Validator(json.loads(RESULT_SCHEMA.read_text("utf-8"))).validate(line)
     assert (line["outcome"], line["validation"]) == ("validated", "out.validation/validation.json")
     again = json.loads((tmp_path / "out.validation" / "validation.json").read_text())
     assert again["checks"] == made["checks"], "by the plan that lies in it"

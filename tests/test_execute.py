@@ -457,7 +457,7 @@ def test_as_many_at_a_time_as_memory_allows(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run(tiny_model("mixtral"), tmp_path / "together")
-    monkeypatch.setattr(solver, "STACK_ELEMENTS", 1)
+    monkeypatch.setattr(solver, "STACK_ELEMENTS", {"cpu": 1})
     alone = run(tiny_model("mixtral"), tmp_path / "alone")
     assert [e.id for e in alone.experts] == [e.id for e in together.experts]
     for name, tensor in together.tensors.items():

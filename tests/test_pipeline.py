@@ -208,6 +208,8 @@ def test_all_files_of_the_contract_come_out(published: Path, tiny_model: TinyMod
         "router_agreement_least",
         "repetition",
         "loops",
+        "weight_cosine",
+        "weight_gain",
         "tensors_accounted",
         "reload",
     ]

@@ -167,7 +167,7 @@ TOP = (
         ("validation.kl", "known are data, samples, sequence_length, seed, chat_template, "
          "perplexity_increase, kl_divergence, massive_activation_ratio, sink_decay, "
          "sink_token_error, router_agreement, router_agreement_least, repetition, loops, "
-         "early_stop, generation"),
+         "weight_cosine, weight_gain, early_stop, generation"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(path: str, hint: str) -> None:

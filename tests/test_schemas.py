@@ -1,6 +1,8 @@
 """The JSON Schemas: the committed ones are the generated ones, and real files keep to them."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,14 @@ from artefacts_example import (
 )
 from jsonschema import Draft202012Validator, ValidationError
 
-from se_compress.artifacts import RunResult, to_json, to_json_line
+from se_compress.artifacts import (
+    Check,
+    RunResult,
+    ValidationReport,
+    from_json,
+    to_json,
+    to_json_line,
+)
 
 NAMES = ("comparison", "plan", "profile", "run-result", "validation")
 
@@ -62,6 +71,27 @@ def test_artefacts_keep_to_their_schema() -> None:
         RunResult("failed", 2, "r.yaml: there is no such recipe"),
     ):
         check("run-result", to_json_line(result))
+
+
+def test_what_is_no_number_is_json_all_the_same() -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    made = example_validation()
+    broken = (
+        Check("kl_divergence", math.nan, 0.2, False),
+        Check("perplexity_increase", math.inf, 0.1, False),
+        Check("sink_decay", -math.inf, 0.1, True),
+    )
+    text = to_json(replace(made, checks=(*broken, *made.checks[3:]), perplexity_result=math.inf))
+    plain = json.loads(text, parse_constant=refuse)
+    assert [check["value"] for check in plain["checks"][:3]] == ["NaN", "Infinity", "-Infinity"]
+    check("validation", text)
+    again = from_json(ValidationReport, text, "validation.json")
+    assert math.isnan(again.checks[0].value or 0.0)
+    assert [c.value for c in again.checks[1:3]] == [math.inf, -math.inf]
+    assert again.perplexity_result == math.inf
+    assert to_json(again) == text
 
 
 @pytest.mark.parametrize(

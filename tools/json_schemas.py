@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from se_compress.artifacts import (
+    NOT_FINITE,
     Comparison,
     CompressionPlan,
     ExpertProfile,
@@ -29,7 +30,7 @@ ROOTS: Mapping[str, type] = {
     "comparison": Comparison,
     "run-result": RunResult,
 }
-PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+PLAIN = {str: "string", bool: "boolean", int: "integer", type(None): "null"}
 
 
 def schema_of(root: type) -> dict[str, Any]:
@@ -72,6 +73,9 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"enum": list(arguments)}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [_schema(argument, definitions) for argument in arguments]}
+    if kind is float:
+        definitions["Real"] = {"anyOf": [{"type": "number"}, {"enum": list(NOT_FINITE)}]}
+        return {"$ref": "#/$defs/Real"}
     return {"type": PLAIN[kind]}
 
 

@@ -1,5 +1,5 @@
-"""se-compress: `compress` under a plan that needs no profile (one width, nothing protected), the
-model running in the checkpoint's own bfloat16, as the others run it."""
+"""se-compress at its defaults: `compress` under a plan that needs no profile (one width, nothing
+protected)."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,6 @@ def quantize(job: Job) -> str:
             "model": job.model,
             "output": job.output,
             "target": "gptqmodel",
-            "compute_dtype": "bfloat16",
             "calibration": {"data": "the tokens of the job"},
             "policy": {"protect": "none", "bits": job.bits},
             "quantization": {"group_size": job.group_size, "symmetric": job.symmetric},
