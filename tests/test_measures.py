@@ -13,6 +13,7 @@ from se_compress.measures import (
     cross_entropy,
     distinct,
     find_loop,
+    gain_spread,
     is_massive,
     kl_divergence,
     massive_elements,
@@ -24,6 +25,7 @@ from se_compress.measures import (
     sink_mass,
     sink_rate,
     sink_token_change,
+    weight_cosine,
 )
 
 
@@ -197,3 +199,23 @@ def test_distinct_of_pairs() -> None:
 )
 def test_a_loop_is_an_end_that_repeats_itself(tokens: list[int], loop: Loop | None) -> None:
     assert find_loop(tokens) == loop
+
+
+def test_weights_are_compared_as_vectors_and_row_by_row() -> None:
+    generator = torch.Generator().manual_seed(3)
+    old, new = (torch.randn(7, 5, generator=generator) for _ in range(2))
+    old[2] = 0.0  # a row that has no direction, and counts for nothing
+    dot = sum(float(a * b) for a, b in zip(old.flatten(), new.flatten(), strict=True))
+    sizes = [math.sqrt(sum(float(a) ** 2 for a in x.flatten())) for x in (old, new)]
+    assert weight_cosine(old, new) == pytest.approx(dot / (sizes[0] * sizes[1]), rel=1e-5)
+    gains = [
+        sum(float(a * b) for a, b in zip(r, s, strict=True)) / sum(float(a) ** 2 for a in r)
+        for i, (r, s) in enumerate(zip(old, new, strict=True))
+        if i != 2
+    ]
+    mean = sum(gains) / len(gains)
+    spread = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / len(gains))
+    assert gain_spread(old, new) == pytest.approx(spread, rel=1e-5)
+    assert weight_cosine(torch.zeros(2, 2), torch.ones(2, 2)) is None
+    assert weight_cosine(torch.ones(2, 2), torch.zeros(2, 2)) == 0
+    assert gain_spread(torch.zeros(2, 2), torch.ones(2, 2)) == 0

@@ -287,6 +287,43 @@ def test_without_a_plan_every_tensor_has_to_be_there_all_the_same(
     assert report.check("kl_divergence").detail.startswith("not run")
 
 
+def test_two_experts_in_each_others_place_are_seen_by_their_weights(
+    judge_foreign: Callable[..., ValidationReport], tiny_model: TinyModel
+) -> None:
+    weights = load_file(tiny_model("qwen3_moe") / "model.safetensors")
+    names = [f"model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in (2, 5)]
+    swapped = dict(zip(names, (weights[name] for name in names[::-1]), strict=True))
+    check = judge_foreign("qwen3_moe", **swapped).check("weight_cosine")
+    assert check.passed is False
+    assert abs(check.value or 1.0) < 0.1
+    assert check.detail.removeprefix("least in ") in names
+
+
+def test_noise_leaves_a_matrix_its_direction_and_its_rows_their_size(
+    judge_foreign: Callable[..., ValidationReport],
+) -> None:
+    report = judge_foreign("qwen3_moe", noise=0.2)
+    assert report.check("weight_cosine").value == pytest.approx(1 / math.sqrt(1.04), abs=0.01)
+    assert report.check("weight_gain").value < 0.05  # type: ignore[operator]
+    assert report.check("weight_cosine").passed
+    assert report.check("weight_gain").passed
+
+
+def test_scales_of_other_rows_are_seen_by_the_sizes_of_rows(
+    judge_foreign: Callable[..., ValidationReport], tiny_model: TinyModel
+) -> None:
+    weights = load_file(tiny_model("qwen3_moe") / "model.safetensors")
+    off = {}
+    for expert in range(8):
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        gain = torch.tensor([0.6, 1.4]).repeat(len(weights[name]) // 2)[:, None]
+        off[name] = (weights[name].float() * gain).to(weights[name].dtype)
+    check = judge_foreign("qwen3_moe", **off).check("weight_gain")
+    assert check.passed is False
+    assert check.value == pytest.approx(0.4, abs=0.01)
+    assert check.detail == "most in down_proj of layer 1"
+
+
 def test_without_a_plan_shapes_and_strangers_are_named(
     judge_foreign: Callable[..., ValidationReport],
 ) -> None:
