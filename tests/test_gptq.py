@@ -344,11 +344,12 @@ def test_members_that_share_a_hessian_come_out_as_with_copies_of_it(grid: Grid) 
     shared = hessian[:1]
     together = gptq(weight, shared, grid)
     apart = gptq(weight, shared.expand(4, -1, -1), grid)
-    # One factorisation and a batch of four agree to the last bit on some CPUs and not on others, and
-    # where two candidates cost the same that bit decides.
+    # Products for one member and for four agree to the last bit on some CPUs and not on others.
+    # Where two zero points cost the same that bit decides, and all codes of the row move with it.
     assert (together.stack.zeros == apart.stack.zeros).float().mean() > 0.9
-    assert torch.isclose(together.stack.scales, apart.stack.scales, rtol=5e-3).float().mean() > 0.9
-    assert (together.stack.codes == apart.stack.codes).float().mean() > 0.98
+    assert torch.isclose(together.stack.scales, apart.stack.scales, rtol=5e-3).float().mean() > 0.95
+    values = dequantize(together.stack), dequantize(apart.stack)
+    assert torch.isclose(*values, rtol=5e-3).float().mean() > 0.95
     assert torch.allclose(together.error, apart.error, rtol=5e-2)
     assert together.damping == apart.damping
     assert together.unfactorable == apart.unfactorable == ()
