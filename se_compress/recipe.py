@@ -271,7 +271,7 @@ class Validation(_Text):
     router_agreement_least: Fraction = 0.50
     repetition: Annotated[float, Field(gt=0.0)] = 0.25
     loops: Annotated[float, Field(gt=0.0)] = 0.50
-    weight_cosine: Fraction = 0.30
+    weight_cosine: Fraction = 0.10
     weight_gain: Annotated[float, Field(gt=0.0)] = 0.25
     early_stop: bool = True
     generation: Generation = Generation()
