@@ -842,9 +842,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return {key_kind(k): _decode(value_kind, v, f"{where}.{k}") for k, v in data.items()}
     if origin is Literal and data in arguments:
         return data
-    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
-        return float(data)
-    if kind is float and data in NOT_FINITE:
+    number = isinstance(data, int | float) and not isinstance(data, bool)
+    if kind is float and (number or data in NOT_FINITE):
         return float(data)
     if isinstance(kind, type) and type(data) is kind:
         return data

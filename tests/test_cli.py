@@ -14,14 +14,14 @@ import pytest
 import tiny
 import torch
 import yaml
+from json_schemas import DIRECTORY
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 
-import se_compress
 from se_compress import __version__
 from se_compress.artifacts import ValidationReport, from_json
 
-RESULT_SCHEMA = Path(se_compress.__file__).parent / "schemas" / "run-result.schema.json"
+RESULT_SCHEMA = DIRECTORY / "run-result.schema.json"
 COMMAND = str(Path(sys.executable).with_name("se-compress"))
 MODULE = [sys.executable, "-m", "se_compress"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}

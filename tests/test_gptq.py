@@ -346,10 +346,12 @@ def test_members_that_share_a_hessian_come_out_as_with_copies_of_it(grid: Grid) 
     apart = gptq(weight, shared.expand(4, -1, -1), grid)
     # Products for one member and for four agree to the last bit on some CPUs and not on others.
     # Where two zero points cost the same that bit decides, and all codes of the row move with it.
-    assert (together.stack.zeros == apart.stack.zeros).float().mean() > 0.9
+    zeros = together.stack.zeros.int() - apart.stack.zeros.int()
+    assert (zeros == 0).float().mean() > 0.95
+    assert zeros.abs().max() <= 1
     assert torch.isclose(together.stack.scales, apart.stack.scales, rtol=5e-3).float().mean() > 0.95
     values = dequantize(together.stack), dequantize(apart.stack)
-    assert torch.isclose(*values, rtol=5e-3).float().mean() > 0.95
+    assert torch.isclose(*values, rtol=5e-3).float().mean() > 0.98
     assert torch.allclose(together.error, apart.error, rtol=5e-2)
     assert together.damping == apart.damping
     assert together.unfactorable == apart.unfactorable == ()
