@@ -40,7 +40,13 @@ from se_compress.quant.gptq import gptq
 from se_compress.quant.grid import Grid, dequantize
 from se_compress.recipe import Recipe, parse_recipe
 from se_compress.source import open_source
-from se_compress.streaming import RoutingCapture, StreamedModel, batches_of, in_pieces
+from se_compress.streaming import (
+    RoutingCapture,
+    StreamedModel,
+    batches_of,
+    experts_forward,
+    in_pieces,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"
@@ -333,8 +339,10 @@ def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: 
             decisions = [ExpertDecision(number, e, "quantize", variant.bits, "") for e in range(16)]
             solver.quantize_experts(model.source, experts, capture, decisions, scheme, recipe)
         seconds += time.perf_counter() - started
-        model.add_experts(module, calibration, capture)
-        model.add_experts(module, held_out, other)
+        experts.observer = None
+        for states, seen in ((calibration, capture), (held_out, other)):
+            routing = (seen.hidden, seen.experts, seen.weights)
+            model.add_routed(states, experts_forward(experts, *routing))
     return {**compare(model, text, reference, held_out), "seconds": seconds}
 
 

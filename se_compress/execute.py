@@ -317,7 +317,7 @@ def _quantize_layer(
         made.tensors |= linear.tensors
     if planned.experts:
         live = model.experts_module(module)
-        tensors, made.experts = quantize_experts(
+        tensors, made.experts, output = quantize_experts(
             model.source, live, capture, planned.experts, scheme, recipe
         )
         made.tensors |= tensors
@@ -328,7 +328,8 @@ def _quantize_layer(
         )
         made.tensors |= tensors
         made.experts.append(record)
-        made.result = run()  # the first run had the shared expert of the source
-    elif planned.experts:
-        model.add_experts(module, made.result, capture)
+        # the first run had the shared expert of the source
+        made.result = run(without_experts if planned.experts else None)
+    if planned.experts:
+        model.add_routed(made.result, output)
     return made

@@ -86,21 +86,40 @@ def quantize_experts(
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
     recipe: Recipe,
-) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
+) -> tuple[dict[str, Tensor], list[ExpertRecord], Tensor]:
     """Quantise routed experts of one layer, given as the live fused module.
 
     capture  what the layer's experts see
-    Returns the packed tensors, by the names of the weights that they stand for, and the records.
+    Returns the packed tensors, by the names of the weights that they stand for; the records; and
+    the output [N, H] float32 of all routed experts, these and those that keep their precision.
     """
-    if scheme.format == "bitsandbytes":
-        return _pack_experts(source, experts, capture, decisions, scheme)
+    output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
+    quantize = _pack_experts if scheme.format == "bitsandbytes" else _solve_experts
+    tensors, records = quantize(source, experts, capture, decisions, scheme, recipe, output)
+    done = {decision.expert for decision in decisions}
+    for expert in range(len(experts.down_proj)):
+        if expert not in done:
+            _add_output(output, capture, experts, expert, _inner(capture, experts, expert))
+    return tensors, sorted(records, key=lambda record: record.id), output
+
+
+def _solve_experts(
+    source: ModelSource,
+    experts: Any,
+    capture: RoutingCapture,
+    decisions: Sequence[ExpertDecision],
+    scheme: Scheme,
+    recipe: Recipe,
+    output: Tensor,
+) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
     tensors: dict[str, Tensor] = {}
     records: list[ExpertRecord] = []
     rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
     for widths, members in _stacks(decisions, experts):
         inputs = _gate_up_inputs(capture, members, everyone, rule.shrinkage)
         gate_up = _replace(experts.gate_up_proj, members, inputs, widths[0], scheme, rule)
-        inner_inputs = _down_inputs(capture, experts, members, everyone, rule.shrinkage)
+        inner = [_inner(capture, experts, expert, everyone) for expert in members]
+        inner_inputs = _down_inputs(capture, experts, members, inner, inputs, rule.shrinkage)
         down = _replace(experts.down_proj, members, inner_inputs, widths[1], scheme, rule)
         for i, expert in enumerate(members):
             identity = ExpertId(decisions[0].layer, expert)
@@ -109,7 +128,10 @@ def quantize_experts(
                 if solved is not None:
                     tensors |= _packed(part, solved.stack, i, scheme.format)
             records.append(_record(identity, widths, i, inputs, inner_inputs, gate_up, down))
-    return tensors, sorted(records, key=lambda record: record.id)
+            if everyone:
+                inner[i] = inner[i].index_select(0, capture.rows_of(expert)[0])
+            _add_output(output, capture, experts, expert, inner[i])
+    return tensors, records
 
 
 def _pack_experts(
@@ -118,6 +140,8 @@ def _pack_experts(
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
+    recipe: Recipe,
+    output: Tensor,
 ) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
     """The same through bitsandbytes, which looks at weights only; the tokens serve to measure."""
     tensors: dict[str, Tensor] = {}
@@ -132,9 +156,12 @@ def _pack_experts(
                 name = source.experts[decision.id][role].name
                 tensors |= _pack_in_place(name, live, scheme)
         rows, _ = capture.rows_of(decision.expert)
-        inputs = capture.hidden[rows]
-        inner = expert_inner(experts, decision.expert, inputs)
-        errors = _output_error(before[0], gate_up, inputs), _output_error(before[1], down, inner)
+        inner = _inner(capture, experts, decision.expert)
+        _add_output(output, capture, experts, decision.expert, inner)
+        errors = (
+            _output_error(before[0], gate_up, capture.hidden[rows]),
+            _output_error(before[1], down, inner[: len(rows)]),
+        )
         records.append(
             ExpertRecord(
                 layer=decision.layer,
@@ -200,21 +227,38 @@ def _gate_up_inputs(
 
 
 def _down_inputs(
-    capture: RoutingCapture, experts: Any, members: Sequence[int], everyone: bool, enough: float
+    capture: RoutingCapture,
+    experts: Any,
+    members: Sequence[int],
+    inner: Sequence[Tensor],
+    inputs: _Inputs,
+    enough: float,
 ) -> _Inputs:
+    """inner  what `_inner` gives for each member; inputs  those of its gate and up"""
     some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
     parts = []
-    for expert in members:
-        inner = _inner(capture, experts, expert, everyone)
-        parts.append(_hessian(inner, partial(_down_prior, experts, expert, some), enough))
+    for expert, states, tokens in zip(members, inner, inputs.tokens, strict=True):
+        prior = partial(_down_prior, experts, expert, some)
+        parts.append(_hessian(states[:tokens], prior, enough))
     return _stack_inputs(parts)
 
 
-def _inner(capture: RoutingCapture, experts: Any, expert: int, everyone: bool) -> Tensor:
+def _inner(capture: RoutingCapture, experts: Any, expert: int, everyone: bool = False) -> Tensor:
+    """Input [n, I] of an expert's down_proj for the tokens routed to it, and after them maybe a few
+    repetitions; or for all tokens."""
     if everyone:
         return expert_inner(experts, expert, capture.hidden)
     rows, _ = capture.rows_of(expert)
-    return expert_inner(experts, expert, select_rows(capture.hidden, rows))[: len(rows)]
+    return expert_inner(experts, expert, select_rows(capture.hidden, rows))
+
+
+def _add_output(
+    output: Tensor, capture: RoutingCapture, experts: Any, expert: int, inner: Tensor
+) -> None:
+    """Add to output [N, H] what an expert makes of `_inner`, by routing weight."""
+    rows, weights = capture.rows_of(expert)
+    made = nn.functional.linear(inner, experts.down_proj[expert])[: len(rows)]
+    output.index_add_(0, rows, made.float() * weights[:, None])
 
 
 def _down_prior(experts: Any, expert: int, hidden: Tensor) -> Tensor:

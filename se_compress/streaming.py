@@ -392,16 +392,13 @@ class StreamedModel:
             hook.remove()
         return results
 
-    @torch.no_grad()
-    def add_experts(
-        self, module: nn.Module, hidden: Sequence[Tensor], capture: "RoutingCapture"
-    ) -> None:
-        """Complete, in place, what `run_layer` returned under a capture that did not run the
-        experts. In every family of the table their output enters the stream as it is."""
-        experts = self.experts_module(module)
-        experts.observer = None
-        for states, routing in zip(hidden, capture.routings, strict=True):
-            states += experts_forward(experts, *routing).view_as(states)
+    @staticmethod
+    def add_routed(hidden: Sequence[Tensor], output: Tensor) -> None:
+        """Complete, in place, what `run_layer` returned without the routed experts by their output
+        [N, H]. In every family of the table it enters the stream as it is."""
+        parts = torch.split(output, [states.shape[0] * states.shape[1] for states in hidden])
+        for states, part in zip(hidden, parts, strict=True):
+            states += part.view_as(states).to(states.dtype)
 
     def _attach(self, layer: int, module: nn.Module, observer: Observer) -> list[RemovableHandle]:
         """Tell the experts and the attention of a layer whom to report to; the plain MLPs (shared
@@ -516,36 +513,37 @@ class RoutingCapture(Observer):
     """Keeps the input of a layer's routed experts and the routing, over all batches.
 
     After the run: `hidden` [N, H], `experts` [N, k], `weights` [N, k], rows in the order of the
-    batches; `routings` the same batch by batch.
+    batches.
     """
 
     def __init__(self, *, runs_experts: bool = True) -> None:
         super().__init__()
         self.runs_experts = runs_experts
-        self.routings: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._hidden: list[Tensor] = []
+        self._routings: list[tuple[Tensor, Tensor]] = []
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
-        self.routings.append((hidden.detach(), experts, weights))
+        self._hidden.append(hidden.detach())
+        self._routings.append((experts, weights))
 
     @property
     def saw_experts(self) -> bool:
         """False for a dense layer."""
-        return bool(self.routings)
+        return bool(self._routings)
 
     @cached_property
     def hidden(self) -> Tensor:
-        whole = torch.cat([routing[0] for routing in self.routings])
-        views = torch.split(whole, [len(routing[0]) for routing in self.routings])
-        self.routings = [(v, *r[1:]) for v, r in zip(views, self.routings, strict=True)]
+        whole = torch.cat(self._hidden)
+        self._hidden.clear()  # not twice in memory
         return whole
 
     @cached_property
     def experts(self) -> Tensor:
-        return torch.cat([routing[1] for routing in self.routings])
+        return torch.cat([experts for experts, _ in self._routings])
 
     @cached_property
     def weights(self) -> Tensor:
-        return torch.cat([routing[2] for routing in self.routings])
+        return torch.cat([weights for _, weights in self._routings])
 
     def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Rows [n] routed to `expert`, ascending, and their routing weights [n]."""

@@ -25,6 +25,7 @@ from se_compress.streaming import (
     RoutingCapture,
     StreamedModel,
     batches_of,
+    experts_forward,
     leading,
     load_states,
     save_states,
@@ -444,7 +445,8 @@ def test_leading_sequences_of_batches() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_experts_added_afterwards_give_the_whole_layer(tiny_model: TinyModel, name: str) -> None:
     model = open_streamed(tiny_model(name))
-    hidden = model.embed(batches_of(TOKENS, BATCH_TOKENS))
+    batches = batches_of(TOKENS, BATCH_TOKENS)
+    hidden = model.embed(batches)
     for layer in range(model.source.layer_count):
         module = model.load_layer(layer)
         whole = model.run_layer(layer, module, hidden)
@@ -452,8 +454,11 @@ def test_experts_added_afterwards_give_the_whole_layer(tiny_model: TinyModel, na
         parts = model.run_layer(layer, module, hidden, capture)
         if layer in model.source.moe_layers:
             assert not any(torch.allclose(a, b) for a, b in zip(parts, whole, strict=True))
-            assert capture.hidden.shape[0] == sum(len(routing[0]) for routing in capture.routings)
-            model.add_experts(module, parts, capture)
+            assert capture.hidden.shape[0] == sum(batch.numel() for batch in batches)
+            experts = model.experts_module(module)
+            experts.observer = None
+            routing = (capture.hidden, capture.experts, capture.weights)
+            model.add_routed(parts, experts_forward(experts, *routing))
         for ours, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(ours, expected)
         hidden = whole
