@@ -9,8 +9,11 @@ held-out tokens:
     mixed       2, 3 and 4 bits for all, the super experts in 16; widths of 2, 3, 4 and 8 bits mixed
                 at just the same sizes; and at budgets between
     protection  at one budget of bits per weight: super experts protected, and not (the naive twin
-                has the protection's bytes for its other experts)
+                has the protection's bytes for its other experts); four continuations of 24 tokens
     random      the same budget with as many random experts of the same layers protected, five draws
+
+A GPTQ file spends 32 / rows bits per weight on g_idx, which these small experts feel: budgets below
+its least are met in auto-round's packing, and 2.25 bits with one scale per row.
 
 Measurements are kept under --work, and the section of RESULTS.md is rewritten from all of them, so
 a run can be made in parts.
@@ -19,6 +22,8 @@ a run can be made in parts.
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from reference import (
@@ -43,54 +48,93 @@ WORK = ROOT / "out" / "benchmark-policy"
 WIDTHS = [2, 3, 4, 8]
 UNIFORM = (3, 2, 4)
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.25)
-# At these the super experts are protected, and not, and random ones are.
-PROTECTION = {"smollm2-moe": (3.0, 3.5, 4.25), "smollm2-mixtral": (2.5, 3.0, 3.5)}
+# At these the super experts are protected, and not, and at one of them random ones are.
+PROTECTION = {"smollm2-moe": (2.5, 3.0, 3.5, 4.25), "smollm2-mixtral": (2.5, 3.0, 3.5, 4.25)}
 RANDOM = {"smollm2-moe": 3.0, "smollm2-mixtral": 2.5}
 DRAWS = 5
 CALIBRATION = 8  # sequences that the quantiser sees
+CONTINUED = 24  # tokens of a continuation
 PARTS = ("mixed", "protection", "random")
+FORMS: Mapping[str, Mapping[str, Any]] = {
+    "": {},
+    ", auto-round": {"target": "transformers"},
+    ", auto-round, a scale per row": {"target": "transformers", "group_size": -1},
+}
 
 
-def recipe_for(name: str, **policy: Any) -> Recipe:
+@dataclass(frozen=True)
+class Setting:
+    """How a checkpoint is made and judged: files by their target, groups, tokens to continue by."""
+
+    policy: Mapping[str, Any]
+    target: str = "gptqmodel"
+    group_size: int = 64
+    continued: int = 0
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def recipe_for(name: str, setting: Setting) -> Recipe:
     return recipe_of(
         name,
         {
-            "generation": {"tokens": 0},
+            "generation": {"tokens": setting.continued},
             "massive_activation_ratio": 0.0,  # a bad result is measured, and not given up
             "sink_decay": 1.0,
         },
-        target="gptqmodel",
-        policy=policy,
-        quantization={"method": "gptq", "group_size": 64},
+        target=setting.target,
+        policy=setting.policy,
+        quantization={"method": "gptq", "group_size": setting.group_size},
     )
 
 
 # ---------------------------------------------------------------------------------------- the plans
 
 
-def policies(model: Model, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and policy of each checkpoint of a part of the benchmark."""
+def settings(model: Model, part: str) -> Iterator[tuple[str, Setting]]:
+    """Name and setting of each checkpoint of a part of the benchmark."""
     if part == "mixed":
         for bits in UNIFORM:
-            recipe = recipe_for(model.name, bits=bits)
-            size = make_plan(model.source, model.profile, recipe).size_bytes
-            yield f"{bits} bits for all", {"bits": bits}
-            yield f"mixed, the size of {bits} bits", {"bits": WIDTHS, "size": size}
+            uniform = Setting({"bits": bits})
+            size = make_plan(
+                model.source, model.profile, recipe_for(model.name, uniform)
+            ).size_bytes
+            yield f"{bits} bits for all", uniform
+            yield f"mixed, the size of {bits} bits", Setting({"bits": WIDTHS, "size": size})
         for budget in BUDGETS:
-            yield f"mixed, {budget} bits per weight", _budget(budget)
+            yield _budget(model, budget)
+        yield "2 bits for all, auto-round", Setting({"bits": 2}, "transformers")
     if part == "protection":
         for budget in PROTECTION[model.name]:
-            yield f"{budget} bits per weight, protected", _budget(budget)
-            yield f"{budget} bits per weight, naive", _budget(budget) | {"protect": "none"}
+            yield _budget(model, budget, ", protected", continued=CONTINUED)
+            yield _budget(model, budget, ", naive", {"protect": "none"}, continued=CONTINUED)
     if part == "random":
-        budget = RANDOM[model.name]
         for draw in range(DRAWS):
-            chosen = _random_experts(model, draw)
-            yield f"{budget} bits per weight, draw {draw}", _budget(budget) | {"protect": chosen}
+            chosen = {"protect": _random_experts(model, draw)}
+            budget = RANDOM[model.name]
+            yield _budget(model, budget, f", draw {draw}", chosen, continued=CONTINUED)
 
 
-def _budget(bits_per_weight: float) -> dict[str, Any]:
-    return {"bits": WIDTHS, "bits_per_weight": bits_per_weight}
+def _budget(
+    model: Model,
+    bits_per_weight: float,
+    suffix: str = "",
+    policy: Mapping[str, Any] = MappingProxyType({}),
+    **setting: Any,
+) -> tuple[str, Setting]:
+    """Of the formats that can meet the budget under protection, the first."""
+    name = f"{bits_per_weight} bits per weight"
+    protected = {"bits": WIDTHS, "bits_per_weight": bits_per_weight}
+    for form, parts in FORMS.items():
+        try:
+            recipe = recipe_for(model.name, Setting(protected, **parts))
+            make_plan(model.source, model.profile, recipe)
+        except RecipeError:
+            continue
+        return f"{name}{form}{suffix}", Setting({**protected, **policy}, **parts, **setting)
+    raise SystemExit(f"{name}: none of the formats can meet that for {model.name}")
 
 
 def _random_experts(model: Model, draw: int) -> list[dict[str, int]]:
@@ -108,25 +152,23 @@ def _random_experts(model: Model, draw: int) -> list[dict[str, int]]:
 def measure(
     model: Model, part: str, known: dict[str, dict[str, Any]], keep: Callable[[], None]
 ) -> None:
-    """Add what is not known yet. Equal policies of several parts are measured once."""
-    measured = {json.dumps(row["policy"], sort_keys=True): row for row in known.values()}
-    for name, policy in policies(model, part):
-        key = json.dumps(policy, sort_keys=True)
-        recipe = recipe_for(model.name, **policy)
-        try:
+    """Add what is not known yet. Equal settings of several parts are measured once."""
+    measured = {row["setting"]: row for row in known.values()}
+    for key in [key for key in known if key.startswith(f"{part}: ")]:
+        del known[key]
+    for name, setting in settings(model, part):
+        if setting.key not in measured:
+            recipe = recipe_for(model.name, setting)
             plan = make_plan(model.source, model.profile, recipe)
-        except RecipeError as error:
-            known[f"{part}: {name}"] = {"policy": policy, "impossible": str(error)}
-            continue
-        if key not in measured:
             tokens = model.calibration[:: len(model.calibration) // CALIBRATION]
-            measured[key] = judge(model, recipe, plan, tokens) | {
+            measured[setting.key] = judge(model, recipe, plan, tokens) | {
                 "bits": plan.bits_per_weight,
                 "predicted": predicted_loss(plan, model.profile),
+                "setting": setting.key,
             }
-        known[f"{part}: {name}"] = measured[key] | {"policy": policy}
+            print(model.name, part, name, json.dumps(measured[setting.key]), flush=True)
+        known[f"{part}: {name}"] = measured[setting.key]
         keep()
-        print(model.name, part, name, json.dumps(known[f"{part}: {name}"]), flush=True)
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -140,6 +182,8 @@ COLUMNS: Columns = {
     "massive_activation_ratio": ("massive activation kept", "{:.4f}"),
     "sink_decay": ("sink decay", "{:.4f}"),
     "router_agreement": ("router agreement", "{:.3f}"),
+    "repetition": ("repetition", "{:+.3f}"),
+    "loops": ("loops", "{:+.2f}"),
 }
 TITLES = {
     "mixed": "widths mixed against one width",
@@ -152,15 +196,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         f"| {' | '.join(['', *(title for title, _ in COLUMNS.values())])} |",
         f"|---|{'---|' * len(COLUMNS)}",
+        *(f"| {name} | {' | '.join(cells(row, COLUMNS))} |" for name, row in rows.items()),
     ]
-    for name, row in rows.items():
-        if "impossible" in row:
-            least = row["impossible"].partition(", but ")[2].partition(" is the least")[0]
-            lines.append(
-                f"| {name} | impossible, the least is {least} |{' |' * (len(COLUMNS) - 1)}"
-            )
-            continue
-        lines.append(f"| {name} | {' | '.join(cells(row, COLUMNS))} |")
     return "\n".join(lines)
 
 
@@ -169,7 +206,8 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         "## Widths and protection",
         "",
         f"`python benchmarks/policy.py`, {machine()}. GPTQ, groups of 64, {CALIBRATION} x 256"
-        f" calibration and {HELD_OUT} x 256 held-out tokens.",
+        f" calibration and {HELD_OUT} x 256 held-out tokens; repetition and loops are result minus"
+        " source. Rows of one name are of one size; what is not named is a GPTQ file.",
     ]
     for name, known in measured.items():
         for part in PARTS:
@@ -188,7 +226,7 @@ def main() -> None:
         write_section("policy", section(measured))
 
     for name in arguments.models.split(","):
-        model = open_model(name, recipe_for(name), arguments.work)
+        model = open_model(name, recipe_for(name, Setting({}, continued=CONTINUED)), arguments.work)
         for part in (arguments.only,) if arguments.only else PARTS:
             measure(model, part, measured.setdefault(name, {}), keep)
 
