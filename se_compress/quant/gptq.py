@@ -287,7 +287,8 @@ class _Part:
 
     def __init__(self, weight: Tensor, hessian: Tensor, factors: _Factors, grid: Grid) -> None:
         self.original, self.hessian, self.factors, self.grid = weight, hessian, factors, grid
-        self.group = factors.order // grid.width(weight.shape[2])  # [E, C]
+        self.width = grid.width(weight.shape[2])
+        self.group = factors.order // self.width  # [E, C]
         self.weight = _arrange(weight.mT, factors.order)
         self.codes = torch.zeros_like(self.weight, dtype=torch.uint8)
         self.error = torch.zeros_like(self.weight)  # weight less its rounded value
@@ -373,7 +374,8 @@ class _Part:
 
     def _refit(self) -> None:
         """Set each row's scales to those of least cost for its codes, where that is less."""
-        steps = _arrange(self.codes, self.factors.order.argsort(1)) - self._per_column(self.zeros)
+        steps = _arrange(self.codes, self.factors.order.argsort(1)).to(torch.float32)
+        self._by_group(steps, Tensor.sub_, self.zeros)
         weight, ridge = self.original.mT, self.factors.ridge[..., None]
         for e, r in self._refit_chunks():
             part = steps[e, :, r]
@@ -381,13 +383,16 @@ class _Part:
             pull = torch.addcmul(self._response[e, :, r], ridge[e], weight[e, :, r]).mul_(part)
             pull = _sums(pull, self.grid).mT
             self.scales[e, :, r] = _least(gram, pull, self.scales[e, :, r].mT, self.grid).mT
-        rounded = _arrange(steps.mul_(self._per_column(self.scales)), self.factors.order)
-        torch.sub(self.weight, rounded, out=self.error)
+        self._by_group(steps, Tensor.mul_, self.scales)
+        torch.sub(self.weight, _arrange(steps, self.factors.order), out=self.error)
 
-    def _per_column(self, grouped: Tensor) -> Tensor:
-        """[E, G, R] to [E, C, R], in original order."""
-        columns = self.weight.shape[1]
-        return grouped.repeat_interleave(self.grid.width(columns), 1)[:, :columns]
+    def _by_group(
+        self, columns: Tensor, change: Callable[[Tensor, Tensor], object], grouped: Tensor
+    ) -> None:
+        """Change [E, C, R], in original order, in place by what each group has, [E, G, R]."""
+        parts = torch.split(columns, self.width, dim=1)
+        for part, each in zip(parts, grouped.unbind(1), strict=True):
+            change(part, each[:, None])
 
     def _refit_chunks(self) -> Iterator[tuple[slice, slice]]:
         members, columns, rows = self.weight.shape
