@@ -20,6 +20,7 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
     ModelSource,
+    TensorInfo,
 )
 from se_compress.errors import RecipeError
 from se_compress.recipe import Prune, Recipe
@@ -33,10 +34,12 @@ from se_compress.surgery import (
 from se_compress.targets import (
     TARGETS,
     TargetRules,
+    cautions,
     check_grid,
     find_rules,
     is_other_linear,
     planned_bits,
+    rules_of,
     unpackable,
     widths_of,
 )
@@ -48,7 +51,8 @@ def make_plan(
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
     plan = _plan(source, profile, recipe, _protected(source, profile, recipe))
-    return replace(plan, notes=plan.notes + _notes(profile, recipe))
+    notes = plan.notes + _notes(profile, recipe) + cautions(source, rules_of(plan))
+    return replace(plan, notes=notes)
 
 
 def _plan(
@@ -293,6 +297,24 @@ def _check_others(plan: CompressionPlan, source: ModelSource, rules: TargetRules
         if info.kind != "expert" and planned_bits(plan, info) != 16:
             if obstacle := unpackable(info, rules, plan.scheme):
                 raise RecipeError(f"{info.name} has to keep 16 bits: {obstacle}")
+    _check_fused(plan, source, rules)
+
+
+def _check_fused(plan: CompressionPlan, source: ModelSource, rules: TargetRules) -> None:
+    """Linears that the target loads as one have one width."""
+    first: dict[tuple[str, frozenset[str]], TensorInfo] = {}
+    for info in filter(is_other_linear, source.tensors.values()):
+        block, _, linear = info.name.removesuffix(".weight").rpartition(".")
+        for group in rules.fused:
+            if linear not in group:
+                continue
+            other = first.setdefault((block, group), info)
+            bits, others = planned_bits(plan, info), planned_bits(plan, other)
+            if bits != others:
+                raise RecipeError(
+                    f"{info.name} has {bits} bits and {other.name} {others}; target {plan.target} "
+                    "loads them as one matrix, of one width"
+                )
 
 
 def _protected(

@@ -102,6 +102,7 @@ class TargetRules:
     unfused_names    tensors go by their names in the live model with its experts unfused
     source           where the facts are from
     dense_mlp        it loads packed matrices of dense MLPs
+    fused            plain linears that it loads as one: those of a layer need one width
     """
 
     target: str
@@ -116,6 +117,7 @@ class TargetRules:
     unfused_names: bool
     source: str
     dense_mlp: bool = True
+    fused: tuple[frozenset[str], ...] = ()
 
 
 _GPTQMODEL = TargetRules(
@@ -162,7 +164,14 @@ _VLLM = TargetRules(
     " agree (compressed_tensors_moe.py); Marlin and Triton hold 4 and 8 bits"
     " (oracle/int_wna16.py), Marlin in groups of 32, 64, 128 (marlin_utils.py); scales per row need"
     " Marlin, zero points 4 bits, so neither is offered; Mixtral is read as w1, w3, w2 of"
-    " block_sparse_moe. Scales multiply codes less 8 or 128: they may be negative",
+    " block_sparse_moe. Scales multiply codes less 8 or 128: they may be negative. What"
+    " packed_modules_mapping of a model lists is one linear, under the scheme of its first part"
+    " (compressed_tensors/utils.py)",
+    fused=(
+        frozenset(("q_proj", "k_proj", "v_proj")),
+        frozenset(("gate_proj", "up_proj")),
+        frozenset(("q_a_proj", "kv_a_proj_with_mqa")),
+    ),
 )
 _AS_IT_IS = TargetRules(
     target="transformers",
@@ -194,6 +203,7 @@ TARGETS: tuple[TargetRules, ...] = (
         target="transformers",
         widths=(2, 3, 4, 8),
         granularity="model",
+        fused=(),
         group_sizes=(-1, 32, 64, 128, 256),
         source="transformers 5.17 unpacks all experts by one scheme, without zero points"
         " (integrations/compressed_tensors.py): another width is read wrong, without an error",
@@ -301,6 +311,19 @@ def unpackable(info: TensorInfo, rules: TargetRules, scheme: Scheme) -> str:
             f"{rules.row_multiple} x {rules.column_multiple}"
         )
     return ""
+
+
+def cautions(source: ModelSource, rules: TargetRules) -> tuple[str, ...]:
+    """What goes wrong when the target loads a model that others load right."""
+    bias = source.family == "qwen2_moe" and not any(
+        name.endswith(".q_proj.bias") for name in source.tensors
+    )
+    if rules.target == "vllm" and bias:
+        return (
+            "vLLM 0.32 gives every Qwen2-MoE biases of q, k and v (models/qwen2_moe.py) and leaves "
+            "them uninitialised if the checkpoint has none, as here: its results may be NaN",
+        )
+    return ()
 
 
 def is_other_linear(info: TensorInfo) -> bool:

@@ -843,6 +843,28 @@ def test_an_edit_that_cannot_be_done_is_refused(plan: CompressionPlan, message: 
     refuse(lambda: check_plan(plan, SOURCE, "plan.json"), f"plan.json: {message}")
 
 
+def test_linears_that_a_target_loads_as_one_need_one_width() -> None:
+    query = SOURCE.tensors[QUERY]
+    key, value = (QUERY.replace("q_proj", part) for part in ("k_proj", "v_proj"))
+    tensors = SOURCE.tensors | {name: replace(query, name=name) for name in (key, value)}
+    source = replace(SOURCE, tensors=tensors)
+    plan = make_plan(source, None, recipe("vllm", bits=4, protect="none"))
+
+    def check(plan: CompressionPlan, **bits: int) -> None:
+        names = {"q": QUERY, "k": key, "v": value}
+        others = tuple(OtherDecision(names[part], width, "") for part, width in bits.items())
+        check_plan(replace(plan, others=others), source, "plan.json")
+
+    check(plan, q=8, k=8, v=8)
+    check(make_plan(source, None, recipe(bits=4, protect="none")), q=8, k=4)
+    for bits in ({"q": 8, "k": 8, "v": 4}, {"q": 8, "k": 8}):
+        refuse(
+            lambda widths=bits: check(plan, **widths),
+            f"plan.json: {value} has {bits.get('v', 16)} bits and {QUERY} 8; target vllm loads "
+            "them as one matrix, of one width",
+        )
+
+
 # ------------------------------------------------------------------------------------- on disk
 
 

