@@ -138,14 +138,16 @@ def _budget(
 
 
 def _random_experts(model: Model, draw: int) -> list[dict[str, int]]:
-    """As many others of the super experts' layers."""
+    """As many others of the super experts' layers; no two draws share one."""
     supers = {expert.id for expert in model.profile.super_experts}
-    dice = random.Random(draw)
+    dice = random.Random(0)
     chosen: list[dict[str, int]] = []
     for layer in sorted({identity.layer for identity in supers}):
         there = {identity.expert for identity in supers if identity.layer == layer}
         others = [e for e in range(model.source.expert_count) if e not in there]
-        chosen += [{"layer": layer, "expert": e} for e in dice.sample(others, len(there))]
+        dice.shuffle(others)
+        first = draw * len(there)
+        chosen += [{"layer": layer, "expert": e} for e in others[first : first + len(there)]]
     return chosen
 
 

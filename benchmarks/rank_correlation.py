@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from policy import WORK, recipe_for
+from policy import WORK, Setting, recipe_for
 from reference import profile_of
 from results import machine, write_section
 from scipy.stats import spearmanr
@@ -155,7 +155,7 @@ class Study:
 
 @torch.no_grad()
 def study(name: str, every: int, work: Path) -> list[Fork]:
-    recipe = recipe_for(name)
+    recipe = recipe_for(name, Setting({}))
     source = open_source(recipe.model)
     calibration = draw_sequences(recipe.calibration, source.path, "calibration")
     held_out = draw_sequences(recipe.validation, source.path, "validation")

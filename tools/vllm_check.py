@@ -55,9 +55,10 @@ open(answer, "w").write(json.dumps([row[t].logprob for t, row in zip(tokens[1:],
 """
 PLAIN = """
 import json, sys, torch
+DTYPE = "bfloat16"
 from transformers import AutoModelForCausalLM
 directory, tokens, answer = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, DTYPE)).eval()
 with torch.no_grad():
     made = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
 open(answer, "w").write(json.dumps([float(made[i, t]) for i, t in enumerate(tokens[1:])]))
@@ -111,10 +112,13 @@ def served(work: Path) -> None:
     pruned = export(work, "pruned", "policy.prune={fraction: 0.25, score: frequency}")
     add_biases(pruned)
     tokens = held_out_tokens()
+    plain = Path(sys.executable)
+    in_float32 = PLAIN.replace('"bfloat16"', '"float32"')
     rows = []
     for python, code, name in (
         (VENV / "bin" / "python", SERVE, "vllm.json"),
-        (Path(sys.executable), PLAIN, "transformers.json"),
+        (plain, PLAIN, "transformers.json"),
+        (plain, in_float32, "transformers-float32.json"),
     ):
         answer = work / name
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -125,14 +129,22 @@ def served(work: Path) -> None:
             stdout=subprocess.DEVNULL,
         )
         rows.append(json.loads(answer.read_text()))
-    away = sorted(abs(a - b) for a, b in zip(*rows, strict=True))
+    served, rounded, exact = rows
     config = json.loads((pruned / "config.json").read_text())
     experts = config.get("num_experts", config.get("num_local_experts"))
     print(
-        f"served: {experts} of 16 experts a layer, bfloat16, {len(away)} tokens of held-out text; "
-        f"log-probabilities of vllm-cpu and transformers differ by {away[len(away) // 2]:.4f} in "
-        f"the median, {away[int(0.95 * len(away))]:.4f} at the 95th percentile; mean "
-        f"{sum(rows[0]) / len(away):.4f} and {sum(rows[1]) / len(away):.4f}"
+        f"served: {experts} of 16 experts a layer, bfloat16, {len(exact)} tokens of held-out text; "
+        f"log-probabilities beside transformers' in float32: {apart(served, exact)}; those of "
+        f"transformers in bfloat16: {apart(rounded, exact)}"
+    )
+
+
+def apart(found: list[float], exact: list[float]) -> str:
+    away = sorted(abs(a - b) for a, b in zip(found, exact, strict=True))
+    means = (sum(row) / len(row) for row in (found, exact))
+    return (
+        f"{away[len(away) // 2]:.4f} away in the median, {away[int(0.95 * len(away))]:.4f} at the "
+        f"95th percentile, means {' and '.join(f'{mean:.4f}' for mean in means)}"
     )
 
 
