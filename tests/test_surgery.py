@@ -608,3 +608,36 @@ def test_records_speak_of_the_experts_of_the_source(tiny_model: TinyModel, tmp_p
     found = {expert.id for record in records for expert in record.experts}
     assert found == {d.id for d in plan.experts if d.action == "quantize"}
     assert min(record.hidden_error for record in records) > 0
+
+
+@pytest.mark.parametrize("policy", [{"prune": {"fraction": 0.5}}, {"merge": {"fraction": 0.5}}])
+def test_an_interrupted_run_of_a_smaller_model_ends_with_the_same_bytes(
+    tiny_model: TinyModel, tmp_path: Path, policy: Mapping[str, Any]
+) -> None:
+    path = tiny_model("qwen2_moe")
+    source = open_source(str(path))
+    plan = plan_for(path, bits=4, **policy)
+    settings = recipe(path, target="gptqmodel", quantization={"method": "gptq", "group_size": 32})
+    small = shrink(source, plan)
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Stop
+
+    def run(name: str, options: RunOptions) -> dict[str, bytes]:
+        directory = tmp_path / name
+        layout = lay_out(result_slots(small.source, small.plan), directory, 10**9)
+        allocate(layout)
+        compress(source, plan, TOKENS, settings, layout, options)
+        return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
+
+    whole = run("whole", RunOptions())
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(Stop):
+        run("parts", RunOptions(work=work, progress=stop))
+    assert (work / "compress-states.safetensors").exists()
+    assert run("parts", RunOptions(work=work)) == whole
