@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from se_compress.artifacts import Check, ExpertId, ExpertIndex
 from se_compress.measures import COMMON_SHARE, massive_elements, massive_places, sink_decay
 from se_compress.recipe import Validation
-from se_compress.streaming import Observer, SinkCapture, StreamedModel
+from se_compress.streaming import Observer, StreamedModel
 
 # Sinks vary from layer to layer; they have collapsed if a layer has lost this share of theirs.
 SINK_COLLAPSE = 0.5
@@ -36,16 +36,6 @@ class Side:
     sinks: Tensor
     load: Callable[[], nn.Module]
     source_expert: Callable[[ExpertIndex], ExpertIndex] = lambda expert: expert
-
-
-def sinks_of(
-    model: StreamedModel, layer: int, module: nn.Module, before: Sequence[Tensor]
-) -> Tensor:
-    """Sink mass [heads] of a loaded layer; its experts are left out."""
-    capture = SinkCapture()
-    capture.runs_experts = False
-    model.run_layer(layer, module, before, capture)
-    return capture.sink_mass
 
 
 def early_warning(layer: int, source: Side, result: Side, limits: Validation) -> Check | None:

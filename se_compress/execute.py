@@ -34,7 +34,7 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.checkpoint import Reader, copy_tensor, open_tensors, write_tensors
-from se_compress.early_warning import Side, early_warning, sinks_of
+from se_compress.early_warning import Side, early_warning
 from se_compress.families import FAMILIES
 from se_compress.measures import relative_distance
 from se_compress.recipe import Recipe
@@ -229,10 +229,13 @@ def _compress_layer(
     if model is not original:
         del module  # one layer in memory
         module = model.load_layer(layer)
+    watch = _Watch(streams["result"], runs_experts=not planned.experts)
     if planned:
-        made = _quantize_layer(model, module, planned, streams["result"], plan.scheme, recipe)
+        made = _quantize_layer(
+            model, module, planned, streams["result"], watch, plan.scheme, recipe
+        )
     else:
-        made = _Made(model.run_layer(layer, module, streams["result"]))
+        made = _Made(model.run_layer(layer, module, streams["result"], watch))
     write_tensors(layout, {result_name(model.source, plan, n): t for n, t in made.tensors.items()})
     _copy(small, model.read, layout, _unquantized(small, layer))
     away, failed = 0.0, None
@@ -242,7 +245,14 @@ def _compress_layer(
         if recipe.validation.early_stop:
             load = partial(original.load_layer, layer)
             ours = Side(original, before, source, sinks.sink_mass, load)
-            theirs = _result_side(model, small, layer, module, streams["result"], result)
+            theirs = Side(
+                model=model,
+                before=leading(streams["result"], WITNESS_TOKENS),
+                after=result,
+                sinks=watch.sink_mass,
+                load=lambda: module,
+                source_expert=lambda expert: small.origin[ExpertId(layer, expert)][0].expert,
+            )
             failed = early_warning(layer, ours, theirs, recipe.validation)
     record = LayerRecord(
         layer=layer,
@@ -255,23 +265,16 @@ def _compress_layer(
     return record, {"source": made.result if untouched else source, "result": made.result}
 
 
-def _result_side(
-    model: StreamedModel,
-    small: Shrunk,
-    layer: int,
-    module: nn.Module,
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-) -> Side:
-    before = leading(before, WITNESS_TOKENS)
-    return Side(
-        model=model,
-        before=before,
-        after=after,
-        sinks=sinks_of(model, layer, module, before),
-        load=lambda: module,
-        source_expert=lambda expert: small.origin[ExpertId(layer, expert)][0].expert,
-    )
+class _Watch(RoutingCapture, SinkCapture):
+    """What a layer's experts see, and the sinks of the sequences that are compared with the
+    source."""
+
+    def __init__(self, hidden: Sequence[Tensor], *, runs_experts: bool) -> None:
+        super().__init__(runs_experts=runs_experts)
+        self.compared = [len(states) for states in leading(hidden, WITNESS_TOKENS)]
+
+    def watched(self, sequences: int) -> int:
+        return self.compared[self.batch] if self.batch < len(self.compared) else 0
 
 
 def _by_source_id(record: ExpertRecord, small: Shrunk) -> ExpertRecord:
@@ -300,10 +303,12 @@ def _quantize_layer(
     module: nn.Module,
     planned: _Planned,
     hidden: Sequence[Tensor],
+    watch: _Watch,
     scheme: Scheme,
     recipe: Recipe,
 ) -> _Made:
-    """Quantise what the plan wants of a loaded layer, in place; `hidden` is what comes into it."""
+    """Quantise what the plan wants of a loaded layer, in place. `hidden` is what comes into it;
+    `watch` sees it run once attention and dense MLP are quantised."""
     without_experts = Observer()
     without_experts.runs_experts = False
     run = partial(model.run_layer, planned.layer, module, hidden)
@@ -311,20 +316,19 @@ def _quantize_layer(
     for stages in ((planned.attention,), planned.dense):
         see = partial(run, without_experts)
         linears += quantize_linears(module, stages, see, scheme, recipe.quantization)
-    capture = RoutingCapture(runs_experts=not planned.experts)
-    made = _Made(run(capture), linears=linears)
+    made = _Made(run(watch), linears=linears)
     for linear in linears:
         made.tensors |= linear.tensors
     if planned.experts:
         live = model.experts_module(module)
         tensors, made.experts, output = quantize_experts(
-            model.source, live, capture, planned.experts, scheme, recipe
+            model.source, live, watch, planned.experts, scheme, recipe
         )
         made.tensors |= tensors
     if any(planned.shared):
         identity = ExpertId(planned.layer, "shared")
         tensors, record = quantize_shared(
-            module, identity, planned.shared, capture.hidden, scheme, recipe.quantization
+            module, identity, planned.shared, watch.hidden, scheme, recipe.quantization
         )
         made.tensors |= tensors
         made.experts.append(record)

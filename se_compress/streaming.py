@@ -66,6 +66,10 @@ class Observer:
     def dense(self, inner: Tensor, output: Tensor) -> None:
         """Input [N, I] and output [N, H] of a dense layer's down_proj."""
 
+    def watched(self, sequences: int) -> int:
+        """Of how many sequences of a batch, its leading ones, `attention` is told."""
+        return sequences
+
     def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
         """Attention probabilities on position 0, [B, heads, T] per query, and the mean that each
         key position receives from the queries that can see it, [B, heads, T]."""
@@ -189,7 +193,9 @@ def attention_forward(
     observer = cast(Observer | None, getattr(module, "observer", None))
     if observer is not None and observer.wants_attention:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        _report_attention(observer, query, key, attention_mask, scale)
+        if count := observer.watched(len(query)):
+            mask = None if attention_mask is None else attention_mask[:count]
+            _report_attention(observer, query[:count], key[:count], mask, scale)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -545,10 +551,20 @@ class RoutingCapture(Observer):
     def weights(self) -> Tensor:
         return torch.cat([weights for _, weights in self._routings])
 
+    @cached_property
+    def _by_expert(self) -> tuple[Tensor, list[int]]:
+        """Places in `experts`, flat, by expert and ascending; where those of each expert end."""
+        chosen = self.experts.reshape(-1)
+        ends = torch.bincount(chosen).cumsum(0)
+        return torch.argsort(chosen, stable=True), ends.tolist()
+
     def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Rows [n] routed to `expert`, ascending, and their routing weights [n]."""
-        rows, slots = torch.nonzero(self.experts == expert, as_tuple=True)
-        return rows, self.weights[rows, slots]
+        places, ends = self._by_expert
+        if expert >= len(ends):  # those behind the last one that was chosen
+            return places[:0], self.weights.reshape(-1)[:0]
+        mine = places[ends[expert - 1] if expert else 0 : ends[expert]]
+        return mine // self.experts.shape[1], self.weights.reshape(-1)[mine]
 
 
 class SinkCapture(Observer):
