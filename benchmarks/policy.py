@@ -20,7 +20,6 @@ a run can be made in parts.
 """
 
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -36,6 +35,7 @@ from reference import (
     judge,
     leave_out_reload,
     open_model,
+    random_experts,
     recipe_of,
 )
 from results import machine, write_section
@@ -112,7 +112,7 @@ def settings(model: Model, part: str) -> Iterator[tuple[str, Setting]]:
             yield _budget(model, budget, ", naive", {"protect": "none"}, continued=CONTINUED)
     if part == "random":
         for draw in range(DRAWS):
-            chosen = {"protect": _random_experts(model, draw)}
+            chosen = {"protect": random_experts(model, draw)}
             budget = RANDOM[model.name]
             yield _budget(model, budget, f", draw {draw}", chosen, continued=CONTINUED)
 
@@ -135,20 +135,6 @@ def _budget(
             continue
         return f"{name}{form}{suffix}", Setting({**protected, **policy}, **parts, **setting)
     raise SystemExit(f"{name}: none of the formats can meet that for {model.name}")
-
-
-def _random_experts(model: Model, draw: int) -> list[dict[str, int]]:
-    """As many others of the super experts' layers; no two draws share one."""
-    supers = {expert.id for expert in model.profile.super_experts}
-    dice = random.Random(0)
-    chosen: list[dict[str, int]] = []
-    for layer in sorted({identity.layer for identity in supers}):
-        there = {identity.expert for identity in supers if identity.layer == layer}
-        others = [e for e in range(model.source.expert_count) if e not in there]
-        dice.shuffle(others)
-        first = draw * len(there)
-        chosen += [{"layer": layer, "expert": e} for e in others[first : first + len(there)]]
-    return chosen
 
 
 def measure(

@@ -5,6 +5,7 @@ What benchmarks/policy.py and benchmarks/surgery.py share.
 
 import argparse
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,20 @@ def open_model(name: str, recipe: Recipe, work: Path) -> Model:
     profile = profile_of(name, recipe, source, calibration, work)
     original = validator.Original(source, held_out, recipe, RunOptions(), keep=True)
     return Model(name, source, profile, calibration, original, work)
+
+
+def random_experts(model: Model, draw: int) -> list[dict[str, int]]:
+    """As many others of the super experts' layers; no two draws share one."""
+    supers = {expert.id for expert in model.profile.super_experts}
+    dice = random.Random(0)
+    chosen: list[dict[str, int]] = []
+    for layer in sorted({identity.layer for identity in supers}):
+        there = {identity.expert for identity in supers if identity.layer == layer}
+        others = [e for e in range(model.source.expert_count) if e not in there]
+        dice.shuffle(others)
+        first = draw * len(there)
+        chosen += [{"layer": layer, "expert": e} for e in others[first : first + len(there)]]
+    return chosen
 
 
 def judge(

@@ -7,6 +7,8 @@ validator on held-out text (8 x 256 tokens; four greedy continuations of 24 toke
 
     prune   12.5, 25 and 50 % of the experts by each score; where the score would take a super
             expert, protected and naive side by side
+    limit   the least number of experts at which a score would take a super expert: protected,
+            naive, and as many random experts of the same layers protected instead, five draws
     merge   the same number of experts, merged by their outputs
     random  the super experts' outputs set to zero, and those of as many random experts of the same
             layers, five draws
@@ -29,6 +31,7 @@ from reference import (
     judge,
     leave_out_reload,
     open_model,
+    random_experts,
     recipe_of,
 )
 from results import machine, write_section
@@ -45,7 +48,7 @@ DRAWS = 5
 # Of the source's size, so that widths alone, pruning alone and both can meet it.
 AUTO_SIZES = {"smollm2-moe": 0.70, "smollm2-mixtral": 0.545}
 AUTO_BITS = [2, 3, 4]
-PARTS = ("prune", "merge", "auto", "random")
+PARTS = ("prune", "limit", "merge", "auto", "random")
 
 
 def recipe_for(name: str, quantized: bool = False, **policy: Any) -> Recipe:
@@ -64,7 +67,7 @@ def plans(model: Model, part: str) -> Iterator[tuple[str, Recipe, CompressionPla
     if part == "auto":
         yield from _splits(model)
         return
-    for name, policy in _policies(part):
+    for name, policy in _limits(model) if part == "limit" else _policies(part):
         recipe = recipe_for(model.name, **policy)
         try:
             plan = make_plan(model.source, model.profile, recipe)
@@ -90,6 +93,24 @@ def _policies(part: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "super experts zeroed", {"zero": "super-experts"}
         for seed in range(DRAWS):
             yield f"random experts zeroed, draw {seed}", {"zero": "random", "zero_seed": seed}
+
+
+def _limits(model: Model) -> Iterator[tuple[str, dict[str, Any]]]:
+    count = model.source.expert_count
+    for score in SCORES:
+        for gone in range(1, count):
+            rule = {"fraction": gone / count, "score": score}
+            naive = {"prune": rule, "protect": "none"}
+            plan = make_plan(model.source, model.profile, recipe_for(model.name, **naive))
+            if not _takes_super_experts(model, plan):
+                continue
+            name = f"prune {gone} of {count}, {score}"
+            yield f"{name}, protected", {"prune": rule}
+            yield f"{name}, naive", naive
+            for draw in range(DRAWS):
+                others = {"prune": rule, "protect": random_experts(model, draw)}
+                yield f"{name}, others protected, draw {draw}", others
+            break
 
 
 def _takes_super_experts(model: Model, plan: CompressionPlan) -> bool:
@@ -142,6 +163,7 @@ COLUMNS: Columns = {
 }
 TITLES = {
     "prune": "Pruned by a score",
+    "limit": "Pruned until a score takes a super expert",
     "merge": "Merged by outputs",
     "random": "Outputs set to zero (the experiment of arXiv:2507.23279)",
     "auto": "One size, split between pruning and widths",
