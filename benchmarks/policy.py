@@ -33,7 +33,6 @@ from reference import (
     begin,
     cells,
     judge,
-    leave_out_reload,
     open_model,
     random_experts,
     recipe_of,
@@ -207,7 +206,6 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def main() -> None:
     arguments, saved, measured = begin(__doc__, PARTS, WORK)
-    leave_out_reload()
 
     def keep() -> None:
         saved.write_text(json.dumps(measured, indent=1))

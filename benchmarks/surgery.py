@@ -29,7 +29,6 @@ from reference import (
     begin,
     cells,
     judge,
-    leave_out_reload,
     open_model,
     random_experts,
     recipe_of,
@@ -204,7 +203,6 @@ def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
 
 def main() -> None:
     arguments, saved, measured = begin(__doc__, PARTS, WORK)
-    leave_out_reload()
     for name in arguments.models.split(","):
         model = open_model(name, recipe_for(name, merge={"fraction": 0.5}), arguments.work)
         for part in [arguments.only] if arguments.only else PARTS:

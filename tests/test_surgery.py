@@ -17,9 +17,7 @@ from tiny import build, edit_weights, plain_model, random_tokens, recipe
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from se_compress import validator
 from se_compress.artifacts import (
-    Check,
     CompressionPlan,
     ExpertId,
     ExpertProfile,
@@ -541,15 +539,15 @@ def test_a_plan_edited_by_hand_is_renumbered_and_checked(tiny_model: TinyModel) 
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[[Made], Any]:
+def judge() -> Callable[[Made], Any]:
     """Validates what was made; loading it again is tested above."""
-    not_run = Check("reload", None, 0.1, None, "left out")
-    monkeypatch.setattr(validator, "_reload", lambda *_: not_run)
 
     def run(made: Made) -> Any:
         text = {"data": "unused.txt", "generation": {"tokens": 0}}
         settings = recipe(made.source.path, validation=text)
-        return validate(made.source, made.plan, made.directory, TOKENS, (), settings, RunOptions())
+        return validate(
+            made.source, made.plan, made.directory, TOKENS, (), settings, RunOptions(), reload=False
+        )
 
     return run
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from se_compress import measures
 from se_compress import validator as validation
-from se_compress.artifacts import Check, RunOptions, ValidationReport
+from se_compress.artifacts import RunOptions, ValidationReport
 from se_compress.errors import SourceError
 from se_compress.policy import make_plan
 from se_compress.source import open_source
@@ -57,11 +57,9 @@ def altered(source: Path, directory: Path, noise: float) -> Path:
 
 @pytest.fixture
 def judged(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, tmp_path: Path
 ) -> Callable[[str, float], tuple[Seen, Seen, ValidationReport]]:
     """Validates an altered copy of a family's model; loading it again has tests of its own."""
-    not_run = Check("reload", None, 0.1, None, "left out")
-    monkeypatch.setattr(validation, "_reload", lambda *arguments: not_run)
 
     def judge(name: str, noise: float) -> tuple[Seen, Seen, ValidationReport]:
         path = tiny_model(name)
@@ -74,7 +72,9 @@ def judged(
         )
         plan = make_plan(source, None, recipe)
         options = RunOptions(batch_tokens=50)  # two sequences at a time
-        report = validation.validate(source, plan, result, TOKENS, (), recipe, options)
+        report = validation.validate(
+            source, plan, result, TOKENS, (), recipe, options, reload=False
+        )
         return Seen(path), Seen(result), report
 
     return judge
@@ -244,12 +244,8 @@ def test_other_bytes_fail_the_account_and_are_measured_all_the_same(judged: Any)
 
 
 @pytest.fixture
-def judge_foreign(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., ValidationReport]:
+def judge_foreign(tiny_model: TinyModel, tmp_path: Path) -> Callable[..., ValidationReport]:
     """Validates an altered copy without a plan, after tensors of it have been replaced."""
-    not_run = Check("reload", None, 0.1, None, "left out")
-    monkeypatch.setattr(validation, "_reload", lambda *arguments: not_run)
 
     def judge(name: str, noise: float = 0.2, **changes: Tensor | None) -> ValidationReport:
         path = tiny_model(name)
@@ -257,7 +253,9 @@ def judge_foreign(
         tiny.edit_weights(result, changes)
         settings = tiny.recipe(path, validation={"data": "unused.txt", "generation": {"tokens": 0}})
         source = open_source(str(path))
-        return validation.validate(source, None, result, TOKENS, (), settings, RunOptions())
+        return validation.validate(
+            source, None, result, TOKENS, (), settings, RunOptions(), reload=False
+        )
 
     return judge
 

@@ -11,9 +11,10 @@ that level where it helps: 11 % less output error at 4 bits, 14 % at 3 and 2, on
 Readers multiply and never notice; AutoRound writes such files as well.
 
 Without activations the range of a group is that of its weights. With them (`importance`, what a
-column's squared error counts) the codes of up to 17 ranges and two zeros or signs compete, each with
-the scale that fits its codes best, in closed form. In output error that equals 100 ranges as they are
-to 0.2 %, at a third of the time, and it is 4 % better where one column outweighs its group.
+column's squared error counts) the codes of up to 17 ranges and two zeros or signs compete, each
+with the scale that fits its codes best, in closed form. In output error that equals 100 ranges as
+they are to 0.2 %, at a third of the time, and it is 4 % better where one column outweighs its
+group.
 """
 
 import math
