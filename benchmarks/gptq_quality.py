@@ -19,7 +19,6 @@ is rewritten from all of them, so the work can be done in parts.
 import argparse
 import json
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -320,7 +319,6 @@ def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: 
     calibration = model.embed(batches_of(text.calibration, BATCH_TOKENS))
     held_out = model.embed(batches_of(text.held_out, BATCH_TOKENS))
     source = calibration if variant.source_stream else []
-    seconds = 0.0
     for number in range(model.source.layer_count):
         module = model.load_layer(number)
         source_capture = None
@@ -332,18 +330,16 @@ def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: 
         held_out = model.run_layer(number, module, held_out, other)
         experts = model.experts_module(module)
         layer = Layer(number, experts, capture, source_capture)
-        started = time.perf_counter()
         if variant.idea is not None:
             variant.idea(layer, grid)
         else:
             decisions = [ExpertDecision(number, e, "quantize", variant.bits, "") for e in range(16)]
             solver.quantize_experts(model.source, experts, capture, decisions, scheme, recipe)
-        seconds += time.perf_counter() - started
         experts.observer = None
         for states, seen in ((calibration, capture), (held_out, other)):
             routing = (seen.hidden, seen.experts, seen.weights)
             model.add_routed(states, experts_forward(experts, *routing))
-    return {**compare(model, text, reference, held_out), "seconds": seconds}
+    return compare(model, text, reference, held_out)
 
 
 @torch.no_grad()
@@ -396,8 +392,8 @@ def section(found: Mapping[str, Mapping[str, Any]]) -> str:
         "the default is paired by sequence, with its standard error.",
         "",
         f"| variant | {' | '.join(f'KL, {name}' for name in drawn_texts)} | change of KL "
-        "| error of the last hidden states | perplexity | solver, s |",
-        f"|---|{'---|' * (len(drawn_texts) + 4)}",
+        "| error of the last hidden states | perplexity |",
+        f"|---|{'---|' * (len(drawn_texts) + 3)}",
     ]
     for variant in VARIANTS:
         results = [found[name].get(variant.name) for name in drawn_texts]
@@ -410,7 +406,6 @@ def section(found: Mapping[str, Mapping[str, Any]]) -> str:
                 _change(there, base),
                 " / ".join(f"{100 * r['error']:.2f} %" for r in there),
                 " / ".join(f"{torch.tensor(r['loss']).exp():.2f}" for r in there),
-                f"{mean(r['seconds'] for r in there):.0f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     sources = [found[name]["default"]["loss_source"] for name in drawn_texts]
