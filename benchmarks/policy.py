@@ -50,6 +50,7 @@ BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.25)
 # At these the super experts are protected, and not, and at one of them random ones are.
 PROTECTION = {"smollm2-moe": (2.5, 3.0, 3.5, 4.25), "smollm2-mixtral": (2.5, 3.0, 3.5, 4.25)}
 RANDOM = {"smollm2-moe": 3.0, "smollm2-mixtral": 2.5}
+EIGHT = 3.0  # up to this budget, protection at 8 bits in place of 16 is measured as well
 DRAWS = 5
 CALIBRATION = 8  # sequences that the quantiser sees
 CONTINUED = 24  # tokens of a continuation
@@ -108,6 +109,9 @@ def settings(model: Model, part: str) -> Iterator[tuple[str, Setting]]:
     if part == "protection":
         for budget in PROTECTION[model.name]:
             yield _budget(model, budget, ", protected", continued=CONTINUED)
+            if budget <= EIGHT:
+                eight = {"protected_bits": 8}
+                yield _budget(model, budget, ", protected at 8 bits", eight, continued=CONTINUED)
             yield _budget(model, budget, ", naive", {"protect": "none"}, continued=CONTINUED)
     if part == "random":
         for draw in range(DRAWS):
