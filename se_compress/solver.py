@@ -9,7 +9,8 @@ An expert that saw fewer tokens than its inputs have dimensions has a singular H
 up with the layer's own, see `_hessian`. With `calibration.routing: all` every expert is calibrated
 on all tokens of the layer, and the gate and up of all experts are rows of one matrix: the layer has
 one Hessian for them. Hessians are made for as many experts at a time as memory allows, from the
-layer's kept inputs: nothing grows with the number of experts.
+layer's kept inputs: nothing grows with the number of experts. The inner states of as many experts
+are kept until their outputs are added up, once down is quantised.
 
 The live module's weights are replaced by what the codes stand for, so that the next run of the
 layer is that of the compressed model.
@@ -118,8 +119,7 @@ def _solve_experts(
     for widths, members in _stacks(decisions, experts):
         inputs = _gate_up_inputs(capture, members, everyone, rule.shrinkage)
         gate_up = _replace(experts.gate_up_proj, members, inputs, widths[0], scheme, rule)
-        inner = [_inner(capture, experts, expert, everyone) for expert in members]
-        inner_inputs = _down_inputs(capture, experts, members, inner, inputs, rule.shrinkage)
+        inner_inputs, inner = _down_inputs(capture, experts, members, everyone, rule.shrinkage)
         down = _replace(experts.down_proj, members, inner_inputs, widths[1], scheme, rule)
         for i, expert in enumerate(members):
             identity = ExpertId(decisions[0].layer, expert)
@@ -128,8 +128,6 @@ def _solve_experts(
                 if solved is not None:
                     tensors |= _packed(part, solved.stack, i, scheme.format)
             records.append(_record(identity, widths, i, inputs, inner_inputs, gate_up, down))
-            if everyone:
-                inner[i] = inner[i].index_select(0, capture.rows_of(expert)[0])
             _add_output(output, capture, experts, expert, inner[i])
     return tensors, records
 
@@ -227,20 +225,18 @@ def _gate_up_inputs(
 
 
 def _down_inputs(
-    capture: RoutingCapture,
-    experts: Any,
-    members: Sequence[int],
-    inner: Sequence[Tensor],
-    inputs: _Inputs,
-    enough: float,
-) -> _Inputs:
-    """inner  what `_inner` gives for each member; inputs  those of its gate and up"""
+    capture: RoutingCapture, experts: Any, members: Sequence[int], everyone: bool, enough: float
+) -> tuple[_Inputs, list[Tensor]]:
+    """Beside the Hessians, what `_inner` gives for the tokens routed to each member."""
     some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
-    parts = []
-    for expert, states, tokens in zip(members, inner, inputs.tokens, strict=True):
-        prior = partial(_down_prior, experts, expert, some)
-        parts.append(_hessian(states[:tokens], prior, enough))
-    return _stack_inputs(parts)
+    parts, kept = [], []
+    for expert in members:
+        rows, _ = capture.rows_of(expert)
+        inner = _inner(capture, experts, expert, everyone)
+        seen = inner if everyone else inner[: len(rows)]
+        parts.append(_hessian(seen, partial(_down_prior, experts, expert, some), enough))
+        kept.append(inner.index_select(0, rows) if everyone else inner)
+    return _stack_inputs(parts), kept
 
 
 def _inner(capture: RoutingCapture, experts: Any, expert: int, everyone: bool = False) -> Tensor:
