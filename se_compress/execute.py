@@ -229,7 +229,9 @@ def _compress_layer(
     if model is not original:
         del module  # one layer in memory
         module = model.load_layer(layer)
-    watch = _Watch(streams["result"], runs_experts=not planned.experts)
+    warns = recipe.validation.early_stop and not untouched
+    compared = leading(streams["result"], WITNESS_TOKENS) if warns else []
+    watch = _Watch(compared, runs_experts=not planned.experts)
     if planned:
         made = _quantize_layer(
             model, module, planned, streams["result"], watch, plan.scheme, recipe
@@ -242,12 +244,12 @@ def _compress_layer(
     if not untouched:
         result = leading(made.result, WITNESS_TOKENS)
         away = relative_distance(result, source)
-        if recipe.validation.early_stop:
+        if warns:
             load = partial(original.load_layer, layer)
             ours = Side(original, before, source, sinks.sink_mass, load)
             theirs = Side(
                 model=model,
-                before=leading(streams["result"], WITNESS_TOKENS),
+                before=compared,
                 after=result,
                 sinks=watch.sink_mass,
                 load=lambda: module,
@@ -266,15 +268,15 @@ def _compress_layer(
 
 
 class _Watch(RoutingCapture, SinkCapture):
-    """What a layer's experts see, and the sinks of the sequences that are compared with the
-    source."""
+    """What a layer's experts see, and the sinks of the leading sequences of each batch that are
+    compared with the source's."""
 
-    def __init__(self, hidden: Sequence[Tensor], *, runs_experts: bool) -> None:
+    def __init__(self, compared: Sequence[Tensor], *, runs_experts: bool) -> None:
         super().__init__(runs_experts=runs_experts)
-        self.compared = [len(states) for states in leading(hidden, WITNESS_TOKENS)]
+        self._compared = [len(states) for states in compared]
 
     def watched(self, sequences: int) -> int:
-        return self.compared[self.batch] if self.batch < len(self.compared) else 0
+        return self._compared[self.batch] if self.batch < len(self._compared) else 0
 
 
 def _by_source_id(record: ExpertRecord, small: Shrunk) -> ExpertRecord:

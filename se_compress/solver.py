@@ -95,13 +95,27 @@ def quantize_experts(
     the output [N, H] float32 of all routed experts, these and those that keep their precision.
     """
     output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
-    quantize = _pack_experts if scheme.format == "bitsandbytes" else _solve_experts
-    tensors, records = quantize(source, experts, capture, decisions, scheme, recipe, output)
-    done = {decision.expert for decision in decisions}
-    for expert in range(len(experts.down_proj)):
-        if expert not in done:
-            _add_output(output, capture, experts, expert, _inner(capture, experts, expert))
+    made = (
+        _pack_experts(source, experts, capture, decisions, scheme)
+        if scheme.format == "bitsandbytes"
+        else _solve_experts(source, experts, capture, decisions, scheme, recipe)
+    )
+    tensors: dict[str, Tensor] = {}
+    records: list[ExpertRecord] = []
+    left = set(range(len(experts.down_proj)))
+    for expert, record, parts, inner in made:
+        tensors |= parts
+        records.append(record)
+        left.remove(expert)
+        _add_output(output, capture, experts, expert, inner)
+    for expert in sorted(left):
+        _add_output(output, capture, experts, expert, _inner(capture, experts, expert))
     return tensors, sorted(records, key=lambda record: record.id), output
+
+
+# An expert after its quantisation, with its record, its packed tensors, and what `_inner` gives for
+# the tokens routed to it.
+_Quantized = tuple[int, ExpertRecord, dict[str, Tensor], Tensor]
 
 
 def _solve_experts(
@@ -111,10 +125,7 @@ def _solve_experts(
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
     recipe: Recipe,
-    output: Tensor,
-) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
-    tensors: dict[str, Tensor] = {}
-    records: list[ExpertRecord] = []
+) -> Iterator[_Quantized]:
     rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
     for widths, members in _stacks(decisions, experts):
         inputs = _gate_up_inputs(capture, members, everyone, rule.shrinkage)
@@ -124,12 +135,12 @@ def _solve_experts(
         for i, expert in enumerate(members):
             identity = ExpertId(decisions[0].layer, expert)
             names = [source.experts[identity][role].name for role in ROLES]
+            tensors: dict[str, Tensor] = {}
             for part, solved in ((names[:2], gate_up), (names[2:], down)):
                 if solved is not None:
                     tensors |= _packed(part, solved.stack, i, scheme.format)
-            records.append(_record(identity, widths, i, inputs, inner_inputs, gate_up, down))
-            _add_output(output, capture, experts, expert, inner[i])
-    return tensors, records
+            record = _record(identity, widths, i, inputs, inner_inputs, gate_up, down)
+            yield expert, record, tensors, inner[i]
 
 
 def _pack_experts(
@@ -138,43 +149,33 @@ def _pack_experts(
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
-    recipe: Recipe,
-    output: Tensor,
-) -> tuple[dict[str, Tensor], list[ExpertRecord]]:
+) -> Iterator[_Quantized]:
     """The same through bitsandbytes, which looks at weights only; the tokens serve to measure."""
-    tensors: dict[str, Tensor] = {}
-    records: list[ExpertRecord] = []
     for decision in decisions:
         assert isinstance(decision.expert, int)
         assert decision.bits is not None
         gate_up, down = experts.gate_up_proj[decision.expert], experts.down_proj[decision.expert]
         before = gate_up.clone(), down.clone()
+        tensors: dict[str, Tensor] = {}
         for role, live in zip(ROLES, (*gate_up.chunk(2), down), strict=True):
             if decision.bits_of(role) != 16:
                 name = source.experts[decision.id][role].name
                 tensors |= _pack_in_place(name, live, scheme)
         rows, _ = capture.rows_of(decision.expert)
         inner = _inner(capture, experts, decision.expert)
-        _add_output(output, capture, experts, decision.expert, inner)
-        errors = (
-            _output_error(before[0], gate_up, capture.hidden[rows]),
-            _output_error(before[1], down, inner[: len(rows)]),
+        record = ExpertRecord(
+            layer=decision.layer,
+            expert=decision.expert,
+            bits=decision.bits,
+            tokens=len(rows),
+            shrinkage=0.0,
+            damping=0.0,
+            error_gate_up=_output_error(before[0], gate_up, capture.hidden[rows]),
+            error_down=_output_error(before[1], down, inner[: len(rows)]),
+            fallback="",
+            down_bits=decision.down_bits,
         )
-        records.append(
-            ExpertRecord(
-                layer=decision.layer,
-                expert=decision.expert,
-                bits=decision.bits,
-                tokens=len(rows),
-                shrinkage=0.0,
-                damping=0.0,
-                error_gate_up=errors[0],
-                error_down=errors[1],
-                fallback="",
-                down_bits=decision.down_bits,
-            )
-        )
-    return tensors, records
+        yield decision.expert, record, tensors, inner
 
 
 def _pack_in_place(name: str, live: Tensor, scheme: Scheme) -> dict[str, Tensor]:

@@ -136,20 +136,24 @@ def sum_routed(
     The weighted outputs of a token are summed in float32 in the order of the experts, so the result
     is deterministic.
     """
-    slots = top_k_index.shape[-1]
-    order = torch.argsort(top_k_index.reshape(-1), stable=True)
-    counts = torch.bincount(top_k_index.reshape(-1), minlength=experts)
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if not count:
-            continue
-        chosen = order[start : start + count]
-        rows, weights = chosen // slots, top_k_weights.reshape(-1)[chosen]
-        output = run(expert, rows, weights)
-        total.index_add_(0, rows, output.float() * weights[:, None])
-        start += count
+    routed = rows_by_expert(top_k_index, top_k_weights, experts)
+    for expert, (rows, weights) in enumerate(routed):
+        if len(rows):
+            output = run(expert, rows, weights)
+            total.index_add_(0, rows, output.float() * weights[:, None])
     return total.to(hidden.dtype)
+
+
+def rows_by_expert(
+    top_k_index: Tensor, top_k_weights: Tensor, experts: int
+) -> list[tuple[Tensor, Tensor]]:
+    """For each expert the rows [n] routed to it, ascending, and their weights [n]; from the chosen
+    experts [N, k] of every row and their weights [N, k]."""
+    chosen, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
+    counts = torch.bincount(chosen, minlength=experts).tolist()
+    places = torch.split(torch.argsort(chosen, stable=True), counts)
+    return [(mine // top_k_index.shape[-1], weights[mine]) for mine in places]
 
 
 def _dense_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -552,19 +556,14 @@ class RoutingCapture(Observer):
         return torch.cat([weights for _, weights in self._routings])
 
     @cached_property
-    def _by_expert(self) -> tuple[Tensor, list[int]]:
-        """Places in `experts`, flat, by expert and ascending; where those of each expert end."""
-        chosen = self.experts.reshape(-1)
-        ends = torch.bincount(chosen).cumsum(0)
-        return torch.argsort(chosen, stable=True), ends.tolist()
+    def _by_expert(self) -> list[tuple[Tensor, Tensor]]:
+        return rows_by_expert(self.experts, self.weights, 0)
 
     def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Rows [n] routed to `expert`, ascending, and their routing weights [n]."""
-        places, ends = self._by_expert
-        if expert >= len(ends):  # those behind the last one that was chosen
-            return places[:0], self.weights.reshape(-1)[:0]
-        mine = places[ends[expert - 1] if expert else 0 : ends[expert]]
-        return mine // self.experts.shape[1], self.weights.reshape(-1)[mine]
+        if expert < len(self._by_expert):
+            return self._by_expert[expert]
+        return self.experts.new_empty(0), self.weights.new_empty(0)  # behind the last one chosen
 
 
 class SinkCapture(Observer):
