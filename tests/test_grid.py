@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,34 @@ def test_the_search_beats_a_hundred_shrunk_ranges(grid: Grid) -> None:
     searched = total_cost(weight, importance, rtn(weight, grid, importance))
     # 8 bits have more ranges worth trying than 17, for a loss that is a thousandth of 4 bits'
     assert searched <= usual * (1.05 if grid.bits == 8 else 1.0)
+
+
+@pytest.mark.parametrize("outlying", [1.0, 6.0])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ranges_are_left_out_only_where_they_cannot_win(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool, bits: int, outlying: float
+) -> None:
+    """With columns that count about alike few groups go on to the narrow ranges; with an outlying
+    weight in each group more do."""
+    draw = torch.Generator().manual_seed(4)
+    weight = torch.randn(2, 40, 128, generator=draw)
+    weight[:, :, ::64] *= outlying
+    importance = torch.rand(2, 128, generator=draw) + 0.5
+    grid = Grid(bits, 64, symmetric)
+    seen: list[Tensor] = []
+    which = grid_module._open
+
+    def watched(*arguments: Any) -> Tensor:
+        seen.append(which(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(grid_module, "_open", watched)
+    some = total_cost(weight, importance, rtn(weight, grid, importance))
+    share = float(torch.cat([found.flatten() for found in seen]).float().mean())
+    assert share < 0.1 if outlying == 1.0 else share > 0.05
+    monkeypatch.setattr(grid_module, "FIRST_RANGES", dict.fromkeys(WIDTHS, RANGES + 1))
+    assert some <= 1.001 * total_cost(weight, importance, rtn(weight, grid, importance))
 
 
 @each_grid

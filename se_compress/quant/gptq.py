@@ -34,7 +34,7 @@ order of work. Zeroing columns that no input reached: they are rounded like any 
 scales again from the weights as they are when their group's turn comes: 2 to 8 % more error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -349,13 +349,13 @@ class _Part:
         scale = _arrange(self.scales, self.group[:, where])
         before = self.weight[:, where] - self.error[:, where]
         steps, change = torch.empty_like(target), torch.empty_like(target)
-        zero, limits = self._limits(where)
-        columns = zip(*(x.unbind(1) for x in (target, scale, before, steps, change)), strict=True)
+        zero, low, high = self._limits(where)
+        parts = (x.unbind(1) for x in (target, scale, before, steps, change))
+        columns = zip(*parts, low, high, strict=True)
         passing_on = coupling[:, where, where].unbind(2)
-        for i, (t, s, was, step, moved) in reversed(list(enumerate(columns))):
-            low, high = limits(i)
+        for i, (t, s, was, step, moved, least, most) in reversed(list(enumerate(columns))):
             torch.div(t, s, out=step).round_()
-            torch.clamp(step, low, high, out=step)
+            torch.clamp(step, least, most, out=step)
             torch.addcmul(was, step, s, value=-1, out=moved)
             if i:
                 target[:, :i].addcmul_(passing_on[i][:, :i, None], moved[:, None])
@@ -363,19 +363,19 @@ class _Part:
         self.error[:, where] += change
         return change
 
-    def _limits(self, where: slice) -> tuple[Any, Callable[[int], tuple[Any, Any]]]:
-        """The zeros of a small block's columns, and the least and the greatest step of each."""
+    def _limits(self, where: slice) -> tuple[Any, Sequence[Any], Sequence[Any]]:
+        """The zeros of a small block, and the least and the greatest step of each column."""
         middle, top = self.grid.middle, self.grid.top
         if self.grid.symmetric:
-            return middle, lambda _: (-middle, top - middle)
+            count = where.stop - where.start
+            return middle, [-middle] * count, [top - middle] * count
         zero = _arrange(self.zeros, self.group[:, where])
-        low, high = (-zero).unbind(1), (top - zero).unbind(1)
-        return zero, lambda column: (low[column], high[column])
+        return zero, (-zero).unbind(1), (top - zero).unbind(1)
 
     def _refit(self) -> None:
         """Set each row's scales to those of least cost for its codes, where that is less."""
         steps = _arrange(self.codes, self.factors.order.argsort(1)).to(torch.float32)
-        self._by_group(steps, Tensor.sub_, self.zeros)
+        self._change_groups(steps, Tensor.sub_, self.zeros)
         weight, ridge = self.original.mT, self.factors.ridge[..., None]
         for e, r in self._refit_chunks():
             part = steps[e, :, r]
@@ -383,10 +383,10 @@ class _Part:
             pull = torch.addcmul(self._response[e, :, r], ridge[e], weight[e, :, r]).mul_(part)
             pull = _sums(pull, self.grid).mT
             self.scales[e, :, r] = _least(gram, pull, self.scales[e, :, r].mT, self.grid).mT
-        self._by_group(steps, Tensor.mul_, self.scales)
+        self._change_groups(steps, Tensor.mul_, self.scales)
         torch.sub(self.weight, _arrange(steps, self.factors.order), out=self.error)
 
-    def _by_group(
+    def _change_groups(
         self, columns: Tensor, change: Callable[[Tensor, Tensor], object], grouped: Tensor
     ) -> None:
         """Change [E, C, R], in original order, in place by what each group has, [E, G, R]."""

@@ -220,9 +220,8 @@ def _search(weights: Tensor, costs: Tensor, grid: Grid) -> tuple[Tensor, Tensor]
 def _open(share: Tensor, weights: Tensor, costs: Tensor, recent: float, reach: int) -> Tensor:
     """[E, G, R]: which groups the narrow ranges may still help.
 
-    Where cost rises with every step that the range shrinks, it goes on rising: that holds for all
-    but 1 in 10,000 groups of real experts, unless one column counts for most, or the largest weight
-    is far from the others.
+    Where cost has risen with each of the last steps that the range shrank, it goes on rising,
+    unless one column counts for most, or the largest weight is far from the others.
     """
     concentrated = costs.square().sum(-1) > 1 / FEW_COLUMNS
     outlying = weights.square().mean(2) * FAR**2 < reach**2
