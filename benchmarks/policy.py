@@ -98,11 +98,10 @@ def settings(model: Model, part: str) -> Iterator[tuple[str, Setting]]:
     if part == "mixed":
         for bits in UNIFORM:
             uniform = Setting({"bits": bits})
-            size = make_plan(
-                model.source, model.profile, recipe_for(model.name, uniform)
-            ).size_bytes
+            plan = make_plan(model.source, model.profile, recipe_for(model.name, uniform))
+            mixed = {"bits": WIDTHS, "size": plan.size_bytes}
             yield f"{bits} bits for all", uniform
-            yield f"mixed, the size of {bits} bits", Setting({"bits": WIDTHS, "size": size})
+            yield f"mixed, the size of {bits} bits", Setting(mixed)
         for budget in BUDGETS:
             yield _budget(model, budget)
         yield "2 bits for all, auto-round", Setting({"bits": 2}, "transformers")
@@ -198,7 +197,7 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         "",
         f"`python benchmarks/policy.py`, {machine()}. GPTQ, groups of 64, {CALIBRATION} x 256"
         f" calibration and {HELD_OUT} x 256 held-out tokens; repetition and loops are result minus"
-        " source. Rows of one name are of one size; what is not named is a GPTQ file.",
+        " source. A file is GPTQ unless its name says otherwise.",
     ]
     for name, known in measured.items():
         for part in PARTS:

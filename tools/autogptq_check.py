@@ -145,7 +145,7 @@ def check(name: str, directory: Path) -> None:
 
     tokens = tiny.random_tokens(2, 24, seed=5)
     expected = plain_logits(directory, directory.with_name("plain"), tokens)
-    if directory.name == "mixtral":
+    if json.loads((directory / "config.json").read_text())["model_type"] == "mixtral":
         rename(directory)
     settings = json.loads((directory / "quantize_config.json").read_text())
     settings["model_file_base_name"] = "model"

@@ -48,17 +48,16 @@ SERVE = """
 import json, sys
 from vllm import LLM, SamplingParams
 directory, tokens, answer = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-engine = LLM(directory, dtype="bfloat16", enforce_eager=True, max_model_len=256)
+engine = LLM(directory, dtype=sys.argv[4], enforce_eager=True, max_model_len=256)
 asked = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0.0)
 made = engine.generate([{"prompt_token_ids": tokens}], asked)[0].prompt_logprobs
 open(answer, "w").write(json.dumps([row[t].logprob for t, row in zip(tokens[1:], made[1:])]))
 """
 PLAIN = """
 import json, sys, torch
-DTYPE = "bfloat16"
 from transformers import AutoModelForCausalLM
 directory, tokens, answer = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, DTYPE)).eval()
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, sys.argv[4])).eval()
 with torch.no_grad():
     made = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
 open(answer, "w").write(json.dumps([float(made[i, t]) for i, t in enumerate(tokens[1:])]))
@@ -113,17 +112,16 @@ def served(work: Path) -> None:
     add_biases(pruned)
     tokens = held_out_tokens()
     plain = Path(sys.executable)
-    in_float32 = PLAIN.replace('"bfloat16"', '"float32"')
     rows = []
-    for python, code, name in (
-        (VENV / "bin" / "python", SERVE, "vllm.json"),
-        (plain, PLAIN, "transformers.json"),
-        (plain, in_float32, "transformers-float32.json"),
+    answer = work / "answer.json"
+    for python, code, dtype in (
+        (VENV / "bin" / "python", SERVE, "bfloat16"),
+        (plain, PLAIN, "bfloat16"),
+        (plain, PLAIN, "float32"),
     ):
-        answer = work / name
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         subprocess.run(
-            [str(python), "-c", code, str(pruned), json.dumps(tokens), str(answer)],
+            [str(python), "-c", code, str(pruned), json.dumps(tokens), str(answer), dtype],
             check=True,
             env={**os.environ, **settings, "VLLM_CPU_OMP_THREADS_BIND": "0", "PYTHONPATH": ""},
             stdout=subprocess.DEVNULL,
