@@ -255,7 +255,7 @@ def _add_output(
     """Add to output [N, H] what an expert makes of `_inner`, by routing weight."""
     rows, weights = capture.rows_of(expert)
     made = nn.functional.linear(inner, experts.down_proj[expert])[: len(rows)]
-    output.index_add_(0, rows, made.float() * weights[:, None])
+    output.index_add_(0, rows, made.float().mul_(weights[:, None]))
 
 
 def _down_prior(experts: Any, expert: int, hidden: Tensor) -> Tensor:

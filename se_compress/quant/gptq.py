@@ -32,6 +32,8 @@ column and pass, whatever the number of members and rows.
 **Declined.** Reordering what is stored: groups are those of the original columns, whatever the
 order of work. Zeroing columns that no input reached: they are rounded like any other. Choosing
 scales again from the weights as they are when their group's turn comes: 2 to 8 % more error.
+Members in threads of Python: on two cores from as fast to half as slow again, for the small
+operations wait for each other in the interpreter.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -313,15 +315,23 @@ class _Part:
     def lost(self, stack: QuantizedStack) -> Tensor:
         """[E, R]: the output energy of what rounding changed."""
         change = dequantize(stack).sub_(self.original)
-        return self._energy(change, torch.bmm(change, self.hessian))
+        energy = torch.zeros_like(change[:, :, 0])
+        # half of a symmetric matrix is enough
+        for start in range(0, change.shape[2], BLOCK):
+            block, before = slice(start, start + BLOCK), slice(start)
+            response = torch.bmm(change[:, :, block], self.hessian[:, block, block])
+            if start:
+                response.baddbmm_(change[:, :, before], self.hessian[:, before, block], alpha=2)
+            energy += (change[:, :, block] * response).sum(2)
+        return self._under_diagonal(energy, change)
 
     def whole(self) -> Tensor:
         """[E, R]: the output energy of the weights."""
-        return self._energy(self.original, self._response.mT)
+        return self._under_diagonal((self.original * self._response.mT).sum(2), self.original)
 
-    def _energy(self, rows: Tensor, response: Tensor) -> Tensor:
-        energy = (rows * response).sum(2)
-        for e in self.factors.failed:  # an indefinite Hessian gives no energy, its diagonal does
+    def _under_diagonal(self, energy: Tensor, rows: Tensor) -> Tensor:
+        """An indefinite Hessian gives no energy, its diagonal does."""
+        for e in self.factors.failed:
             energy[e] = rows[e].square() @ self.factors.moments[e]
         return energy
 
@@ -460,16 +470,16 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor) -> None:
     if not _multiplies(inputs):
         inputs = inputs.to(torch.float32)
     columns, width = hessian.shape[0], _room(STRIP, inputs)
+    strips = [(a, min(a + width, columns)) for a in range(0, columns, width)]
     for piece in torch.split(inputs, PIECE):
         if piece.dtype != torch.float32:
             # a few sizes only, for oneDNN compiles a kernel for each; zeros add nothing
             piece = torch.nn.functional.pad(piece, (0, 0, 0, -len(piece) % PIECE_STEP))
         # a strip at a time from its own diagonal on: half of a symmetric matrix is enough
-        for a in range(0, columns, width):
-            b = min(a + width, columns)
-            strip = _product(piece[:, a:b], piece[:, a:])
-            hessian[a:b, a:] += strip
-            hessian[b:, a:b] += strip[:, b - a :].T
+        for a, b in strips:
+            _add_product(hessian[a:b, a:], piece[:, a:b], piece[:, a:])
+    for a, b in strips:
+        hessian[b:, a:b] = hessian[a:b, b:].T
 
 
 def shrink_towards(hessian: Tensor, tokens: int, prior: Tensor, minimum_tokens: int) -> Tensor:
@@ -488,11 +498,14 @@ def _multiplies(inputs: Tensor) -> bool:
     return supported and inputs.dtype == torch.bfloat16
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left' right, float32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    # On the CPU torch rounds a bfloat16 product to bfloat16 on its way out. A fourth of the time
-    # (AMX; half with avx512_bf16), for 0.16 % noise in the sum over a PIECE of tokens, of which
-    # chance alone makes 1.5 %.
-    return torch.mm(left.T, right).to(torch.float32)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left' right, float32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    elif left.is_cuda:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        # On the CPU torch rounds a bfloat16 product to bfloat16 on its way out. A fourth of the
+        # time (AMX; half with avx512_bf16), for 0.16 % noise in the sum over a PIECE of tokens, of
+        # which chance alone makes 1.5 %.
+        total += torch.mm(left.T, right)
