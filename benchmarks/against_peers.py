@@ -4,15 +4,17 @@
 
 Every tool quantises the routed experts of the same checkpoint, and nothing else, from the same
 32 x 256 calibration tokens, symmetric, in groups of 64, each at its own defaults, in a process of
-its own; the tools take turns, --rounds times at the first of --bits. Other widths are made once,
-for their quality; peers' results that lie there are not made again. The clock is that of
-peers/worker.py, memory the process's largest resident set. Quality is measured by
+its own; the tools take turns, --rounds times at the first of --bits and each of --threads: as many
+as a tool takes of itself ("all"), or OMP_NUM_THREADS ("1"). Leave the machine alone meanwhile.
+Other widths are made once, for their quality; peers' results that lie there are not made again. The
+clock is that of peers/worker.py, memory the process's largest resident set. Quality is measured by
 peers/evaluate.py, which shares no code with any of them, on held-out text.
 
 The peers get a virtual environment of their own, .venv-peers, made on the first run from
 peers/constraints.txt. A small model goes through each tool before the clock runs: GPTQModel
 compiles its packing kernel then. Measurements are kept under --work, and the section of RESULTS.md
-is rewritten from all of them, so a run can be made in parts (--steps, --tools, --models, --bits).
+is rewritten from all of them, so a run can be made in parts (--steps, --tools, --models, --bits,
+--threads).
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +40,7 @@ TEXT = ROOT / "tools" / "reference" / "text"
 CORPORA = ("austen", "factbook")
 SKIP = [r".*self_attn.*", r".*shared_expert.*"]
 GROUP_SIZE, SEQUENCE = 64, 256
+THREADS = ("all", "1")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", default=",".join(THREADS))
     parser.add_argument("--models", default="smollm2-moe,random-qwen3")
     parser.add_argument("--bits", default="4,3,2", help="the first of them is timed")
     parser.add_argument("--tools", default=";".join(tool.name for tool in TOOLS), help="by ;")
@@ -170,12 +175,13 @@ def _measure(work: Path, tools: Sequence[Tool], options: argparse.Namespace) -> 
     timed = [tool for tool in tools if tool.symmetric]
     for tool in timed if options.rounds else ():
         _run(tool, "warm-up", 4, work, options.under)
+    threads = options.threads.split(",")
     widths = [int(bits) for bits in options.bits.split(",")]
     for name in options.models.split(","):
-        for turn in range(options.rounds):
+        for turn, count in product(range(options.rounds), threads):
             for tool in timed if turn % 2 == 0 else timed[::-1]:
-                report = _run(tool, name, widths[0], work, options.under)
-                _keep(work, name, widths[0], tool, report)
+                report = _run(tool, name, widths[0], work, options.under, count)
+                _keep(work, name, widths[0], tool, {**report, "threads": count})
         for bits in widths:
             for tool in tools:
                 made = (_output(work, name, bits, tool) / "config.json").exists()
@@ -185,7 +191,9 @@ def _measure(work: Path, tools: Sequence[Tool], options: argparse.Namespace) -> 
                     _run(tool, name, bits, work, options.under)
 
 
-def _run(tool: Tool, name: str, bits: int, work: Path, under: str) -> dict[str, Any]:
+def _run(
+    tool: Tool, name: str, bits: int, work: Path, under: str, threads: str = "all"
+) -> dict[str, Any]:
     """One timed process; what it wrote stays in its directory until the next round."""
     output = _output(work, name, bits, tool)
     shutil.rmtree(output, ignore_errors=True)
@@ -205,15 +213,18 @@ def _run(tool: Tool, name: str, bits: int, work: Path, under: str) -> dict[str, 
     files[1].unlink(missing_ok=True)
     python = sys.executable if tool.worker == OURS.worker else str(PEERS / "bin" / "python")
     command = [*under.split(), python, str(WORKERS / tool.worker), *map(str, files)]
-    # GPTQModel 7.6 does not start on two cores without its variable; nothing else is set.
+    # GPTQModel 7.6 does not start on two cores without its variable.
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
+    if threads != "all":
+        environment["OMP_NUM_THREADS"] = threads
     with output.with_name(f"{output.name}.log").open("a") as log:
         done = subprocess.run(command, env=environment, cwd=work, stdout=log, stderr=log)
     if done.returncode or not files[1].exists():
         print(f"{tool.name}, {name}, {bits} bits: failed, see {output}.log", file=sys.stderr)
         return {"failed": True}
     report: dict[str, Any] = json.loads(files[1].read_text())
-    print(tool.name, name, bits, report, file=sys.stderr)
+    print(tool.name, name, bits, threads, report, file=sys.stderr)
     return report
 
 
@@ -276,23 +287,18 @@ def _explanation(found: dict[str, Any]) -> str:
         f"`python benchmarks/against_peers.py`: {', '.join(sorted(versions))}; {machine()}. All"
         f" routed experts, symmetric, groups of {GROUP_SIZE}, 32 x {SEQUENCE} calibration tokens."
         " Seconds are the median of the rounds, every round in brackets, from the imported"
-        f" libraries to the finished checkpoint, {_threads()}; other work on the machine lengthens"
-        " them, the processor's own time much less, so that is what is compared. KL divergence to"
-        f" the source (nats) and perplexity over {quality['positions']} positions of held-out text;"
-        " less is better everywhere."
+        f" libraries to the finished checkpoint, on all {os.cpu_count()} cores as each tool uses"
+        " them of itself, and with OMP_NUM_THREADS=1; other work on the machine lengthens them. KL"
+        f" divergence to the source (nats) and perplexity over {quality['positions']} positions of"
+        " held-out text; less is better everywhere."
     )
-
-
-def _threads() -> str:
-    """OMP_NUM_THREADS, the thread count that all tools see."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-    return f"{threads} thread{'s' * (threads != '1')}"
 
 
 def _table(found: dict[str, Any], name: str) -> str:
     lines = [
-        "| bits | | seconds | CPU s | over ours | peak memory | KL | ours less by | perplexity |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| bits | | seconds, {os.cpu_count()} cores | over ours | seconds, 1 thread | over ours"
+        " | peak memory | KL | ours less by | perplexity |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for bits in (4, 3, 2):
         ours = found.get(f"{name}/{bits}/{OURS.name}")
@@ -304,19 +310,16 @@ def _table(found: dict[str, Any], name: str) -> str:
 
 
 def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> str:
-    runs = [run for run in entry["runs"] if not run.get("failed")]
-    seconds = [run["seconds"] for run in runs]
-    used = [run["cpu_seconds"] for run in runs]
-    own = [run["cpu_seconds"] for run in ours["runs"]]
+    cells = [str(bits), tool.name]
+    for threads in THREADS:
+        seconds, own = _seconds(entry, threads), _seconds(ours, threads)
+        each = ", ".join(f"{s:.1f}" for s in seconds)
+        cells.append(f"{median(seconds):.1f} ({each})" if seconds else "")
+        compared = seconds and own and tool is not OURS
+        cells.append(f"{median(seconds) / median(own):.1f}x" if compared else "")
+    peaks = [run["peak_bytes"] for run in entry["runs"] if not run.get("failed")]
+    cells.append(f"{max(peaks) / 1e9:.2f} GB" if peaks else "")
     quality, best = entry.get("quality"), ours.get("quality")
-    cells = [
-        str(bits),
-        tool.name,
-        f"{median(seconds):.1f} ({', '.join(f'{s:.1f}' for s in seconds)})" if seconds else "",
-        f"{median(used):.1f}" if used else "",
-        f"{median(used) / median(own):.1f}x" if used and own and tool is not OURS else "",
-        f"{max(run['peak_bytes'] for run in runs) / 1e9:.2f} GB" if runs else "",
-    ]
     if quality:
         cells.append(f"{quality['kl_divergence']:.4f}")
         rival = tool.worker != OURS.worker
@@ -324,8 +327,16 @@ def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> 
         cells.append(f"{less:.0%}" if rival and best else "")
         cells.append(f"{quality['perplexity']:.2f} (source {quality['perplexity_source']:.2f})")
     else:
-        cells += ["failed" if len(runs) < len(entry["runs"]) else "not measured", "", ""]
+        cells += ["failed" if len(peaks) < len(entry["runs"]) else "not measured", "", ""]
     return f"| {' | '.join(cells)} |"
+
+
+def _seconds(entry: dict[str, Any], threads: str) -> list[float]:
+    return [
+        run["seconds"]
+        for run in entry["runs"]
+        if run["threads"] == threads and not run.get("failed")
+    ]
 
 
 if __name__ == "__main__":
