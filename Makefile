@@ -3,9 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 
-# Threads that spin while they wait slow everything down on a machine with few cores, and with one thread
-# each test takes the same time whatever else runs.
-test: export OMP_NUM_THREADS ?= 1
+# Threads that spin while they wait slow everything down on a machine with few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GPTQMODEL_CPU_WORKERS ?= 2
 
