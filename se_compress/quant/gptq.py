@@ -32,7 +32,7 @@ column and pass, whatever the number of members and rows.
 **Declined.** Reordering what is stored: groups are those of the original columns, whatever the
 order of work. Zeroing columns that no input reached: they are rounded like any other. Choosing
 scales again from the weights as they are when their group's turn comes: 2 to 8 % more error.
-Members in threads of Python: on two cores from as fast to half as slow again, for the small
+Members in threads of Python: no faster on two cores, and slower where they are small, for the small
 operations wait for each other in the interpreter.
 """
 

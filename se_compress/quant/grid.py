@@ -33,8 +33,8 @@ RANGES = 16
 FIRST_RANGES = {2: 12, 3: 10, 4: 8, 8: 8}
 FEW_COLUMNS, FAR = 4, 4.0  # see `_open`
 
-# Weights that one step of the search holds, four temporaries each. Half as many fit a core's cache,
-# which gains one thread 3 %, and cost two a fifth: each step is hardly longer than its start.
+# Weights that one step of the search holds, four temporaries each. Half as many would fit a core's
+# cache, but a step is then hardly longer than its start, and a second thread gains nothing.
 CHUNK = {"cpu": 2**18, "cuda": 2**25}
 
 
