@@ -311,14 +311,17 @@ def _table(found: dict[str, Any], name: str) -> str:
 
 def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> str:
     cells = [str(bits), tool.name]
+    runs, own_runs = _finished(entry), _finished(ours)
     for threads in THREADS:
-        seconds, own = _seconds(entry, threads), _seconds(ours, threads)
+        seconds, own = (
+            [run["seconds"] for run in some if run["threads"] == threads]
+            for some in (runs, own_runs)
+        )
         each = ", ".join(f"{s:.1f}" for s in seconds)
         cells.append(f"{median(seconds):.1f} ({each})" if seconds else "")
         compared = seconds and own and tool is not OURS
         cells.append(f"{median(seconds) / median(own):.1f}x" if compared else "")
-    peaks = [run["peak_bytes"] for run in entry["runs"] if not run.get("failed")]
-    cells.append(f"{max(peaks) / 1e9:.2f} GB" if peaks else "")
+    cells.append(f"{max(run['peak_bytes'] for run in runs) / 1e9:.2f} GB" if runs else "")
     quality, best = entry.get("quality"), ours.get("quality")
     if quality:
         cells.append(f"{quality['kl_divergence']:.4f}")
@@ -327,16 +330,12 @@ def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> 
         cells.append(f"{less:.0%}" if rival and best else "")
         cells.append(f"{quality['perplexity']:.2f} (source {quality['perplexity_source']:.2f})")
     else:
-        cells += ["failed" if len(peaks) < len(entry["runs"]) else "not measured", "", ""]
+        cells += ["failed" if len(runs) < len(entry["runs"]) else "not measured", "", ""]
     return f"| {' | '.join(cells)} |"
 
 
-def _seconds(entry: dict[str, Any], threads: str) -> list[float]:
-    return [
-        run["seconds"]
-        for run in entry["runs"]
-        if run["threads"] == threads and not run.get("failed")
-    ]
+def _finished(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run for run in entry["runs"] if not run.get("failed")]
 
 
 if __name__ == "__main__":

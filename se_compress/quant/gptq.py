@@ -320,8 +320,7 @@ class _Part:
         for start in range(0, change.shape[2], BLOCK):
             block, before = slice(start, start + BLOCK), slice(start)
             response = torch.bmm(change[:, :, block], self.hessian[:, block, block])
-            if start:
-                response.baddbmm_(change[:, :, before], self.hessian[:, before, block], alpha=2)
+            response.baddbmm_(change[:, :, before], self.hessian[:, before, block], alpha=2)
             energy += (change[:, :, block] * response).sum(2)
         return self._under_diagonal(energy, change)
 

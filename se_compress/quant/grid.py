@@ -226,7 +226,7 @@ def _open(share: Tensor, weights: Tensor, costs: Tensor, recent: float, reach: i
     return (share <= recent) | concentrated[:, :, None] | outlying
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Best:
     """The best candidate of each group, [E, G, R]: its gain, scale, least step and range.
 
