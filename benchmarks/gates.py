@@ -29,16 +29,16 @@ from results import machine, write_section
 from torch import Tensor
 
 from se_compress.artifacts import Check, ExpertId, ModelSource, RunOptions
+from se_compress.blueprint import draw_blueprint
 from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import Reader, allocate, open_result, open_tensors
+from se_compress.checkpoint import Reader, open_result, open_tensors
 from se_compress.execute import compress
-from se_compress.headers import lay_out
+from se_compress.headers import read_headers
 from se_compress.policy import make_plan
 from se_compress.profiler import profile_experts
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, Validation, parse_recipe
 from se_compress.source import open_source
-from se_compress.targets import result_name, result_slots
 from se_compress.validator import Original, judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,12 +137,10 @@ def round_routers(bits: int) -> Callable[[Model], Changes]:
 def solved(model: Model) -> Changes:
     """What se-compress itself makes of it: GPTQ at 4 bits, the super expert kept."""
     plan = make_plan(model.source, None, model.recipe)
-    layout = lay_out(result_slots(model.source, plan), model.work / "gptq", 10**12)
-    allocate(layout)
-    compress(model.source, plan, model.calibration, model.recipe, layout, RunOptions())
-    read = open_result(
-        layout, model.source.tensors, lambda name: result_name(model.source, plan, name)
-    )
+    directory = model.work / "gptq"
+    compress(model.source, plan, model.calibration, model.recipe, directory)
+    names = draw_blueprint(model.source, plan).names
+    read = open_result(read_headers(directory), model.source.tensors, names)
     return {name: read(name) for i in model.routed() for name in model.names(i)}
 
 

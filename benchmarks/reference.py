@@ -21,15 +21,10 @@ from se_compress.artifacts import (
     to_json,
 )
 from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import allocate
 from se_compress.execute import compress
-from se_compress.export import export_config
-from se_compress.headers import lay_out
 from se_compress.profiler import profile_digest, profile_experts
 from se_compress.recipe import Recipe, parse_recipe
 from se_compress.source import open_source
-from se_compress.surgery import shrink
-from se_compress.targets import result_slots
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"
@@ -111,11 +106,7 @@ def judge(
     """Write the checkpoint, quantised on `tokens`, and read it back: its checks by name, the
     perplexities and its size."""
     directory = model.work / "checkpoint"
-    small = shrink(model.source, plan)
-    layout = lay_out(result_slots(small.source, small.plan), directory, 10**10)
-    allocate(layout)
-    records = compress(model.source, plan, tokens, recipe, layout, RunOptions())
-    export_config(small.source, small.plan, directory)
+    compress(model.source, plan, tokens, recipe, directory)
     held_out = model.original.tokens
     # the engine's own load is not what is compared, and takes longer than the rest
     report = validator.validate(
@@ -123,10 +114,8 @@ def judge(
         plan,
         directory,
         held_out,
-        records,
         recipe,
-        RunOptions(),
-        model.original,
+        original=model.original,
         reload=False,
     )
     return {check.name: check.value for check in report.checks} | {

@@ -7,7 +7,7 @@ Units with a protected expert are fixed. The others are the items of a multiple-
 width costs the bytes that the file will hold for it, and loses what the profile predicts.
 
 The budget of the items is what the given one leaves: a plan with every item at the least width is
-measured as the export will write it (targets.result_slots), to the byte.
+measured by its blueprint, to the byte.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from math import ceil, floor
 
 from se_compress.artifacts import (
     PARTS,
+    SOURCE_BITS,
     CompressionPlan,
     CurvePoint,
     ExpertDecision,
@@ -28,6 +29,7 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
+from se_compress.blueprint import draw_blueprint
 from se_compress.errors import RecipeError
 from se_compress.knapsack import Option, choose, sweep
 from se_compress.recipe import Recipe
@@ -36,8 +38,6 @@ from se_compress.targets import (
     check_grid,
     find_rules,
     is_other_linear,
-    planned_bits,
-    result_slots,
     stored_bytes,
     unpackable,
     widths_of,
@@ -117,17 +117,12 @@ def cost_curve(
     return tuple(sorted(points, key=lambda point: (point.size_bytes, len(point.widths))))
 
 
-def bits_per_weight(source: ModelSource, plan: CompressionPlan) -> float:
-    """Stored bits per weight over all routed experts; scales, zero points and indices count."""
-    return 8 * _routed_bytes(source, plan) / _weights(source, _routed(source))
-
-
 # ------------------------------------------------------------------------------ what is loadable
 
 
 def _check_widths(rules: TargetRules, recipe: Recipe) -> None:
     scheme = scheme_of(recipe)
-    accepted = (*widths_of(scheme, rules), 16)
+    accepted = (*widths_of(scheme, rules), SOURCE_BITS)
     files = f"{rules.format} {scheme.data_type or ''}".rstrip()
     wanted = [("policy.bits lists", bits) for bits in recipe.policy.bits]
     wanted.append(("policy.protected_bits is", recipe.policy.protected_bits))
@@ -280,8 +275,9 @@ def _loss(task: _Task, unit: Unit, width: int) -> float:
 
 
 def _routed_bytes(source: ModelSource, plan: CompressionPlan) -> int:
+    """Bytes of all routed experts."""
     return sum(
-        stored_bytes(info, planned_bits(plan, info), plan.scheme)
+        stored_bytes(info, plan.bits_of(info), plan.scheme)
         for identity in _routed(source)
         for info in source.experts[identity].values()
     )
@@ -318,11 +314,12 @@ def _solve(task: _Task) -> tuple[Widths, tuple[str, ...]]:
 
 def _unquantized(task: _Task) -> CompressionPlan:
     policy = task.recipe.policy
-    if policy.other_bits != 16:
+    if policy.other_bits != SOURCE_BITS:
         raise RecipeError(
-            f"policy.other_bits is {policy.other_bits}; quantization.method none keeps 16"
+            f"policy.other_bits is {policy.other_bits}; quantization.method none keeps "
+            f"{SOURCE_BITS}"
         )
-    plan = _assemble(task, _uniform(task, 16), ())
+    plan = _assemble(task, _uniform(task, SOURCE_BITS), ())
     over_size = policy.size is not None and plan.size_bytes > policy.size
     over_bits = policy.bits_per_weight is not None and plan.bits_per_weight > policy.bits_per_weight
     if over_size or over_bits:
@@ -422,34 +419,35 @@ def _assemble(task: _Task, widths: Widths, notes: tuple[str, ...]) -> Compressio
 
 def with_sizes(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
     """The plan with its sizes worked out anew."""
+    blueprint = draw_blueprint(source, plan)
     return replace(
         plan,
-        bits_per_weight=bits_per_weight(source, plan),
-        size_bytes=sum(slot.size_bytes for slot in result_slots(source, plan)),
+        bits_per_weight=blueprint.bits_per_weight,
+        size_bytes=blueprint.size_bytes,
         source_size_bytes=source.size_bytes,
     )
 
 
 def _others(task: _Task) -> Iterator[OtherDecision]:
-    """The linears of attention and dense MLPs; no lines for them where all keep their 16 bits."""
+    """The linears of attention and dense MLPs; no lines for them where all keep their precision."""
     bits = task.recipe.policy.other_bits
-    for info in task.source.tensors.values() if bits != 16 else ():
+    for info in task.source.tensors.values() if bits != SOURCE_BITS else ():
         if is_other_linear(info):
             width, reason = _other_width(task, [info])
             yield OtherDecision(info.name, width, reason)
 
 
 def _other_width(task: _Task, matrices: Iterable[TensorInfo]) -> tuple[int, str]:
-    """`policy.other_bits`, or 16 where one of the matrices cannot be packed, and why."""
+    """`policy.other_bits`, or SOURCE_BITS where one of the matrices cannot be packed, and why."""
     bits = task.recipe.policy.other_bits
     for info in matrices:
-        if bits != 16 and (obstacle := unpackable(info, task.rules, task.scheme)):
-            return 16, f"kept in 16 bits: {obstacle}"
+        if bits != SOURCE_BITS and (obstacle := unpackable(info, task.rules, task.scheme)):
+            return SOURCE_BITS, f"kept in {SOURCE_BITS} bits: {obstacle}"
     return bits, f"policy.other_bits is {bits}"
 
 
 def _decide(task: _Task, identity: ExpertId, widths: Widths) -> ExpertDecision:
-    bits, down = widths.get(identity, (16, 16))
+    bits, down = widths.get(identity, (SOURCE_BITS, SOURCE_BITS))
     reason = task.kept.get(identity)
     if identity.expert == "shared" and reason is None:
         bits, reason = _other_width(task, task.source.experts[identity].values())
@@ -457,7 +455,7 @@ def _decide(task: _Task, identity: ExpertId, widths: Widths) -> ExpertDecision:
     return ExpertDecision(
         identity.layer,
         identity.expert,
-        "keep" if bits == down == 16 else "quantize",
+        "keep" if bits == down == SOURCE_BITS else "quantize",
         bits,
         reason or _reason(task, identity, bits),
         down_bits=down if down != bits else None,

@@ -70,14 +70,14 @@ def _map(info: TensorInfo) -> Tensor:
 def open_result(
     found: Mapping[str, TensorInfo],
     source: Mapping[str, TensorInfo],
-    result_name: Callable[[str], str] = lambda name: name,
+    names: Mapping[str, str],
     scheme: Scheme | None = None,
 ) -> Reader:
     """A reader of a compressed checkpoint by the names of its source: packed weights come back
     dequantised, float32 [rows, columns], everything else as it is on disk.
 
     found, source   headers of the compressed checkpoint and of its source
-    result_name     what the checkpoint calls a tensor of the source
+    names           tensor of the source -> what the checkpoint calls it
     scheme          how the quantised matrices are stored; GPTQ v1 if it is not given
     """
     read_stored = open_tensors(found)
@@ -85,7 +85,7 @@ def open_result(
     suffixes = PARTS if scheme and scheme.data_type else MARKS[form]
 
     def read(name: str) -> Tensor:
-        stored = result_name(name)
+        stored = names[name]
         stem = stored.removesuffix(".weight")
         parts = {p: f"{stem}.{p}" for p in suffixes if f"{stem}.{p}" in found}
         if suffixes[0] not in parts or found[parts[suffixes[0]]].dtype not in ("I32", "U8", "I8"):

@@ -1,4 +1,4 @@
-"""Compress the model, one layer at a time, into a checkpoint that has been laid out already.
+"""Compress the model, one layer at a time, into a checkpoint that is laid out before.
 
 Two streams run side by side: the hidden states of the model compressed so far, and the source's.
 The first one is what later layers will really see, so it is what they are calibrated on. The second
@@ -11,7 +11,7 @@ attention.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from se_compress.artifacts import (
+    COMPRESSION_FILE,
+    Compressed,
     CompressionPlan,
     ExpertDecision,
     ExpertId,
@@ -33,12 +35,16 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
-from se_compress.checkpoint import Reader, copy_tensor, open_tensors, write_tensors
+from se_compress.blueprint import Blueprint, PlannedTensor, draw_blueprint
+from se_compress.checkpoint import Reader, allocate, copy_tensor, open_tensors, write_tensors
 from se_compress.early_warning import Side, early_warning
+from se_compress.export import export_config
 from se_compress.families import FAMILIES
+from se_compress.headers import lay_out
 from se_compress.measures import relative_distance
 from se_compress.recipe import Recipe
 from se_compress.solver import (
+    Packed,
     SolvedLinear,
     quantize_experts,
     quantize_linears,
@@ -55,8 +61,6 @@ from se_compress.streaming import (
     load_states,
     save_states,
 )
-from se_compress.surgery import Shrunk, is_made, shrink
-from se_compress.targets import planned_bits, result_name
 
 # Tokens of the source's own stream that are kept to compare with: its leading sequences.
 WITNESS_TOKENS = 1024
@@ -67,22 +71,45 @@ def compress(
     plan: CompressionPlan,
     tokens: Sequence[Sequence[int]],
     recipe: Recipe,
+    directory: Path,
+    options: RunOptions = RunOptions(),
+) -> Compressed:
+    """Write the checkpoint that a plan makes of a source into `directory`.
+
+    tokens  calibration sequences of token ids
+
+    The shards are allocated at full size first. With a work directory, progress is saved after
+    every layer and taken up again; the tensors that come out are the same, byte for byte. A result
+    that stopped early is not whole: it gets no config, so that nobody takes it for one.
+
+    Raises ResourceError if the disk is too small, SourceError if the source cannot be read.
+    """
+    blueprint = draw_blueprint(source, plan)
+    layout = lay_out(blueprint.slots.values(), directory, recipe.shard_size)
+    directory.mkdir(parents=True, exist_ok=True)
+    allocate(layout)
+    made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
+    if made.stopped is None:
+        export_config(blueprint, directory)
+    write_atomically(directory / COMPRESSION_FILE, to_json(made))
+    return made
+
+
+def _fill(
+    blueprint: Blueprint,
+    tokens: Sequence[Sequence[int]],
+    recipe: Recipe,
     layout: Mapping[str, TensorInfo],
     options: RunOptions,
 ) -> tuple[LayerRecord, ...]:
-    """Write every tensor of the result to its place in `layout` (allocated by the caller).
-
-    With a work directory, progress is saved after every layer and taken up again; the tensors that
-    come out are the same, byte for byte. If the last record has `failed`, compressing stopped there
-    and the result is not whole.
-    """
-    small = shrink(source, plan)
-    read, untouched = open_shrunk(source, small), small.source is source
-    _copy(small, read, layout, [i for i in small.source.tensors.values() if i.layer is None])
-    if untouched and not any(_planned(small, layer) for layer in range(source.layer_count)):
-        return tuple(_copy_layer(small, read, n, layout) for n in range(source.layer_count))
+    """Write every tensor of the result to its place in `layout`."""
+    source = blueprint.shrunk.original
+    read, untouched = open_shrunk(blueprint.shrunk), blueprint.source is source
+    _copy(read, layout, blueprint.of_layer(None))
+    if untouched and not any(blueprint.packed()):
+        return tuple(_copy_layer(blueprint, read, n, layout) for n in range(source.layer_count))
     device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
-    model = StreamedModel(small.source, read, device, dtype)
+    model = StreamedModel(blueprint.source, read, device, dtype)
     original = model
     if not untouched:
         original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
@@ -95,7 +122,7 @@ def compress(
         options.progress("compress", layer, source.layer_count)
         if layer > done:
             record, streams = _compress_layer(
-                original, model, small, layer, streams, recipe, layout
+                original, model, blueprint, layer, streams, recipe, layout
             )
             _save(options, record, streams)
         else:
@@ -136,30 +163,21 @@ def _load_record(options: RunOptions, layer: int) -> LayerRecord:
 # ------------------------------------------------------------------------------------------ copying
 
 
-def _copy(
-    small: Shrunk, read: Reader, layout: Mapping[str, TensorInfo], tensors: Iterable[TensorInfo]
-) -> None:
-    """Put tensors that keep their precision into the result: byte for byte, or as surgery makes
-    them."""
-    for info in tensors:
-        name = result_name(small.source, small.plan, info.name)
-        if is_made(info):
-            write_tensors(layout, {name: read(info.name)})
-        else:
-            copy_tensor(info, layout[name])
-
-
-def _unquantized(small: Shrunk, layer: int) -> Iterator[TensorInfo]:
-    for info in small.source.tensors.values():
-        if info.layer == layer and planned_bits(small.plan, info) == 16:
-            yield info
+def _copy(read: Reader, layout: Mapping[str, TensorInfo], tensors: Iterable[PlannedTensor]) -> None:
+    """Put those of the tensors that keep their precision into the result: byte for byte, or as
+    surgery makes them."""
+    for tensor in tensors:
+        if tensor.making == "copied":
+            copy_tensor(tensor.info, layout[tensor.name])
+        elif tensor.making == "made":
+            write_tensors(layout, {tensor.name: read(tensor.info.name)})
 
 
 def _copy_layer(
-    small: Shrunk, read: Reader, layer: int, layout: Mapping[str, TensorInfo]
+    blueprint: Blueprint, read: Reader, layer: int, layout: Mapping[str, TensorInfo]
 ) -> LayerRecord:
     started = time.perf_counter()
-    _copy(small, read, layout, _unquantized(small, layer))
+    _copy(read, layout, blueprint.of_layer(layer))
     return LayerRecord(layer, time.perf_counter() - started, 0.0, ())
 
 
@@ -186,20 +204,19 @@ class _Planned:
         return bool(self.experts or any(self.shared) or self.attention or any(self.dense))
 
 
-def _planned(small: Shrunk, layer: int) -> _Planned:
-    source, plan = small.source, small.plan
-    family = FAMILIES[source.family]
+def _planned(blueprint: Blueprint, layer: int) -> _Planned:
+    down = f".{FAMILIES[blueprint.source.family].projections[2]}.weight"
     widths: dict[str, dict[str, int]] = {}
-    for info in source.tensors.values():
-        bits = planned_bits(plan, info)
-        if info.layer == layer and bits != 16:
-            last = info.name.endswith(f".{family.projections[2]}.weight")
-            widths.setdefault(info.kind + (" down" if last else ""), {})[info.name] = bits
+    for tensor in blueprint.of_layer(layer):
+        if tensor.making == "packed":
+            info = tensor.info
+            kind = info.kind + (" down" if info.name.endswith(down) else "")
+            widths.setdefault(kind, {})[info.name] = tensor.bits
     return _Planned(
         layer=layer,
         experts=tuple(
             d
-            for d in plan.experts
+            for d in blueprint.plan.experts
             if d.layer == layer and d.action == "quantize" and d.expert != "shared"
         ),
         shared=(widths.get("shared_expert", {}), widths.get("shared_expert down", {})),
@@ -211,16 +228,16 @@ def _planned(small: Shrunk, layer: int) -> _Planned:
 def _compress_layer(
     original: StreamedModel,
     model: StreamedModel,
-    small: Shrunk,
+    blueprint: Blueprint,
     layer: int,
     streams: Mapping[str, list[Tensor]],
     recipe: Recipe,
     layout: Mapping[str, TensorInfo],
 ) -> tuple[LayerRecord, dict[str, list[Tensor]]]:
     """`original` is the source, `model` what surgery left of it: one and the same without any."""
-    started, plan = time.perf_counter(), small.plan
+    started = time.perf_counter()
     module = original.load_layer(layer)
-    planned = _planned(small, layer)
+    planned = _planned(blueprint, layer)
     same = streams["result"] is streams["source"] and model is original
     untouched = same and not planned
     before = [] if untouched else leading(streams["source"], WITNESS_TOKENS)
@@ -234,13 +251,13 @@ def _compress_layer(
     watch = _Watch(compared, runs_experts=not planned.experts)
     if planned:
         made = _quantize_layer(
-            model, module, planned, streams["result"], watch, plan.scheme, recipe
+            model, module, planned, streams["result"], watch, blueprint.plan.scheme, recipe
         )
     else:
         made = _Made(model.run_layer(layer, module, streams["result"], watch))
-    write_tensors(layout, {result_name(model.source, plan, n): t for n, t in made.tensors.items()})
-    _copy(small, model.read, layout, _unquantized(small, layer))
-    away, failed = 0.0, None
+    write_tensors(layout, _stored(blueprint, made.tensors))
+    _copy(model.read, layout, blueprint.of_layer(layer))
+    away, failed, origin = 0.0, None, blueprint.shrunk.origin
     if not untouched:
         result = leading(made.result, WITNESS_TOKENS)
         away = relative_distance(result, source)
@@ -253,14 +270,14 @@ def _compress_layer(
                 after=result,
                 sinks=watch.sink_mass,
                 load=lambda: module,
-                source_expert=lambda expert: small.origin[ExpertId(layer, expert)][0].expert,
+                source_expert=lambda expert: origin[ExpertId(layer, expert)][0].expert,
             )
             failed = early_warning(layer, ours, theirs, recipe.validation)
     record = LayerRecord(
         layer=layer,
         seconds=time.perf_counter() - started,
         hidden_error=away,
-        experts=tuple(_by_source_id(record, small) for record in made.experts),
+        experts=tuple(_by_source_id(record, origin) for record in made.experts),
         linears=tuple(linear.record for linear in made.linears),
         failed=failed,
     )
@@ -279,9 +296,20 @@ class _Watch(RoutingCapture, SinkCapture):
         return self._compared[self.batch] if self.batch < len(self._compared) else 0
 
 
-def _by_source_id(record: ExpertRecord, small: Shrunk) -> ExpertRecord:
+def _stored(blueprint: Blueprint, packed: Packed) -> dict[str, Tensor]:
+    """The stored parts of packed matrices, by their names in the result."""
+    return {
+        f"{blueprint.tensors[name].module}.{part}": tensor
+        for name, parts in packed.items()
+        for part, tensor in parts.items()
+    }
+
+
+def _by_source_id(
+    record: ExpertRecord, origin: Mapping[ExpertId, tuple[ExpertId, ...]]
+) -> ExpertRecord:
     """Records speak of the source's experts; of merged ones, the first stands for all."""
-    return replace(record, expert=small.origin[record.id][0].expert)
+    return replace(record, expert=origin[record.id][0].expert)
 
 
 @dataclass
@@ -289,13 +317,13 @@ class _Made:
     """What became of one layer.
 
     result   the hidden states after it
-    tensors  packed, by the names of the weights that they stand for
+    tensors  packed matrices, by the names of their weights
     experts  records of its experts
     linears  its quantised linears of attention and dense MLP
     """
 
     result: list[Tensor]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Packed = field(default_factory=dict)
     experts: list[ExpertRecord] = field(default_factory=list)
     linears: list[SolvedLinear] = field(default_factory=list)
 

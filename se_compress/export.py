@@ -4,13 +4,12 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from se_compress.artifacts import CompressionPlan, ModelSource, TensorInfo, write_atomically
+from se_compress.artifacts import SOURCE_BITS, CompressionPlan, write_atomically
+from se_compress.blueprint import Blueprint, PlannedTensor
 from se_compress.headers import INDEX_FILE
-from se_compress.targets import planned_bits, result_name
 
 # Weights in any format are not copied: the result has its own.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -20,14 +19,15 @@ EVERYTHING_ELSE = r"-:^(model\.|lm_head)(?!.*\.experts\.\d+\.).*$"
 REPLACED_FILES = ("config.json", "quantize_config.json", "README.md", INDEX_FILE)
 
 
-def export_config(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
+def export_config(blueprint: Blueprint, directory: Path) -> None:
     """Write config.json (and the engine's own settings) and copy every other file of the source
     that a loader may want: tokenizer, generation config, licence."""
+    source = blueprint.source
     for file in sorted(source.path.iterdir()):
         if file.is_file() and _is_auxiliary(file):
             shutil.copyfile(file, directory / file.name)
     config = dict(source.config)
-    settings = quantization_config(source, plan)
+    settings = quantization_config(blueprint)
     if settings:
         config["quantization_config"] = settings
         if settings["quant_method"] == "gptq":  # GPTQModel's own file
@@ -44,14 +44,14 @@ def _pretty(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
+def quantization_config(blueprint: Blueprint) -> dict[str, Any]:
     """The `quantization_config` of config.json; empty for a plan that quantises nothing.
 
     The commonest width of the experts is the base; what differs from it is listed by module.
     """
-    widths = [
-        bits for info, bits in _matrices(source, plan) if info.kind == "expert" and bits != 16
-    ] or [bits for _, bits in _matrices(source, plan) if bits != 16]
+    packed = [tensor for tensor in _matrices(blueprint) if tensor.making == "packed"]
+    experts = [tensor for tensor in packed if tensor.info.kind == "expert"]
+    widths = [tensor.bits for tensor in experts or packed]
     if not widths:
         return {}
     base = max(set(widths), key=lambda bits: (widths.count(bits), bits))
@@ -62,29 +62,27 @@ def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str,
         "compressed-tensors": _compressed_tensors_settings,
         "bitsandbytes": _bitsandbytes_settings,
     }
-    return settings[plan.scheme.format](source, plan, base)
+    return settings[blueprint.plan.scheme.format](blueprint, base)
 
 
-def _matrices(source: ModelSource, plan: CompressionPlan) -> Iterator[tuple[TensorInfo, int]]:
-    """Every matrix that some engine could take for quantised, under its name in the result, and its
-    width. Layers for multi-token prediction, behind the decoder's, are among them."""
-    for info in source.tensors.values():
+def _matrices(blueprint: Blueprint) -> Iterator[PlannedTensor]:
+    """Every matrix that some engine could take for quantised. Layers for multi-token prediction,
+    behind the decoder's, are among them."""
+    for tensor in blueprint.tensors.values():
+        info = tensor.info
         linear = info.kind not in ("norm", "embedding") or info.name == "lm_head.weight"
         if linear and len(info.shape) == 2 and info.name.endswith(".weight"):
-            yield replace(info, name=result_name(source, plan, info.name)), planned_bits(plan, info)
-
-
-def _module(info: TensorInfo) -> str:
-    return info.name.removesuffix(".weight")
+            yield tensor
 
 
 # --------------------------------------------------------------------------------------------- GPTQ
 
 
-def _gptq_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, Any]:
+def _gptq_settings(blueprint: Blueprint, base: int) -> dict[str, Any]:
     """As GPTQModel 7.6 reads it (quantization/config.py). `dynamic` maps patterns of module names
     to what differs: "-:pattern" leaves a module in 16 bits, "+:pattern" gives it another width. Of
     the patterns that match, the first "-:" decides, then the first "+:", whatever their order."""
+    plan = blueprint.plan
     return {
         "quant_method": "gptq",
         "format": plan.scheme.format,
@@ -95,20 +93,21 @@ def _gptq_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dic
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
-        "dynamic": _dynamic(source, plan, base),
+        "dynamic": _dynamic(blueprint, base),
         "meta": {"quantizer": ["se-compress"]},
     }
 
 
-def _dynamic(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, dict[str, int]]:
+def _dynamic(blueprint: Blueprint, base: int) -> dict[str, dict[str, int]]:
+    plan = blueprint.plan
     others: dict[str, int] = {}
     experts: dict[str, dict[str, int]] = {}
-    for info, bits in _matrices(source, plan):
-        module = _module(info)
-        if info.kind == "expert":
-            experts.setdefault(module.rpartition(".")[0], {})[module] = bits
+    for tensor in _matrices(blueprint):
+        if tensor.info.kind == "expert":
+            expert = tensor.module.rpartition(".")[0]
+            experts.setdefault(expert, {})[tensor.module] = tensor.bits
         else:
-            others[module] = bits
+            others[tensor.module] = tensor.bits
     rules: dict[str, dict[str, int]] = {}
     for expert, modules in experts.items():
         widths = set(modules.values())
@@ -117,7 +116,7 @@ def _dynamic(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str,
         elif len(widths) > 1:
             for module, bits in modules.items():
                 rules |= _rule(re.escape(module) + "$", bits, plan)
-    if set(others.values()) == {16}:
+    if set(others.values()) == {SOURCE_BITS}:
         return rules | {EVERYTHING_ELSE: {}}
     for module, bits in others.items():
         rules |= _rule(re.escape(module) + "$", bits, plan)
@@ -125,7 +124,7 @@ def _dynamic(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str,
 
 
 def _rule(pattern: str, bits: int, plan: CompressionPlan) -> dict[str, dict[str, int]]:
-    if bits == 16:
+    if bits == SOURCE_BITS:
         return {f"-:^{pattern}": {}}
     return {f"+:^{pattern}": {"bits": bits, "group_size": plan.scheme.group_size}}
 
@@ -133,20 +132,21 @@ def _rule(pattern: str, bits: int, plan: CompressionPlan) -> dict[str, dict[str,
 # --------------------------------------------------------------------------------------- auto-round
 
 
-def _auto_round_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, Any]:
+def _auto_round_settings(blueprint: Blueprint, base: int) -> dict[str, Any]:
     """As auto-round 0.15 reads it (inference/convert_model.py): every linear below
     `block_name_to_quantize` has the base width unless `extra_config` names it."""
+    scheme = blueprint.plan.scheme
     differing = {
-        _module(info): {"bits": bits}
-        for info, bits in _matrices(source, plan)
-        if info.layer is not None and bits != base
+        tensor.module: {"bits": tensor.bits}
+        for tensor in _matrices(blueprint)
+        if tensor.info.layer is not None and tensor.bits != base
     }
     return {
         "quant_method": "auto-round",
         "packing_format": "auto_round",
         "bits": base,
-        "group_size": plan.scheme.group_size,
-        "sym": plan.scheme.symmetric,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
         "data_type": "int",
         "block_name_to_quantize": "model.layers",
         "extra_config": differing,
@@ -156,9 +156,7 @@ def _auto_round_settings(source: ModelSource, plan: CompressionPlan, base: int) 
 # ------------------------------------------------------------------------------- compressed-tensors
 
 
-def _compressed_tensors_settings(
-    source: ModelSource, plan: CompressionPlan, base: int
-) -> dict[str, Any]:
+def _compressed_tensors_settings(blueprint: Blueprint, base: int) -> dict[str, Any]:
     """As compressed-tensors 0.19 reads it (quantization/quant_config.py), and vLLM and SGLang.
 
     The base width is that of every Linear; a layer of another width has a pattern, which holds for
@@ -168,17 +166,18 @@ def _compressed_tensors_settings(
     """
     targets: dict[int, list[str]] = {base: ["Linear"]}
     layers: dict[int, dict[int, None]] = {}
-    ignore = [] if any(i.name == "lm_head.weight" for i in source.tensors.values()) else ["lm_head"]
-    for info, bits in _matrices(source, plan):
+    ignore = [] if "lm_head.weight" in blueprint.tensors else ["lm_head"]
+    for tensor in _matrices(blueprint):
+        info, bits = tensor.info, tensor.bits
         if info.kind == "expert" and info.layer is not None:
             layers.setdefault(bits, {})[info.layer] = None
-        elif bits == 16:
-            ignore.append(_module(info))
+        elif bits == SOURCE_BITS:
+            ignore.append(tensor.module)
         elif bits != base:
-            targets.setdefault(bits, []).append(_module(info))
+            targets.setdefault(bits, []).append(tensor.module)
     for bits, numbers in layers.items():
         pattern = rf"re:.*\.layers\.({'|'.join(map(str, numbers))})\..*\.experts\.\d+\..*"
-        if bits == 16:
+        if bits == SOURCE_BITS:
             ignore.append(pattern)
         elif bits != base:
             targets.setdefault(bits, []).append(pattern)
@@ -187,7 +186,7 @@ def _compressed_tensors_settings(
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": _config_group(names, bits, plan)
+            f"group_{i}": _config_group(names, bits, blueprint.plan)
             for i, (bits, names) in enumerate(targets.items())
         },
         "ignore": ignore,
@@ -218,11 +217,11 @@ def _config_group(names: list[str], bits: int, plan: CompressionPlan) -> dict[st
 # ------------------------------------------------------------------------------------ bitsandbytes
 
 
-def _bitsandbytes_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, Any]:
+def _bitsandbytes_settings(blueprint: Blueprint, base: int) -> dict[str, Any]:
     """As `loading.SeCompressConfig` reads it: each matrix that is not as one would expect, an
     expert's in 16 bits or another's packed, by its name."""
-    scheme = plan.scheme
-    tensors = [(info, planned_bits(plan, info) == 16) for info in source.tensors.values()]
+    scheme = blueprint.plan.scheme
+    experts = [tensor for tensor in blueprint.tensors.values() if tensor.info.kind == "expert"]
     blocks = {"block_size": scheme.group_size, "double_quant": scheme.double_quant}
     return {
         "quant_method": "se-compress",
@@ -230,8 +229,6 @@ def _bitsandbytes_settings(source: ModelSource, plan: CompressionPlan, base: int
         "version": 1,
         "data_type": scheme.data_type,
         **({} if scheme.data_type == "int8" else blocks),
-        "in_16_bit": [
-            _module(i) for i, plain in tensors if i.kind == "expert" and i.role and plain
-        ],
-        "others": [_module(i) for i, plain in tensors if i.kind != "expert" and not plain],
+        "in_16_bit": [tensor.module for tensor in experts if tensor.making != "packed"],
+        "others": [tensor.module for tensor in blueprint.packed() if tensor.info.kind != "expert"],
     }

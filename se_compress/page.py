@@ -15,12 +15,17 @@ from typing import Any, Literal, NamedTuple
 
 import jinja2
 
-from se_compress.artifacts import Check, ExpertDecision, Scheme, ValidationReport
+from se_compress.artifacts import (
+    SOURCE_BITS,
+    Check,
+    ExpertDecision,
+    Scheme,
+    ValidationReport,
+)
 
 Figure = dict[str, Any]
 State = Literal["passed", "failed", "not-run"]
 
-SOURCE_BITS = 16
 LISTED_EXPERTS = 60
 NO_BREAK = "\u00a0"
 SIZE_UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))

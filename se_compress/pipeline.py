@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 from se_compress.allocate import scheme_of
 from se_compress.artifacts import (
+    OURS,
     CheckpointSummary,
     Comparison,
     CompressionPlan,
     CurvePoint,
     ExpertProfile,
-    LayerRecord,
     ModelSource,
     RunOptions,
-    TensorInfo,
     ValidationReport,
     digest_of,
     from_json,
@@ -31,11 +30,9 @@ from se_compress.artifacts import (
 )
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError, SourceError
-from se_compress.headers import lay_out
 from se_compress.policy import check_plan, curve_of, make_plan
 from se_compress.preflight import check_disk, check_memory, check_packages
 from se_compress.progress import (
-    OURS,
     SETTINGS_FILE,
     check_output,
     check_output_of_variants,
@@ -50,8 +47,6 @@ from se_compress.progress import (
 )
 from se_compress.recipe import Recipe, flatten
 from se_compress.source import open_source
-from se_compress.surgery import shrink
-from se_compress.targets import result_slots
 
 if TYPE_CHECKING:
     from se_compress.validator import Original
@@ -182,7 +177,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     if plan is not None:
         plan = check_plan(plan, source, str(plan_file))
     held_out = draw_sequences(request.recipe.validation, source.path, "validation")
-    report = validate(source, plan, directory, held_out, (), request.recipe, request.options)
+    report = validate(source, plan, directory, held_out, request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
     profile = load(ExpertProfile, profile_file)
     if plan is not None and profile is not None:
@@ -268,10 +263,8 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
         staged = work / "checkpoint"
-        small = shrink(source, plan)
-        layout = lay_out(result_slots(small.source, small.plan), staged, recipe.shard_size)
-        records = _compress(source, plan, calibration, layout, work, request)
-        validation = _validate(source, plan, staged, held_out, records, request, originals)
+        _compress(source, plan, calibration, staged, request)
+        validation = _validate(source, plan, staged, held_out, request, originals)
         _write_reports(source, staged, profile, plan, validation, request)
         save_settings(staged / SETTINGS_FILE, settings)
         directory = output if validation.passed else rejected(output)
@@ -330,22 +323,13 @@ def _compress(
     source: ModelSource,
     plan: CompressionPlan,
     tokens: Tokens,
-    layout: dict[str, TensorInfo],
-    work: Path,
+    staged: Path,
     request: Request,
-) -> tuple[LayerRecord, ...]:
-    from se_compress.checkpoint import allocate
+) -> None:
     from se_compress.execute import compress
-    from se_compress.export import export_config
 
-    (work / "checkpoint").mkdir(exist_ok=True)
-    allocate(layout)
-    options = replace(request.options, work=work)
-    records = compress(source, plan, tokens, request.recipe, layout, options)
-    if not records[-1].failed:  # without a config, nobody takes half a checkpoint for a whole one
-        small = shrink(source, plan)
-        export_config(small.source, small.plan, work / "checkpoint")
-    return records
+    options = replace(request.options, work=staged.parent)
+    compress(source, plan, tokens, request.recipe, staged, options)
 
 
 def _validate(
@@ -353,7 +337,6 @@ def _validate(
     plan: CompressionPlan,
     staged: Path,
     tokens: Tokens,
-    records: Sequence[LayerRecord],
     request: Request,
     originals: Originals,
 ) -> ValidationReport:
@@ -363,7 +346,7 @@ def _validate(
     alike = (recipe.compute_dtype, recipe.validation.generation)
     if alike not in originals:
         originals[alike] = Original(source, tokens, recipe, options)
-    return validate(source, plan, staged, tokens, records, recipe, options, originals[alike])
+    return validate(source, plan, staged, tokens, recipe, options, original=originals[alike])
 
 
 def _write_reports(

@@ -13,6 +13,8 @@ from dataclasses import replace
 from se_compress import structure
 from se_compress.allocate import allocate, cost_curve, scheme_of, with_sizes
 from se_compress.artifacts import (
+    NO_BITS,
+    SOURCE_BITS,
     Action,
     CompressionPlan,
     CurvePoint,
@@ -38,7 +40,6 @@ from se_compress.targets import (
     check_grid,
     find_rules,
     is_other_linear,
-    planned_bits,
     rules_of,
     unpackable,
     widths_of,
@@ -127,14 +128,14 @@ def _best_pruned(
 
 def predicted_loss(plan: CompressionPlan, profile: ExpertProfile) -> float:
     """Sum over the routed experts of what the profile says that their widths cost, see
-    ExpertStats; an expert that is gone or silent has 0 bits."""
+    ExpertStats; an expert that is gone or silent has NO_BITS."""
     total = 0.0
     for decision in plan.experts:
         gone = decision.action in ("prune", "zero")
         if decision.expert != "shared" and (gone or decision.action == "quantize"):
             stats = profile.by_id[decision.id]
-            total += stats.loss_of("down", 0 if gone else decision.bits_of("down") or 0)
-            total += 0.0 if gone else stats.loss_of("gate_up", decision.bits or 0)
+            total += stats.loss_of("down", NO_BITS if gone else decision.bits_of("down"))
+            total += 0.0 if gone else stats.loss_of("gate_up", decision.bits_of("gate"))
     return total
 
 
@@ -236,10 +237,11 @@ def _check_decision(plan: CompressionPlan, decision: ExpertDecision, rules: Targ
     name = f"expert {decision.id}"
     packable = widths_of(plan.scheme, rules)
     of_action: dict[Action, tuple[int | None, ...]] = {
-        "keep": (16,), "quantize": packable, "prune": (None,)
+        "keep": (SOURCE_BITS,), "quantize": packable, "prune": (None,)
     }  # fmt: skip
-    accepted = of_action.get(decision.action, (*packable, 16))
-    pair = (decision.bits, decision.bits_of("down"))
+    accepted = of_action.get(decision.action, (*packable, SOURCE_BITS))
+    down_bits = decision.bits if decision.down_bits is None else decision.down_bits
+    pair = (decision.bits, down_bits)
     split = pair[0] != pair[1]
     if split and rules.granularity != "projection":
         raise RecipeError(
@@ -247,14 +249,14 @@ def _check_decision(plan: CompressionPlan, decision: ExpertDecision, rules: Targ
             f"width per {rules.granularity}"
         )
     for what, bits in zip(("bits", "down_bits"), pair, strict=True):
-        half_kept = split and bits == 16 and decision.action == "quantize"
+        half_kept = split and bits == SOURCE_BITS and decision.action == "quantize"
         if bits not in accepted and not half_kept:
             has = f"{bits} bits" if what == "bits" else f"down_bits {bits}"
             raise RecipeError(
                 f"{name} has {has}; for action {decision.action} and target {plan.target} accepted "
                 f"are {', '.join('null' if a is None else str(a) for a in accepted) or 'none'}"
             )
-    least = min(bits or 16 for bits in pair)
+    least = min(SOURCE_BITS if bits is None else bits for bits in pair)
     if decision.id in plan.protected and least < 8:
         raise RecipeError(
             f"{name} is protected but has {least} bits; accepted are 8 and 16, unless it is taken "
@@ -287,16 +289,16 @@ def _check_others(plan: CompressionPlan, source: ModelSource, rules: TargetRules
                 f"others lists {decision.name}, which is no linear of the model's attention or "
                 "dense MLP"
             )
-        accepted = (*widths_of(plan.scheme, rules), 16)
+        accepted = (*widths_of(plan.scheme, rules), SOURCE_BITS)
         if decision.bits not in accepted:
             raise RecipeError(
                 f"{decision.name} has {decision.bits} bits; for target {plan.target} accepted are "
                 f"{', '.join(map(str, accepted))}"
             )
     for info in source.tensors.values():
-        if info.kind != "expert" and planned_bits(plan, info) != 16:
+        if info.kind != "expert" and plan.bits_of(info) != SOURCE_BITS:
             if obstacle := unpackable(info, rules, plan.scheme):
-                raise RecipeError(f"{info.name} has to keep 16 bits: {obstacle}")
+                raise RecipeError(f"{info.name} has to keep {SOURCE_BITS} bits: {obstacle}")
     _check_fused(plan, source, rules)
 
 
@@ -309,7 +311,7 @@ def _check_fused(plan: CompressionPlan, source: ModelSource, rules: TargetRules)
             if linear not in group:
                 continue
             other = first.setdefault((block, group), info)
-            bits, others = planned_bits(plan, info), planned_bits(plan, other)
+            bits, others = plan.bits_of(info), plan.bits_of(other)
             if bits != others:
                 raise RecipeError(
                     f"{info.name} has {bits} bits and {other.name} {others}; target {plan.target} "
@@ -325,7 +327,7 @@ def _protected(
     reasons: dict[ExpertId, str] = {}
     if isinstance(protect, tuple):
         for identity in structure.listed(source, protect, "policy.protect"):
-            kept = 16 if identity.expert == "shared" else bits
+            kept = SOURCE_BITS if identity.expert == "shared" else bits
             reasons[identity] = f"protected at {kept} bits: listed in policy.protect"
     elif protect == "super-experts" and profile is not None:
         for expert in profile.super_experts:

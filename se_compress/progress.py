@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from se_compress.artifacts import Artifact, from_json, write_atomically
+from se_compress.artifacts import OURS, Artifact, from_json, write_atomically
 from se_compress.errors import RecipeError, SeCompressError
 
-OURS = "se_compress"
 SETTINGS_FILE = f"{OURS}/run.json"
 COMPARISON = "comparison."
 

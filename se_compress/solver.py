@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from se_compress.artifacts import (
     ROLES,
+    SOURCE_BITS,
     ExpertDecision,
     ExpertId,
     ExpertRecord,
@@ -50,6 +51,8 @@ STACK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 # Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
 # calibrated.
 LAYER_TOKENS = 4096
+# Weight -> its stored parts, by what follows the module's name.
+Packed = dict[str, dict[str, Tensor]]
 NOT_FACTORED = "Hessian could not be factorised: rounded to nearest"
 
 
@@ -87,12 +90,12 @@ def quantize_experts(
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
     recipe: Recipe,
-) -> tuple[dict[str, Tensor], list[ExpertRecord], Tensor]:
+) -> tuple[Packed, list[ExpertRecord], Tensor]:
     """Quantise routed experts of one layer, given as the live fused module.
 
     capture  what the layer's experts see
-    Returns the packed tensors, by the names of the weights that they stand for; the records; and
-    the output [N, H] float32 of all routed experts, these and those that keep their precision.
+    Returns the packed matrices, by the names of their weights; the records; and the output [N, H]
+    float32 of all routed experts, these and those that keep their precision.
     """
     output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
     made = (
@@ -100,7 +103,7 @@ def quantize_experts(
         if scheme.format == "bitsandbytes"
         else _solve_experts(source, experts, capture, decisions, scheme, recipe)
     )
-    tensors: dict[str, Tensor] = {}
+    tensors: Packed = {}
     records: list[ExpertRecord] = []
     left = set(range(len(experts.down_proj)))
     for expert, record, parts, inner in made:
@@ -113,9 +116,9 @@ def quantize_experts(
     return tensors, sorted(records, key=lambda record: record.id), output
 
 
-# An expert after its quantisation, with its record, its packed tensors, and what `_inner` gives for
-# the tokens routed to it.
-_Quantized = tuple[int, ExpertRecord, dict[str, Tensor], Tensor]
+# An expert after its quantisation, with its record, its packed matrices, and what `_inner` gives
+# for the tokens routed to it.
+_Quantized = tuple[int, ExpertRecord, Packed, Tensor]
 
 
 def _solve_experts(
@@ -135,7 +138,7 @@ def _solve_experts(
         for i, expert in enumerate(members):
             identity = ExpertId(decisions[0].layer, expert)
             names = [source.experts[identity][role].name for role in ROLES]
-            tensors: dict[str, Tensor] = {}
+            tensors: Packed = {}
             for part, solved in ((names[:2], gate_up), (names[2:], down)):
                 if solved is not None:
                     tensors |= _packed(part, solved.stack, i, scheme.format)
@@ -156,9 +159,9 @@ def _pack_experts(
         assert decision.bits is not None
         gate_up, down = experts.gate_up_proj[decision.expert], experts.down_proj[decision.expert]
         before = gate_up.clone(), down.clone()
-        tensors: dict[str, Tensor] = {}
+        tensors: Packed = {}
         for role, live in zip(ROLES, (*gate_up.chunk(2), down), strict=True):
-            if decision.bits_of(role) != 16:
+            if decision.bits_of(role) != SOURCE_BITS:
                 name = source.experts[decision.id][role].name
                 tensors |= _pack_in_place(name, live, scheme)
         rows, _ = capture.rows_of(decision.expert)
@@ -178,11 +181,11 @@ def _pack_experts(
         yield decision.expert, record, tensors, inner
 
 
-def _pack_in_place(name: str, live: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _pack_in_place(name: str, live: Tensor, scheme: Scheme) -> Packed:
     """The packed parts of a live weight [R, C], which becomes what they stand for."""
     parts = quantize_bnb(live, scheme)
     live.copy_(dequantize_bnb(parts, (live.shape[0], live.shape[1]), scheme, torch.float32))
-    return {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
+    return {name: parts}
 
 
 def _output_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:
@@ -204,7 +207,7 @@ def _stacks(
     members: dict[tuple[int, int], list[int]] = {}
     for decision in decisions:
         if isinstance(decision.expert, int):
-            widths = (decision.bits_of("gate") or 16, decision.bits_of("down") or 16)
+            widths = (decision.bits_of("gate"), decision.bits_of("down"))
             members.setdefault(widths, []).append(decision.expert)
     for widths in sorted(members):
         for start in range(0, len(members[widths]), size):
@@ -299,8 +302,8 @@ def _replace(
     scheme: Scheme,
     rule: Quantization,
 ) -> _Solved | None:
-    """Quantise members of a live stack [E, R, C] in place; None at 16 bits."""
-    if bits == 16:
+    """Quantise members of a live stack [E, R, C] in place; None at SOURCE_BITS."""
+    if bits == SOURCE_BITS:
         return None
     solved = _solve(live[members].float(), inputs.hessian, _grid(bits, scheme), rule)
     live[members] = dequantize(solved.stack).to(live.dtype)
@@ -338,13 +341,13 @@ def _record(
 class SolvedLinear:
     """A plain linear after quantisation.
 
-    tensors      its packed tensors, by the names of the weight that they stand for
+    tensors      its packed matrix, by the name of its weight
     lost, whole  output energy per token, tr(dW H dW^T) and tr(W H W^T), over its inputs
     """
 
     name: str
     bits: int
-    tensors: dict[str, Tensor]
+    tensors: Packed
     tokens: int
     damping: float
     lost: float
@@ -401,7 +404,7 @@ def quantize_shared(
     hidden: Tensor,
     scheme: Scheme,
     rule: Quantization,
-) -> tuple[dict[str, Tensor], ExpertRecord]:
+) -> tuple[Packed, ExpertRecord]:
     """Quantise the shared expert of a loaded layer: gate and up, then down.
 
     stages as in `quantize_linears`, one of them may be empty; hidden [N, H] is its input
@@ -415,13 +418,13 @@ def quantize_shared(
 
     done = quantize_linears(module, stages, run, scheme, rule)
     gate_up, down = ([linear for linear in done if linear.name in stage] for stage in stages)
-    tensors: dict[str, Tensor] = {}
+    tensors: Packed = {}
     for linear in done:
         tensors |= linear.tensors
     record = ExpertRecord(
         layer=identity.layer,
         expert=identity.expert,
-        bits=gate_up[0].bits if gate_up else 16,
+        bits=gate_up[0].bits if gate_up else SOURCE_BITS,
         tokens=done[0].tokens,
         shrinkage=0.0,
         damping=max(linear.damping for linear in done),
@@ -572,21 +575,17 @@ def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
     return ((rows @ hessian) * rows).sum(dim=(1, 2))
 
 
-def _packed(
-    names: Sequence[str], stack: QuantizedStack, member: int, form: str
-) -> dict[str, Tensor]:
-    """The packed tensors of a member that holds the rows of equally tall matrices."""
+def _packed(names: Sequence[str], stack: QuantizedStack, member: int, form: str) -> Packed:
+    """The packed matrices of a member that holds the rows of equally tall ones."""
     height = stack.codes.shape[1] // len(names)
-    tensors: dict[str, Tensor] = {}
+    tensors: Packed = {}
     for i, name in enumerate(names):
         tensors |= _packed_rows(name, stack, member, slice(i * height, (i + 1) * height), form)
     return tensors
 
 
-def _packed_rows(
-    name: str, stack: QuantizedStack, member: int, rows: slice, form: str
-) -> dict[str, Tensor]:
-    """The packed tensors of the matrix that some rows of a member are."""
+def _packed_rows(name: str, stack: QuantizedStack, member: int, rows: slice, form: str) -> Packed:
+    """The packed matrix that some rows of a member are."""
     parts = pack(
         form,
         stack.codes[member, rows],
@@ -596,5 +595,4 @@ def _packed_rows(
         group_size=stack.grid.group_size,
         symmetric=stack.grid.symmetric,
     )
-    stem = name.removesuffix(".weight")
-    return {f"{stem}.{part}": tensor for part, tensor in parts.items()}
+    return {name: parts}

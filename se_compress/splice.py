@@ -14,20 +14,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from se_compress.artifacts import ROLES, ExpertId, ModelSource, Role, TensorInfo
+from se_compress.artifacts import ROLES, ExpertId, Role, TensorInfo
 from se_compress.checkpoint import Reader, open_tensors
 from se_compress.surgery import Shrunk, is_made
 
 Weights = Mapping[Role, Tensor]
 
 
-def open_shrunk(source: ModelSource, small: Shrunk) -> Reader:
-    """A reader of the smaller model by its own names.
+def open_shrunk(small: Shrunk) -> Reader:
+    """Reader of the smaller model by its own names.
 
     What merely moved is read where it is. Router rows, and every other tensor that has a row per
     expert, are those of the experts that are left; a merged expert is the average of its members;
     the down_proj of a zeroed expert is zero. Dtypes are the source's.
     """
+    source = small.original
     read_source, read_moved = open_tensors(source.tensors), open_tensors(small.source.tensors)
 
     @lru_cache(maxsize=1)  # three reads in a row are of one expert

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from se_compress.artifacts import (
+    SOURCE_BITS,
     Action,
     CompressionPlan,
     ExpertDecision,
@@ -271,5 +272,6 @@ def complete(source: ModelSource, decisions: Sequence[ExpertDecision]) -> list[E
     """With a line for every expert of the source; those without one are kept."""
     given = {decision.id: decision for decision in decisions}
     return [
-        given.get(i) or ExpertDecision(i.layer, i.expert, "keep", 16, "") for i in source.experts
+        given.get(i) or ExpertDecision(i.layer, i.expert, "keep", SOURCE_BITS, "")
+        for i in source.experts
     ]

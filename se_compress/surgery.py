@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from se_compress.artifacts import (
+    SOURCE_BITS,
     Action,
     CompressionPlan,
     ExpertDecision,
@@ -40,13 +41,15 @@ LEAST_IN_GROUP = 2
 class Shrunk:
     """What a plan leaves of a source.
 
-    source   the smaller model; the source itself if no expert is pruned, merged or zeroed
+    original the source
+    source   the smaller model; the original itself if no expert is pruned, merged or zeroed
     plan     the plan for it in its own ids, with actions keep and quantize only
     origin   each of its experts -> those of the original that it stands for: one, or the members
              that were merged into it, in order of id
     shares   each member of a merged expert -> its weight in the average
     """
 
+    original: ModelSource
     source: ModelSource
     plan: CompressionPlan
     origin: Mapping[ExpertId, tuple[ExpertId, ...]]
@@ -57,7 +60,7 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
     """The smaller model. The plan has to be consistent, see `check_structure`."""
     origin = _origin(source, plan)
     if not any(decision.action in SURGICAL for decision in plan.experts):
-        return Shrunk(source, plan, origin, {})
+        return Shrunk(source, source, plan, origin, {})
     count = max(identity.expert for identity in origin if isinstance(identity.expert, int)) + 1
     top_k = valid_top_k(source, count)
     structure = [(str(d.id), d.action, d.becomes, d.share) for d in plan.experts]
@@ -70,7 +73,7 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
         digest=digest_of(source.digest, structure),
     )
     shares = {d.id: d.share for d in plan.experts if d.share is not None}
-    return Shrunk(small, _inner_plan(plan, origin), origin, shares)
+    return Shrunk(source, small, _inner_plan(plan, origin), origin, shares)
 
 
 def is_made(info: TensorInfo) -> bool:
@@ -218,7 +221,7 @@ def _inner_plan(
     for new, members in origin.items():
         old = plan.by_id[members[0]]
         widths = {old.bits, old.down_bits} - {None}
-        action: Action = "keep" if widths == {16} else "quantize"
+        action: Action = "keep" if widths == {SOURCE_BITS} else "quantize"
         decisions.append(
             ExpertDecision(new.layer, new.expert, action, old.bits, old.reason, old.down_bits)
         )

@@ -1,8 +1,8 @@
 """What each target engine loads, and what a plan therefore puts into the file. No torch.
 
 A format says how one matrix is stored. A row of the table says what an engine loads of a format,
-each fact with its source. The planner takes a row as its constraint; the layout of the result
-(`result_slots`) follows from plan and headers alone, exact to the byte.
+each fact with its source. The planner takes a row as its constraint; what the result then holds is
+in its blueprint (blueprint.py), exact to the byte.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,14 +11,13 @@ from functools import cache
 from typing import Literal
 
 from se_compress.artifacts import (
+    SOURCE_BITS,
     CompressionPlan,
-    ExpertId,
     ModelSource,
     Scheme,
     TensorInfo,
 )
 from se_compress.errors import RecipeError
-from se_compress.families import FAMILIES, unfused_name
 from se_compress.headers import Slot
 
 TABLE_VERSION = "2026-11"
@@ -92,7 +91,7 @@ class TargetRules:
     """What one engine loads of one format.
 
     methods          quantisation methods whose codes the format holds
-    widths           bits that experts may have, beside 16
+    widths           bits that experts may have, beside SOURCE_BITS
     granularity      what may have a width of its own: a projection; an expert; a layer, all experts
                      and projections alike; or nothing, all experts of the model alike
     group_sizes      columns that may share a scale; -1 is a whole row
@@ -332,13 +331,6 @@ def is_other_linear(info: TensorInfo) -> bool:
     return matrix and info.layer is not None and info.kind in ("attention", "dense_mlp")
 
 
-def result_name(source: ModelSource, plan: CompressionPlan, name: str) -> str:
-    """The name by which the plan's target looks for a tensor of the source."""
-    if not rules_of(plan).unfused_names:
-        return name
-    return unfused_name(FAMILIES[source.family], name)
-
-
 def packed_slots(info: TensorInfo, bits: int, scheme: Scheme) -> tuple[Slot, ...]:
     """The tensors that hold one [rows, columns] weight at a width."""
     stem = info.name.removesuffix(".weight")
@@ -348,8 +340,8 @@ def packed_slots(info: TensorInfo, bits: int, scheme: Scheme) -> tuple[Slot, ...
 
 
 def stored_bytes(info: TensorInfo, bits: int, scheme: Scheme) -> int:
-    """Bytes of one matrix at a width, scales and indices included; 16 is the source's precision."""
-    return info.size_bytes if bits == 16 else _packed_bytes(info.shape, bits, scheme)
+    """Bytes of one matrix at a width, scales and indices included."""
+    return info.size_bytes if bits == SOURCE_BITS else _packed_bytes(info.shape, bits, scheme)
 
 
 @cache
@@ -357,24 +349,3 @@ def _packed_bytes(shape: tuple[int, ...], bits: int, scheme: Scheme) -> int:
     rows, columns = shape
     parts = FORMATS[scheme.format](rows, columns, bits, scheme)
     return sum(Slot("", dtype, extent).size_bytes for _, dtype, extent in parts)
-
-
-def result_slots(source: ModelSource, plan: CompressionPlan) -> Iterator[Slot]:
-    """Every tensor of the result, in the order in which the source holds them."""
-    for info in sorted(source.tensors.values(), key=lambda i: (i.file, i.begin)):
-        bits = planned_bits(plan, info)
-        info = replace(info, name=result_name(source, plan, info.name))
-        if bits == 16:
-            yield Slot(info.name, info.dtype, info.shape)
-        else:
-            yield from packed_slots(info, bits, plan.scheme)
-
-
-def planned_bits(plan: CompressionPlan, info: TensorInfo) -> int:
-    """The width that the plan gives a tensor; 16 leaves it as it is."""
-    if info.name in plan.by_name:
-        return plan.by_name[info.name].bits
-    if info.role is None or info.layer is None or info.expert is None:
-        return 16
-    decision = plan.by_id.get(ExpertId(info.layer, info.expert))
-    return (decision.bits_of(info.role) if decision else None) or 16

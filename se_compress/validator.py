@@ -52,7 +52,9 @@ import torch
 from torch import Tensor
 
 from se_compress.artifacts import (
+    COMPRESSION_FILE,
     Check,
+    Compressed,
     CompressionPlan,
     Continuation,
     LayerComparison,
@@ -63,7 +65,9 @@ from se_compress.artifacts import (
     SinkPosition,
     TensorInfo,
     ValidationReport,
+    from_json,
 )
+from se_compress.blueprint import Blueprint, PlannedTensor, draw_blueprint
 from se_compress.checkpoint import Reader, open_result, open_tensors
 from se_compress.errors import NOT_RUN_EXIT_CODE, SourceError
 from se_compress.families import FAMILIES, unfused_name
@@ -100,8 +104,7 @@ from se_compress.streaming import (
     batches_of,
     in_pieces,
 )
-from se_compress.surgery import Shrunk, is_made, shrink
-from se_compress.targets import planned_bits, result_name, result_slots
+from se_compress.surgery import Shrunk
 
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
 RELOAD_LIMIT = 0.10
@@ -139,11 +142,10 @@ def validate(
     plan: CompressionPlan | None,
     directory: Path,
     tokens: Sequence[Sequence[int]],
-    records: Sequence[LayerRecord],
     recipe: Recipe,
-    options: RunOptions,
-    original: "Original | None" = None,
+    options: RunOptions = RunOptions(),
     *,
+    original: "Original | None" = None,
     reload: bool = True,
 ) -> ValidationReport:
     """Judge the checkpoint in `directory`, made from `source` by `plan`.
@@ -151,14 +153,16 @@ def validate(
     plan      None for a checkpoint that somebody else made of the source, in one of `_form_of`'s
               formats. Every tensor has to be there, but may have changed
     tokens    held-out sequences of token ids, all of one length
-    records   what compression said of each layer; goes into the report. If it stopped early, the
-              result is not whole, and the gate that stopped it is all that is reported
     original  the source's side, if several results are judged on the same tokens
     reload    whether its engine is to load it; without that, the check is not run
+
+    What `compress` left in the directory goes into the report. If it stopped early, the result is
+    not whole, and the gate that stopped it is all that is reported.
 
     Raises SourceError if the checkpoint cannot be read.
     """
     found = read_headers(directory)
+    records = _records(directory)
     if records and (stopped := records[-1].failed):
         reason = f"not run: compressing stopped after layer {records[-1].layer}"
         return _report(source, _alone(stopped, reason), None, (), records, found)
@@ -175,6 +179,14 @@ def validate(
     weights = _weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
     return _report(source, checks, judged.compared, judged.continuations, records, found)
+
+
+def _records(directory: Path) -> tuple[LayerRecord, ...]:
+    """What `compress` said of each layer; nothing of a checkpoint that it did not make."""
+    file = directory / COMPRESSION_FILE
+    if not file.exists():
+        return ()
+    return from_json(Compressed, file.read_text(encoding="utf-8"), str(file)).layers
 
 
 def judge(
@@ -264,23 +276,17 @@ class _Stored:
 def _planned(
     source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]
 ) -> _Stored:
-    small = shrink(source, plan)
+    blueprint = draw_blueprint(source, plan)
+    model = blueprint.source
     return _Stored(
-        source=small.source,
-        small=small,
+        source=model,
+        small=blueprint.shrunk,
         target=plan.target,
-        accounted=_account(source, small, found),
-        complete=_is_complete(small, found),
-        read=open_result(
-            found,
-            small.source.tensors,
-            lambda name: result_name(small.source, small.plan, name),
-            plan.scheme,
-        ),
-        intended=open_shrunk(source, small),
-        changed=tuple(
-            info for info in small.source.tensors.values() if planned_bits(small.plan, info) != 16
-        ),
+        accounted=_account(blueprint, found),
+        complete=_is_complete(blueprint, found),
+        read=open_result(found, model.tensors, blueprint.names, plan.scheme),
+        intended=open_shrunk(blueprint.shrunk),
+        changed=tuple(tensor.info for tensor in blueprint.packed()),
     )
 
 
@@ -311,9 +317,7 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         target=target,
         accounted=Check("tensors_accounted", share, 1.0, not problems, detail),
         complete=complete,
-        read=open_result(
-            found, source.tensors, lambda name: names[name], Scheme(form, "", -1, True)
-        ),
+        read=open_result(found, source.tensors, names, Scheme(form, "", -1, True)),
         intended=open_tensors(source.tensors),
         changed=tuple(source.tensors.values()),
     )
@@ -338,33 +342,43 @@ def _form_of(directory: Path) -> tuple[str, str]:
     )
 
 
-def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]) -> Check:
+def _account(blueprint: Blueprint, found: Mapping[str, TensorInfo]) -> Check:
     """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
     own bytes, made ones have the values that surgery gives them, and there is nothing else."""
-    expected = {slot.name: slot for slot in result_slots(small.source, small.plan)}
-    kept = {
-        result_name(small.source, small.plan, name): info
-        for name, info in small.source.tensors.items()
-        if planned_bits(small.plan, info) == 16
-    }
-    made, stored = open_shrunk(source, small), open_tensors(found)
-    problems = [f"{name} is not planned" for name in found if name not in expected]
-    for name, slot in expected.items():
-        info = found.get(name)
-        if info is None:
-            problems.append(f"{name} is missing")
-        elif Slot(name, info.dtype, info.shape) != slot:
-            problems.append(f"{name} is {info.dtype} {list(info.shape)}")
-        elif name not in kept:
-            continue  # a part of a packed weight
-        elif is_made(kept[name]):
-            if not torch.equal(stored(name), made(kept[name].name)):
-                problems.append(f"{name} differs from what surgery makes")
-        elif not _same_bytes(kept[name], info):
-            problems.append(f"{name} differs from the source")
-    share = 1.0 - len(problems) / max(len(expected), 1)
+    made, stored = open_shrunk(blueprint.shrunk), open_tensors(found)
+    problems = [f"{name} is not planned" for name in found if name not in blueprint.slots]
+    for tensor in blueprint.tensors.values():
+        misfits = [_misfit(slot, found.get(slot.name)) for slot in tensor.stored]
+        problems += filter(None, misfits)
+        if not any(misfits):
+            problems += filter(None, [_change(tensor, found, made, stored)])
+    share = 1.0 - len(problems) / max(len(blueprint.slots), 1)
     detail = "; ".join(problems[:3])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
+
+
+def _misfit(slot: Slot, info: TensorInfo | None) -> str:
+    """What is wrong with the form of a stored tensor; "" if nothing is."""
+    if info is None:
+        return f"{slot.name} is missing"
+    if Slot(slot.name, info.dtype, info.shape) != slot:
+        return f"{slot.name} is {info.dtype} {list(info.shape)}"
+    return ""
+
+
+def _change(
+    tensor: PlannedTensor, found: Mapping[str, TensorInfo], made: Reader, stored: Reader
+) -> str:
+    """What changed in the values of a tensor that is not packed; "" if nothing did.
+
+    found, stored  headers and reader of the result; made is the reader of what surgery makes
+    """
+    name, intended = tensor.name, tensor.info
+    if tensor.making == "made" and not torch.equal(stored(name), made(intended.name)):
+        return f"{name} differs from what surgery makes"
+    if tensor.making == "copied" and not _same_bytes(intended, found[name]):
+        return f"{name} differs from the source"
+    return ""
 
 
 def _weight_checks(
@@ -394,10 +408,10 @@ def _weight_checks(
     )
 
 
-def _is_complete(small: Shrunk, found: Mapping[str, TensorInfo]) -> bool:
+def _is_complete(blueprint: Blueprint, found: Mapping[str, TensorInfo]) -> bool:
     """Every slot of the plan is there with its dtype and shape."""
     there = {Slot(info.name, info.dtype, info.shape) for info in found.values()}
-    return there.issuperset(result_slots(small.source, small.plan))
+    return there.issuperset(blueprint.slots.values())
 
 
 def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:

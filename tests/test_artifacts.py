@@ -247,7 +247,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     def broken(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifacts.os, "fsync", broken)
+    monkeypatch.setattr(artifacts.codec.os, "fsync", broken)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(file, "new\n")
     assert file.read_text() == "old\n"

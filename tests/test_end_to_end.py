@@ -31,17 +31,15 @@ from se_compress.artifacts import (
     from_json,
 )
 from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import Reader, allocate, open_result
+from se_compress.checkpoint import Reader, open_result
 from se_compress.execute import compress
-from se_compress.export import export_config
-from se_compress.headers import lay_out, read_headers
+from se_compress.headers import read_headers
 from se_compress.pipeline import Request, preview, preview_variants
 from se_compress.policy import make_plan
 from se_compress.profiler import profile_experts
 from se_compress.recipe import Recipe, load_recipe
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
-from se_compress.targets import result_slots
 from se_compress.validator import validate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -359,13 +357,8 @@ def test_transformers_alone_would_make_up_the_experts(result: Path, tmp_path: Pa
 def unquantised(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export for transformers. Not to be changed: copy it."""
     directory = tmp_path_factory.mktemp("unquantised") / "result"
-    directory.mkdir()
     recipe = load_recipe(QUICKSTART, UNQUANTISED)
-    plan = make_plan(source, None, recipe)
-    layout = lay_out(result_slots(source, plan), directory, 5 * 10**9)
-    allocate(layout)
-    compress(source, plan, [], recipe, layout, RunOptions())
-    export_config(source, plan, directory)
+    compress(source, make_plan(source, None, recipe), [], recipe, directory)
     return directory
 
 
@@ -392,7 +385,7 @@ def judge_without(
     edit_weights(directory, {name: torch.zeros(576, 64, dtype=torch.bfloat16)})
     recipe = load_recipe(QUICKSTART, (*UNQUANTISED, "validation.generation.tokens=0"))
     plan = make_plan(source, None, recipe)
-    return validate(source, plan, directory, tokens, [], recipe, RunOptions())
+    return validate(source, plan, directory, tokens, recipe)
 
 
 def failed(report: ValidationReport) -> set[str]:

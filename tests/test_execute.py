@@ -40,6 +40,7 @@ from se_compress.artifacts import (
     RunOptions,
     TensorInfo,
 )
+from se_compress.blueprint import Blueprint, draw_blueprint
 from se_compress.checkpoint import allocate, open_result
 from se_compress.early_warning import SINK_COLLAPSE, Side, early_warning
 from se_compress.errors import SourceError
@@ -49,7 +50,6 @@ from se_compress.policy import make_plan
 from se_compress.quant.grid import Grid, dequantize
 from se_compress.recipe import Recipe
 from se_compress.source import open_source
-from se_compress.targets import planned_bits, result_name, result_slots
 
 TinyModel = Callable[[str], Path]
 
@@ -74,11 +74,15 @@ class Made:
 
     @property
     def files(self) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in sorted(self.directory.iterdir())}
+        return {f.name: f.read_bytes() for f in sorted(self.directory.iterdir()) if f.is_file()}
+
+    @property
+    def blueprint(self) -> Blueprint:
+        return draw_blueprint(self.source, self.plan)
 
     def stored(self, name: str) -> Tensor:
         """A tensor of the result by its name in the source, as the safetensors library reads it."""
-        return self.tensors[result_name(self.source, self.plan, name)]
+        return self.tensors[self.blueprint.names[name]]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -86,8 +90,8 @@ class Made:
 
     def dequantised(self, info: TensorInfo) -> Tensor:
         """(code - zero) x scale, from the bits of the packed tensors, a column at a time."""
-        bits, tensors = planned_bits(self.plan, info), self.tensors
-        stem = result_name(self.source, self.plan, info.name).removesuffix(".weight")
+        planned, tensors = self.blueprint.tensors[info.name], self.tensors
+        stem, bits = planned.module, planned.bits
         codes = unpacked(tensors[f"{stem}.qweight"].T, bits)
         zeros = unpacked(tensors[f"{stem}.qzeros"], bits).T + 1
         scales, group = tensors[f"{stem}.scales"].float().T, tensors[f"{stem}.g_idx"].tolist()
@@ -154,14 +158,14 @@ def run(
     if others != 16:
         plan = with_others(plan, source, others)
     quantized = settings.quantization.model_copy(update=quantization)
-    settings = settings.model_copy(update={"quantization": quantized})
-    layout = lay_out(result_slots(source, plan), directory, shard_bytes)
-    allocate(layout)
+    update = {"quantization": quantized, "shard_size": shard_bytes}
+    settings = settings.model_copy(update=update)
     if fill:
-        overwrite_data(layout, fill)
+        slots = draw_blueprint(source, plan).slots.values()
+        overwrite_data(lay_out(slots, directory, shard_bytes), fill)
     options = RunOptions(work=work, progress=progress)
-    records = compress(source, plan, TOKENS, settings, layout, options)
-    return Made(source, plan, settings, layout, directory, records)
+    records = compress(source, plan, TOKENS, settings, directory, options).layers
+    return Made(source, plan, settings, read_headers(directory), directory, records)
 
 
 def widened(
@@ -175,6 +179,7 @@ def widened(
 
 
 def overwrite_data(layout: Mapping[str, TensorInfo], fill: int) -> None:
+    allocate(layout)
     for info in layout.values():
         with open(info.file, "r+b") as stream:
             stream.seek(info.begin)
@@ -204,7 +209,7 @@ def test_every_byte_of_the_layout_is_written(made: Made, tmp_path: Path) -> None
 
 
 def test_the_tensors_are_those_of_the_plan(made: Made) -> None:
-    slots = {slot.name: slot for slot in result_slots(made.source, made.plan)}
+    slots = made.blueprint.slots
     assert set(made.tensors) == set(slots)
     for name, tensor in made.tensors.items():
         assert tuple(tensor.shape) == slots[name].shape
@@ -214,10 +219,10 @@ def test_the_tensors_are_those_of_the_plan(made: Made) -> None:
 
 
 def test_what_is_kept_is_kept_byte_for_byte(made: Made) -> None:
-    kept = [i for i in made.source.tensors.values() if planned_bits(made.plan, i) == 16]
+    kept = [t.info for t in made.blueprint.tensors.values() if t.making == "copied"]
     assert {i.kind for i in kept} >= {"attention", "norm", "router", "embedding", "expert"}
     for info in kept:
-        assert raw(info) == raw(made.layout[result_name(made.source, made.plan, info.name)])
+        assert raw(info) == raw(made.layout[made.blueprint.names[info.name]])
     protected = ExpertId(made.source.moe_layers[0], PROTECTED)
     assert all(info in kept for info in made.source.experts[protected].values())
 
@@ -227,16 +232,12 @@ def raw(info: TensorInfo) -> bytes:
 
 
 def test_the_result_is_read_as_an_independent_dequantisation_reads_it(made: Made) -> None:
-    read = open_result(
-        read_headers(made.directory),
-        made.source.tensors,
-        lambda name: result_name(made.source, made.plan, name),
-        made.plan.scheme,
-    )
+    found, blueprint = read_headers(made.directory), made.blueprint
+    read = open_result(found, made.source.tensors, blueprint.names, made.plan.scheme)
     original = load_file(made.source.path / "model.safetensors")
     for info in made.source.tensors.values():
         weight = original[info.name].float()
-        if planned_bits(made.plan, info) == 16:
+        if blueprint.tensors[info.name].making == "copied":
             assert torch.equal(read(info.name).float(), weight)
             continue
         expected = made.dequantised(info)
@@ -419,7 +420,8 @@ def test_gate_and_up_of_another_width_than_down(
     for info in made.source.tensors.values():
         if info.expert in pairs and info.layer != made.source.moe_layers[0]:
             gate_up, down = pairs[int(info.expert or 0)]
-            assert planned_bits(made.plan, info) == (down if info.role == "down" else gate_up)
+            planned = made.blueprint.tensors[info.name]
+            assert planned.bits == (down if info.role == "down" else gate_up)
     by_expert = {record.id: record for record in made.experts}
     kept = by_expert[ExpertId(1, 2)], by_expert[ExpertId(1, 3)]
     assert (kept[0].bits, kept[0].down_bits, kept[0].error_gate_up) == (16, 4, 0.0)
@@ -447,8 +449,8 @@ def test_an_expert_that_cannot_be_factorised_is_recovered_alone(
     assert first[2].damping == 1.0
     for expert in 0, 3:
         for role in ROLES:
-            name = made.source.experts[ExpertId(0, expert)][role].name.removesuffix("weight")
-            part = result_name(made.source, made.plan, name + "qweight")
+            name = made.source.experts[ExpertId(0, expert)][role].name
+            part = f"{made.blueprint.tensors[name].module}.qweight"
             assert torch.equal(made.tensors[part], good.tensors[part])
     assert all(not e.fallback for record in made.records[1:] for e in record.experts)
 
@@ -520,7 +522,7 @@ def test_other_linears_equal_those_of_the_slow_twin(all_made: Made) -> None:
     """Attention first; experts and MLPs see what the quantised attention lets through, and down
     what the quantised gate and up do."""
     made, twin = all_made, Twin(all_made)
-    quantized = [i for i in made.source.tensors.values() if planned_bits(made.plan, i) != 16]
+    quantized = [tensor.info for tensor in made.blueprint.packed()]
     checked = 0
     for at, record in enumerate(made.records):
         stages: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
@@ -561,8 +563,7 @@ def assert_shared(made: Made, record: LayerRecord, errors: Mapping[str, float]) 
 
 
 def test_every_other_linear_is_written(all_made: Made) -> None:
-    slots = {slot.name for slot in result_slots(all_made.source, all_made.plan)}
-    assert set(all_made.tensors) == slots
+    assert set(all_made.tensors) == all_made.blueprint.slots.keys()
     original = load_file(all_made.source.path / "model.safetensors")
     for decision in all_made.plan.others:
         weight = original[decision.name].float()
@@ -730,10 +731,8 @@ def compress_fragile(path: Path, directory: Path, work: Path | None = None, **ch
         validation={"data": "unused.txt", **changes},
     )
     plan = make_plan(source, None, settings)
-    layout = lay_out(result_slots(source, plan), directory, 10**9)
-    allocate(layout)
     tokens = [[BOS, *row] for row in TOKENS]
-    return compress(source, plan, tokens, settings, layout, RunOptions(work=work))
+    return compress(source, plan, tokens, settings, directory, RunOptions(work=work)).layers
 
 
 def test_a_lost_massive_activation_stops_the_run_at_its_layer(

@@ -12,11 +12,11 @@ import pytest
 import tiny
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
+from se_compress.blueprint import draw_blueprint
 from se_compress.export import export_config, quantization_config
 from se_compress.families import FAMILIES
 from se_compress.policy import make_plan
 from se_compress.source import open_source
-from se_compress.targets import planned_bits, result_name
 
 TinyModel = Callable[[str], Path]
 
@@ -89,11 +89,11 @@ def test_the_patterns_give_every_module_what_the_plan_says(
     source = open_source(str(tiny_model(family)))
     plan = plan_for(source)
     plan = replace(plan, experts=tuple(map(mixed, plan.experts)))
-    config = quantization_config(source, plan)
+    blueprint = draw_blueprint(source, plan)
+    config = quantization_config(blueprint)
     assert config["bits"] == 3
-    for info in source.tensors.values():
-        module = result_name(source, plan, info.name).removesuffix(".weight")
-        assert bits_by_config(config, module) == planned_bits(plan, info), module
+    for tensor in blueprint.tensors.values():
+        assert bits_by_config(config, tensor.module) == tensor.bits, tensor.module
 
 
 def test_expert_1_is_not_taken_for_expert_10(tmp_path: Path) -> None:

@@ -11,14 +11,10 @@ import tiny
 import torch
 
 from se_compress.artifacts import CompressionPlan, ExpertProfile, RunOptions, ValidationReport
-from se_compress.checkpoint import allocate
 from se_compress.execute import compress
-from se_compress.export import export_config
-from se_compress.headers import lay_out
 from se_compress.policy import make_plan
 from se_compress.profiler import profile_experts
 from se_compress.source import open_source
-from se_compress.targets import result_slots
 from se_compress.validator import validate
 
 pytestmark = [
@@ -44,13 +40,9 @@ def _flow(
     tokens = tiny.random_tokens(8, 32)
     profile = profile_experts(source, tokens, recipe, options)
     plan = make_plan(source, profile, recipe)
-    output.mkdir()
-    layout = lay_out(result_slots(source, plan), output, 10**9)
-    allocate(layout)
-    records = compress(source, plan, tokens, recipe, layout, options)
-    export_config(source, plan, output)
+    compress(source, plan, tokens, recipe, output, options)
     held_out = tiny.random_tokens(4, 32, seed=1)
-    return profile, plan, validate(source, plan, output, held_out, records, recipe, options)
+    return profile, plan, validate(source, plan, output, held_out, recipe, options)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3"])

@@ -22,18 +22,17 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from se_compress import loading
-from se_compress.artifacts import CompressionPlan, ModelSource, RunOptions
-from se_compress.checkpoint import allocate, open_result
+from se_compress.artifacts import CompressionPlan, ModelSource
+from se_compress.blueprint import draw_blueprint
+from se_compress.checkpoint import open_result
 from se_compress.errors import SourceError
 from se_compress.execute import compress
-from se_compress.export import export_config
 from se_compress.families import FAMILIES
-from se_compress.headers import lay_out, read_headers
+from se_compress.headers import read_headers
 from se_compress.loading import PackedLinear
 from se_compress.policy import make_plan
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
-from se_compress.targets import planned_bits, result_slots
 
 TinyModel = Callable[[str], Path]
 TYPES = ("nf4", "fp4", "int8")
@@ -61,11 +60,7 @@ def write(model: Path, directory: Path, data_type: str, **policy: Any) -> Result
         quantization=quantization,
     )
     plan = make_plan(source, None, recipe)
-    directory.mkdir()
-    layout = lay_out(result_slots(source, plan), directory, 10**9)
-    allocate(layout)
-    compress(source, plan, TOKENS, recipe, layout, RunOptions())
-    export_config(source, plan, directory)
+    compress(source, plan, TOKENS, recipe, directory)
     return Result(source, plan, directory)
 
 
@@ -134,8 +129,7 @@ def plain_model(result: Result, directory: Path) -> Any:
         else:
             assert torch.equal(tensors[name], original)
             weights[name] = original.float()
-    planned = [planned_bits(result.plan, info) for info in result.source.tensors.values()]
-    assert packed == len(planned) - planned.count(16)
+    assert packed == len([*draw_blueprint(result.source, result.plan).packed()])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return tiny.plain_model(directory)
 

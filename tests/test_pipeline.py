@@ -185,6 +185,7 @@ def test_all_files_of_the_contract_come_out(published: Path, tiny_model: TinyMod
         "se_compress/recipe.yaml",
         "se_compress/profile.json",
         "se_compress/plan.json",
+        "se_compress/compression.json",
         "se_compress/validation.json",
         "se_compress/report.html",
         "se_compress/run.json",

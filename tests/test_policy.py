@@ -29,13 +29,13 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
+from se_compress.blueprint import draw_blueprint
 from se_compress.checkpoint import allocate
 from se_compress.errors import RecipeError
 from se_compress.headers import lay_out, read_headers
 from se_compress.policy import check_plan, curve_of, make_plan
 from se_compress.recipe import Recipe, Width
 from se_compress.source import open_source
-from se_compress.targets import result_slots
 
 HIDDEN, WIDTH, SHARED = 64, 32, 96
 LAYERS, EXPERTS = 3, 4
@@ -879,7 +879,7 @@ def test_the_predicted_size_is_that_of_the_layout_and_of_the_files(
     plan = make_plan(
         source, None, recipe(target, protect=protect, bits=3, quantization={"method": method})
     )
-    layout = lay_out(result_slots(source, plan), tmp_path, 100_000)
+    layout = lay_out(draw_blueprint(source, plan).slots.values(), tmp_path, 100_000)
     assert sum(info.size_bytes for info in layout.values()) == plan.size_bytes
     allocate(layout)
     found = read_headers(tmp_path)

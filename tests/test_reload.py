@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from se_compress import reload
-from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource, RunOptions
-from se_compress.checkpoint import Reader, allocate, open_result
+from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
+from se_compress.blueprint import draw_blueprint
+from se_compress.checkpoint import Reader, open_result
 from se_compress.execute import compress
-from se_compress.export import export_config
 from se_compress.families import FAMILIES
-from se_compress.headers import lay_out, read_headers
+from se_compress.headers import read_headers
 from se_compress.policy import check_plan, make_plan
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
-from se_compress.targets import is_other_linear, planned_bits, result_name, result_slots
+from se_compress.targets import is_other_linear
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(2, 24, seed=5)
@@ -86,9 +86,6 @@ def mixed(decision: ExpertDecision) -> ExpertDecision:
 
 def write(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
     """The whole result, as the pipeline writes it."""
-    directory.mkdir()
-    layout = lay_out(result_slots(source, plan), directory, 10**9)
-    allocate(layout)
     settings = {
         "target": plan.target,
         "quantization": {
@@ -96,13 +93,13 @@ def write(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
             "group_size": plan.scheme.group_size,
         },
     }
-    compress(source, plan, TOKENS, tiny.recipe(source.name, **settings), layout, RunOptions())
-    export_config(source, plan, directory)
+    compress(source, plan, TOKENS, tiny.recipe(source.name, **settings), directory)
 
 
 def reader(source: ModelSource, plan: CompressionPlan, directory: Path) -> Reader:
     found = read_headers(directory)
-    return open_result(found, source.tensors, lambda n: result_name(source, plan, n), plan.scheme)
+    names = draw_blueprint(source, plan).names
+    return open_result(found, source.tensors, names, plan.scheme)
 
 
 def logits(source: ModelSource, read: Reader) -> Tensor:
@@ -144,11 +141,11 @@ def run_loader(*directories: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_gptqmodel_reads_every_matrix_as_we_do(loaded: Loaded, name: str) -> None:
     source, plan, read, found = loaded[name]
-    packed = 0
+    blueprint, packed = draw_blueprint(source, plan), 0
     for info in source.tensors.values():
         if info.role is not None or is_other_linear(info):
-            module = result_name(source, plan, info.name).removesuffix(".weight")
-            quantized = planned_bits(plan, info) != 16
+            planned = blueprint.tensors[info.name]
+            module, quantized = planned.module, planned.making == "packed"
             packed += quantized
             stands_for = found[f"{'packed' if quantized else 'plain'} {module}"]
             torch.testing.assert_close(stands_for, read(info.name).half(), rtol=0, atol=0)

@@ -10,10 +10,10 @@ from dequantise import dequantised, width
 from safetensors.torch import load_file
 
 from se_compress.artifacts import CompressionPlan, ModelSource, TensorInfo
+from se_compress.blueprint import draw_blueprint
 from se_compress.headers import read_headers
 from se_compress.policy import make_plan
 from se_compress.source import open_source
-from se_compress.targets import result_slots
 
 TinyModel = Callable[[str], Path]
 FORMATS = [
@@ -43,13 +43,14 @@ def test_shards_are_no_larger_than_asked_and_hold_every_planned_tensor(
     directory = tiny.write_result(source, plan, tmp_path / "result", shard_bytes=60_000)
     shards = sorted(directory.glob("model-*.safetensors"))
     assert len(shards) > 2
-    largest = max(slot.size_bytes for slot in result_slots(source, plan))
+    slots = draw_blueprint(source, plan).slots
+    largest = max(slot.size_bytes for slot in slots.values())
     for shard in shards:
         assert sum(t.numel() * t.itemsize for t in load_file(shard).values()) <= max(
             60_000, largest
         )
     found = read_headers(directory)
-    assert found.keys() == {slot.name for slot in result_slots(source, plan)}
+    assert found.keys() == slots.keys()
     assert "lm_head.weight" not in found  # tied to the embedding, as in the source
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     assert config["tie_word_embeddings"] is True

@@ -22,6 +22,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from se_compress.artifacts import (
     Check,
+    Compressed,
     RunResult,
     ValidationReport,
     from_json,
@@ -29,7 +30,7 @@ from se_compress.artifacts import (
     to_json_line,
 )
 
-NAMES = ("comparison", "plan", "profile", "run-result", "validation")
+NAMES = ("comparison", "compression", "plan", "profile", "run-result", "validation")
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -57,6 +58,14 @@ def test_a_schema_is_one(name: str) -> None:
     assert "description" in schema(name)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_property_is_described(name: str) -> None:
+    found = schema(name)
+    for kind in (found, *found.get("$defs", {}).values()):
+        for field, told in kind.get("properties", {}).items():
+            assert len(told["description"].split()) > 1, f"{kind.get('title')}.{field}"
+
+
 def test_artefacts_keep_to_their_schema() -> None:
     for profile in (example_profile(), quiet_profile()):
         check("profile", to_json(profile))
@@ -65,6 +74,7 @@ def test_artefacts_keep_to_their_schema() -> None:
     for validation in (example_validation(), failed_validation(), unproven_validation()):
         check("validation", to_json(validation))
     check("comparison", to_json(example_comparison()))
+    check("compression", to_json(Compressed(example_validation().records)))
     checkpoints = tuple(variant.checkpoint for variant in example_comparison().variants)
     for result in (
         RunResult("published", 0, comparison="out/comparison.json", checkpoints=checkpoints),

@@ -26,17 +26,16 @@ from se_compress.artifacts import (
     ModelSource,
     RunOptions,
 )
-from se_compress.checkpoint import allocate, open_result
+from se_compress.blueprint import draw_blueprint
+from se_compress.checkpoint import open_result
 from se_compress.errors import RecipeError
 from se_compress.execute import compress
-from se_compress.export import export_config
 from se_compress.families import FAMILIES, per_expert_tensors, routing_groups
-from se_compress.headers import lay_out, read_headers
+from se_compress.headers import read_headers
 from se_compress.page import fate
 from se_compress.policy import check_plan, make_plan
 from se_compress.source import open_source
 from se_compress.surgery import Shrunk, shrink
-from se_compress.targets import result_name, result_slots
 from se_compress.validator import validate
 
 TinyModel = Callable[[str], Path]
@@ -123,13 +122,9 @@ def make(path: Path, directory: Path, **policy: Any) -> Made:
 
 
 def write(source: ModelSource, plan: CompressionPlan, directory: Path) -> Made:
-    small = shrink(source, plan)
-    layout = lay_out(result_slots(small.source, small.plan), directory, 150_000)
-    allocate(layout)
-    settings = recipe(source.path, quantization={"method": "none"})
-    records = compress(source, plan, TOKENS, settings, layout, RunOptions())
-    export_config(small.source, small.plan, directory)
-    return Made(source, plan, small, directory, records)
+    settings = recipe(source.path, quantization={"method": "none"}, shard_size=150_000)
+    records = compress(source, plan, TOKENS, settings, directory).layers
+    return Made(source, plan, shrink(source, plan), directory, records)
 
 
 @contextmanager
@@ -256,18 +251,12 @@ def test_a_zeroed_expert_stays_zero_when_it_is_quantised(
     )
     plan = make_plan(source, None, settings)
     assert plan.by_id[ExpertId(1, 5)].bits == 4
-    small = shrink(source, plan)
-    layout = lay_out(result_slots(small.source, small.plan), tmp_path / "out", 10**9)
-    allocate(layout)
-    records = compress(source, plan, TOKENS, settings, layout, RunOptions())
+    records = compress(source, plan, TOKENS, settings, tmp_path / "out").layers
     record = next(e for r in records for e in r.experts if e.id == ExpertId(1, 5))
     assert (record.error_down, record.fallback) == (0.0, "")
-    read = open_result(
-        read_headers(tmp_path / "out"),
-        small.source.tensors,
-        lambda name: result_name(small.source, small.plan, name),
-        plan.scheme,
-    )
+    blueprint = draw_blueprint(source, plan)
+    found = read_headers(tmp_path / "out")
+    read = open_result(found, blueprint.source.tensors, blueprint.names, plan.scheme)
     assert not read("model.layers.1.mlp.experts.5.down_proj.weight").any()
     assert read("model.layers.1.mlp.experts.5.up_proj.weight").any()
 
@@ -331,8 +320,7 @@ def test_pruning_comes_first_and_widths_are_those_of_what_is_left(tiny_model: Ti
     assert len({d.bits for d in left}) > 2
     assert 5.8 < plan.bits_per_weight <= 6.0  # of the weights that are left
     source = open_source(str(path))
-    small = shrink(source, plan)
-    assert plan.size_bytes == sum(s.size_bytes for s in result_slots(small.source, small.plan))
+    assert plan.size_bytes == draw_blueprint(source, plan).size_bytes
     assert check_plan(plan, source, "plan.json") == plan
     new = plan.by_id[ExpertId(1, 3)].becomes
     assert new not in (None, 3)
@@ -545,9 +533,7 @@ def judge() -> Callable[[Made], Any]:
     def run(made: Made) -> Any:
         text = {"data": "unused.txt", "generation": {"tokens": 0}}
         settings = recipe(made.source.path, validation=text)
-        return validate(
-            made.source, made.plan, made.directory, TOKENS, (), settings, RunOptions(), reload=False
-        )
+        return validate(made.source, made.plan, made.directory, TOKENS, settings, reload=False)
 
     return run
 
@@ -599,10 +585,7 @@ def test_records_speak_of_the_experts_of_the_source(tiny_model: TinyModel, tmp_p
     source = open_source(str(path))
     plan = plan_for(path, prune={"fraction": 0.5}, bits=4)
     settings = recipe(path, target="gptqmodel", quantization={"method": "rtn", "group_size": 32})
-    small = shrink(source, plan)
-    layout = lay_out(result_slots(small.source, small.plan), tmp_path / "out", 10**9)
-    allocate(layout)
-    records = compress(source, plan, TOKENS, settings, layout, RunOptions())
+    records = compress(source, plan, TOKENS, settings, tmp_path / "out").layers
     found = {expert.id for record in records for expert in record.experts}
     assert found == {d.id for d in plan.experts if d.action == "quantize"}
     assert min(record.hidden_error for record in records) > 0
@@ -616,7 +599,6 @@ def test_an_interrupted_run_of_a_smaller_model_ends_with_the_same_bytes(
     source = open_source(str(path))
     plan = plan_for(path, bits=4, **policy)
     settings = recipe(path, target="gptqmodel", quantization={"method": "gptq", "group_size": 32})
-    small = shrink(source, plan)
 
     class Stop(Exception):
         pass
@@ -627,9 +609,7 @@ def test_an_interrupted_run_of_a_smaller_model_ends_with_the_same_bytes(
 
     def run(name: str, options: RunOptions) -> dict[str, bytes]:
         directory = tmp_path / name
-        layout = lay_out(result_slots(small.source, small.plan), directory, 10**9)
-        allocate(layout)
-        compress(source, plan, TOKENS, settings, layout, options)
+        compress(source, plan, TOKENS, settings, directory, options)
         return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
 
     whole = run("whole", RunOptions())

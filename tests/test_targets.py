@@ -17,6 +17,7 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
+from se_compress.blueprint import draw_blueprint
 from se_compress.checkpoint import TORCH_DTYPES
 from se_compress.errors import RecipeError
 from se_compress.families import FAMILIES
@@ -31,9 +32,6 @@ from se_compress.targets import (
     cautions,
     find_rules,
     packed_slots,
-    planned_bits,
-    result_name,
-    result_slots,
     stored_bytes,
 )
 
@@ -237,22 +235,24 @@ def test_at_16_bits_a_matrix_keeps_its_own_bytes() -> None:
 def test_all_but_the_planned_experts_stay_as_they_are(tiny_model: TinyModel, family: str) -> None:
     source = open_source(str(tiny_model(family)))
     plan = plan_for(source)
-    slots = {slot.name: slot for slot in result_slots(source, plan)}
+    blueprint = draw_blueprint(source, plan)
+    slots = blueprint.slots
     unchanged = packed = 0
     for name, tensor in source.tensors.items():
-        stored = result_name(source, plan, name)
+        planned = blueprint.tensors[name]
+        stored = planned.name
         quantized = tensor.kind == "expert" and (tensor.layer, tensor.expert) != (
             source.moe_layers[0],
             1,
         )
-        assert planned_bits(plan, tensor) == (4 if quantized else 16)
+        assert planned.bits == (4 if quantized else 16)
+        assert planned.making == ("packed" if quantized else "copied")
         if quantized:
             packed += 1
-            stem = stored.removesuffix(".weight")
             assert stored not in slots
-            assert {f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} <= {
-                *slots
-            }
+            assert {
+                f"{planned.module}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")
+            } <= {*slots}
         else:
             unchanged += 1
             assert slots[stored] == Slot(stored, tensor.dtype, tensor.shape)
@@ -263,7 +263,7 @@ def test_all_but_the_planned_experts_stay_as_they_are(tiny_model: TinyModel, fam
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_an_unquantised_result_is_the_source_itself(tiny_model: TinyModel, family: str) -> None:
     source = open_source(str(tiny_model(family)))
-    slots = list(result_slots(source, unquantised(source)))
+    slots = draw_blueprint(source, unquantised(source)).slots.values()
     assert {slot.name: (slot.dtype, slot.shape) for slot in slots} == {
         name: (tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()
     }
@@ -271,7 +271,7 @@ def test_an_unquantised_result_is_the_source_itself(tiny_model: TinyModel, famil
 
 def test_slots_keep_the_order_of_the_source(tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model("mixtral")))
-    slots = [slot.name for slot in result_slots(source, unquantised(source))]
+    slots = [*draw_blueprint(source, unquantised(source)).slots]
     assert slots == sorted(slots, key=lambda name: source.tensors[name].begin)
 
 
@@ -283,8 +283,8 @@ def test_slots_keep_the_order_of_the_source(tiny_model: TinyModel) -> None:
     [
         (f"{MIXTRAL}gate.weight", "model.layers.2.mlp.gate.weight"),
         (f"{MIXTRAL}experts.1.w1.weight", "model.layers.2.mlp.experts.1.gate_proj.weight"),
-        (f"{MIXTRAL}experts.1.w3.qweight", "model.layers.2.mlp.experts.1.up_proj.qweight"),
-        (f"{MIXTRAL}experts.1.w2.g_idx", "model.layers.2.mlp.experts.1.down_proj.g_idx"),
+        (f"{MIXTRAL}experts.1.w3.weight", "model.layers.2.mlp.experts.1.up_proj.weight"),
+        (f"{MIXTRAL}experts.1.w2.weight", "model.layers.2.mlp.experts.1.down_proj.weight"),
         ("model.layers.2.self_attn.q_proj.weight", "model.layers.2.self_attn.q_proj.weight"),
         ("lm_head.weight", "lm_head.weight"),
     ],
@@ -293,23 +293,27 @@ def test_mixtral_goes_by_the_names_that_each_engine_looks_for(
     tiny_model: TinyModel, name: str, stored: str
 ) -> None:
     source = open_source(str(tiny_model("mixtral")))
-    assert result_name(source, plan_for(source), name) == stored
-    assert result_name(source, plan_for(source, "transformers"), name) == stored
-    assert result_name(source, plan_for(source, "vllm", protect=()), name) == name
-    assert result_name(source, unquantised(source), name) == name
+
+    def named(plan: CompressionPlan) -> str:
+        return draw_blueprint(source, plan).names[name]
+
+    assert named(plan_for(source)) == stored
+    assert named(plan_for(source, "transformers")) == stored
+    assert named(plan_for(source, "vllm", protect=())) == name
+    assert named(unquantised(source)) == name
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mixtral"}))
 def test_the_other_families_keep_their_names(tiny_model: TinyModel, family: str) -> None:
     source = open_source(str(tiny_model(family)))
-    plan = plan_for(source)
-    assert [result_name(source, plan, name) for name in source.tensors] == [*source.tensors]
+    names = draw_blueprint(source, plan_for(source)).names
+    assert names == {name: name for name in source.tensors}
 
 
 def test_no_two_tensors_share_a_name_in_the_result(tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model("mixtral")))
-    plan = plan_for(source)
-    assert len({result_name(source, plan, name) for name in source.tensors}) == len(source.tensors)
+    names = draw_blueprint(source, plan_for(source)).names
+    assert len(set(names.values())) == len(source.tensors)
 
 
 def test_a_model_that_the_target_loads_wrong_gets_a_caution(

@@ -72,9 +72,7 @@ def judged(
         )
         plan = make_plan(source, None, recipe)
         options = RunOptions(batch_tokens=50)  # two sequences at a time
-        report = validation.validate(
-            source, plan, result, TOKENS, (), recipe, options, reload=False
-        )
+        report = validation.validate(source, plan, result, TOKENS, recipe, options, reload=False)
         return Seen(path), Seen(result), report
 
     return judge
@@ -253,9 +251,7 @@ def judge_foreign(tiny_model: TinyModel, tmp_path: Path) -> Callable[..., Valida
         tiny.edit_weights(result, changes)
         settings = tiny.recipe(path, validation={"data": "unused.txt", "generation": {"tokens": 0}})
         source = open_source(str(path))
-        return validation.validate(
-            source, None, result, TOKENS, (), settings, RunOptions(), reload=False
-        )
+        return validation.validate(source, None, result, TOKENS, settings, reload=False)
 
     return judge
 
@@ -339,9 +335,7 @@ def test_a_format_that_is_not_read_is_refused(tiny_model: TinyModel, tmp_path: P
     settings = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     tiny.edit_config(tmp_path / "other", quantization_config=settings)
     with pytest.raises(SourceError, match=r"compressed-tensors \(format float-quantized\)"):
-        validation.validate(
-            source, None, tmp_path / "other", TOKENS, (), tiny.recipe("m"), RunOptions()
-        )
+        validation.validate(source, None, tmp_path / "other", TOKENS, tiny.recipe("m"))
 
 
 def test_a_value_that_is_no_number_fails() -> None:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging as transformers_logging
 
 from se_compress.artifacts import CompressionPlan, ExpertIndex, ModelSource
+from se_compress.blueprint import draw_blueprint
 from se_compress.checkpoint import allocate, copy_tensor, open_tensors, write_tensors
 from se_compress.export import export_config
 from se_compress.families import FAMILIES
@@ -30,7 +31,7 @@ from se_compress.quant.packing import pack
 from se_compress.recipe import Recipe, parse_recipe
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
-from se_compress.targets import SCALE_DTYPES, planned_bits, result_name, result_slots
+from se_compress.targets import SCALE_DTYPES
 
 BOS, EOS = 0, 1
 VOCABULARY = 288  # the tokenizer's 265 words, filled up to a multiple of 32
@@ -297,13 +298,14 @@ def write_result(
 ) -> Path:
     """The result of any plan, each matrix rounded to nearest for itself: no forward pass."""
     directory.mkdir()
-    layout = lay_out(result_slots(source, plan), directory, shard_bytes)
+    blueprint = draw_blueprint(source, plan)
+    layout = lay_out(blueprint.slots.values(), directory, shard_bytes)
     allocate(layout)
     read, scheme = open_tensors(source.tensors), plan.scheme
-    for info in source.tensors.values():
-        name, bits = result_name(source, plan, info.name), planned_bits(plan, info)
-        if bits == 16:
-            copy_tensor(info, layout[name])
+    for planned in blueprint.tensors.values():
+        info, bits = planned.info, planned.bits
+        if planned.making == "copied":
+            copy_tensor(info, layout[planned.name])
             continue
         scale_dtype = getattr(torch, SCALE_DTYPES[scheme.format])
         weight = read(info.name).float()[None]
@@ -319,9 +321,9 @@ def write_result(
             group_size=scheme.group_size,
             symmetric=scheme.symmetric,
         )
-        stem = name.removesuffix(".weight")
-        write_tensors(layout, {f"{stem}.{part}": tensor for part, tensor in parts.items()})
-    export_config(source, plan, directory)
+        stored = {f"{planned.module}.{part}": tensor for part, tensor in parts.items()}
+        write_tensors(layout, stored)
+    export_config(blueprint, directory)
     return directory
 
 

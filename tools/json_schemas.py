@@ -1,5 +1,5 @@
 """Write the JSON Schemas (draft 2020-12) of the files that se-compress writes and of what `--json`
-prints, from the dataclasses of `se_compress/artifacts.py`. Run it after a change there:
+prints, from the dataclasses of `se_compress/artifacts`. Run it after a change there:
 
     python tools/json_schemas.py
 """
@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from field_docs import field_docs, summary_of
+
 from se_compress.artifacts import (
     NOT_FINITE,
     Comparison,
+    Compressed,
     CompressionPlan,
     ExpertProfile,
     RunResult,
@@ -26,6 +29,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 ROOTS: Mapping[str, type] = {
     "profile": ExpertProfile,
     "plan": CompressionPlan,
+    "compression": Compressed,
     "validation": ValidationReport,
     "comparison": Comparison,
     "run-result": RunResult,
@@ -49,10 +53,15 @@ def _define(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         definitions[kind.__name__] = {}  # in case it holds itself
         hints = typing.get_type_hints(kind)
         fields = dataclasses.fields(kind)
+        told = field_docs(kind, [field.name for field in fields])
         definitions[kind.__name__] = {
-            "description": " ".join((kind.__doc__ or "").split("\n\n")[0].split()),
+            "description": summary_of(kind),
             "type": "object",
-            "properties": {field.name: _schema(hints[field.name], definitions) for field in fields},
+            "properties": {
+                field.name: {"description": told[field.name]}
+                | _schema(hints[field.name], definitions)
+                for field in fields
+            },
             "required": [field.name for field in fields if "unless_none" not in field.metadata],
             "additionalProperties": False,
         }

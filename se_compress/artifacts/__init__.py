@@ -1,0 +1,136 @@
+"""What flows between the stages, one file per JSON file. Read this folder first.
+
+    Recipe -> ModelSource -> ExpertProfile -> CompressionPlan -> Compressed -> ValidationReport
+
+Every artefact is frozen, and everything that is said about an expert is keyed by `ExpertId`: the
+decoder's own layer index (0-based, dense layers counted) and the expert's index, or "shared". Never
+by a position in some list. These modules need the standard library only.
+"""
+
+from se_compress.artifacts.checks import (
+    Check,
+)
+from se_compress.artifacts.codec import (
+    NOT_FINITE,
+    Artifact,
+    digest_of,
+    from_json,
+    to_json,
+    to_json_line,
+    write_atomically,
+)
+from se_compress.artifacts.comparison import (
+    CheckpointSummary,
+    ComparedVariant,
+    Comparison,
+    PlanSummary,
+    RunResult,
+)
+from se_compress.artifacts.compression import (
+    COMPRESSION_FILE,
+    Compressed,
+    ExpertRecord,
+    LayerRecord,
+    LinearRecord,
+)
+from se_compress.artifacts.ids import (
+    NO_BITS,
+    OURS,
+    PARTS,
+    ROLES,
+    SOURCE_BITS,
+    UNLESS_NONE,
+    Action,
+    ExpertId,
+    ExpertIndex,
+    Part,
+    Role,
+)
+from se_compress.artifacts.options import (
+    RunOptions,
+)
+from se_compress.artifacts.plan import (
+    CompressionPlan,
+    CurvePoint,
+    ExpertDecision,
+    OtherDecision,
+    Scheme,
+)
+from se_compress.artifacts.profile import (
+    Ablation,
+    ExpertProfile,
+    ExpertStats,
+    LayerSimilarity,
+    LayerStats,
+    OutlierExpert,
+    OutlierReason,
+    SuperExpert,
+)
+from se_compress.artifacts.source import (
+    ModelSource,
+    TensorInfo,
+    TensorKind,
+)
+from se_compress.artifacts.validation import (
+    Continuation,
+    LayerComparison,
+    Loop,
+    MassiveElement,
+    SinkPosition,
+    ValidationReport,
+)
+
+__all__ = [
+    "COMPRESSION_FILE",
+    "NOT_FINITE",
+    "NO_BITS",
+    "OURS",
+    "PARTS",
+    "ROLES",
+    "SOURCE_BITS",
+    "UNLESS_NONE",
+    "Ablation",
+    "Action",
+    "Artifact",
+    "Check",
+    "CheckpointSummary",
+    "ComparedVariant",
+    "Comparison",
+    "Compressed",
+    "CompressionPlan",
+    "Continuation",
+    "CurvePoint",
+    "ExpertDecision",
+    "ExpertId",
+    "ExpertIndex",
+    "ExpertProfile",
+    "ExpertRecord",
+    "ExpertStats",
+    "LayerComparison",
+    "LayerRecord",
+    "LayerSimilarity",
+    "LayerStats",
+    "LinearRecord",
+    "Loop",
+    "MassiveElement",
+    "ModelSource",
+    "OtherDecision",
+    "OutlierExpert",
+    "OutlierReason",
+    "Part",
+    "PlanSummary",
+    "Role",
+    "RunOptions",
+    "RunResult",
+    "Scheme",
+    "SinkPosition",
+    "SuperExpert",
+    "TensorInfo",
+    "TensorKind",
+    "ValidationReport",
+    "digest_of",
+    "from_json",
+    "to_json",
+    "to_json_line",
+    "write_atomically",
+]

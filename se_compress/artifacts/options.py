@@ -1,0 +1,21 @@
+"""How to run, as against what to make: none of it is in the recipe."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run. Nothing in here changes the result beyond float round-off.
+
+    device        "cpu", "cuda" or "cuda:N"
+    work          directory for saved progress; None: nothing is saved
+    batch_tokens  tokens that go through a layer at once
+    progress      called with stage, steps done, steps in all
+    """
+
+    device: str = "cpu"
+    work: Path | None = None
+    batch_tokens: int = 4096
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None

@@ -1,0 +1,143 @@
+"""plan.json: what becomes of every expert, and why."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from se_compress.artifacts.ids import (
+    NO_BITS,
+    SOURCE_BITS,
+    UNLESS_NONE,
+    Action,
+    ExpertId,
+    ExpertIndex,
+    Role,
+)
+from se_compress.artifacts.source import TensorInfo
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How every quantised matrix of a plan is stored, whatever its width.
+
+    format        file format, see targets.py; "source" if nothing is quantised
+    method        how the codes are found
+    group_size    input columns that share a scale; -1: one scale per row
+    symmetric     one zero for all groups
+    data_type     bitsandbytes' nf4, fp4 or int8
+    double_quant  bitsandbytes' scales are quantised themselves
+    """
+
+    format: str
+    method: str
+    group_size: int
+    symmetric: bool
+    data_type: str | None = field(default=None, metadata=UNLESS_NONE)
+    double_quant: bool | None = field(default=None, metadata=UNLESS_NONE)
+
+
+@dataclass(frozen=True)
+class ExpertDecision:
+    """What becomes of one expert, and why.
+
+    layer, expert  the expert, see ExpertId
+    action      keep, quantize, prune, merge or zero
+    reason      why, in a sentence
+    bits        width of gate_proj and up_proj, SOURCE_BITS for the source's own precision; None for
+                a pruned expert
+    down_bits   width of down_proj where it is another one
+    becomes     its index in the result where experts of its layer go; None: as before
+    share       its weight in the average, for action merge: the experts that become one add up to 1
+    """
+
+    layer: int
+    expert: ExpertIndex
+    action: Action
+    bits: int | None
+    reason: str
+    down_bits: int | None = field(default=None, metadata=UNLESS_NONE)
+    becomes: int | None = field(default=None, metadata=UNLESS_NONE)
+    share: float | None = field(default=None, metadata=UNLESS_NONE)
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+    def bits_of(self, role: Role) -> int:
+        """The width of one of the three projections; NO_BITS of a pruned expert."""
+        bits = self.down_bits if role == "down" and self.down_bits is not None else self.bits
+        return NO_BITS if bits is None else bits
+
+
+@dataclass(frozen=True)
+class OtherDecision:
+    """The width of a linear that belongs to no expert (attention, dense MLP).
+
+    name    of its weight, as in the source
+    bits    SOURCE_BITS for the source's own precision
+    reason  why, in a sentence
+    """
+
+    name: str
+    bits: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """plan.json: readable, editable, handed back with `--plan`.
+
+    target            the engine that has to load the result
+    scheme            how what is quantised is stored
+    bits_per_weight   over all weights of the routed experts, scales and indices included
+    size_bytes        all tensor data of the checkpoint as the export will write it
+    source_size_bytes  the same of the source
+    protected         experts that must not be lowered, pruned or merged away
+    profile_digest    of the profile it was made from; "" without one
+    notes             what a reader has to know, a sentence each
+    experts           one line an expert, shared ones included
+    others            linears of attention and dense MLPs; those without a line keep SOURCE_BITS
+    """
+
+    target: str
+    scheme: Scheme
+    bits_per_weight: float
+    size_bytes: int
+    source_size_bytes: int
+    protected: tuple[ExpertId, ...]
+    profile_digest: str
+    notes: tuple[str, ...]
+    experts: tuple[ExpertDecision, ...]
+    others: tuple[OtherDecision, ...] = ()
+
+    @cached_property
+    def by_id(self) -> dict[ExpertId, ExpertDecision]:
+        return {decision.id: decision for decision in self.experts}
+
+    @cached_property
+    def by_name(self) -> dict[str, OtherDecision]:
+        return {decision.name: decision for decision in self.others}
+
+    def bits_of(self, info: TensorInfo) -> int:
+        """The width of a tensor of the model whose experts the plan lists."""
+        if info.name in self.by_name:
+            return self.by_name[info.name].bits
+        if info.role is None or info.layer is None or info.expert is None:
+            return SOURCE_BITS
+        decision = self.by_id.get(ExpertId(info.layer, info.expert))
+        return (decision.bits_of(info.role) if decision else NO_BITS) or SOURCE_BITS
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one budget would buy.
+
+    widths           one: all unprotected experts have it; several: the best mixture of these
+    bits_per_weight, size_bytes   as in CompressionPlan
+    predicted_loss   sum over experts and parts of what their widths lose (ExpertStats); None
+                     without a profile
+    """
+
+    widths: tuple[int, ...]
+    bits_per_weight: float
+    size_bytes: int
+    predicted_loss: float | None

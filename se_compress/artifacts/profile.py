@@ -1,0 +1,217 @@
+"""profile.json: what was measured of a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from se_compress.artifacts.ids import SOURCE_BITS, ExpertId, ExpertIndex, Part
+
+OutlierReason = Literal["cancels", "layer forms no massive activation", "model has none"]
+
+
+@dataclass(frozen=True)
+class ExpertStats:
+    """What one expert did over the calibration tokens.
+
+    layer, expert     the expert, see ExpertId
+    peak              max |down_proj output| before the routing weight, float32, all routed tokens
+    weighted_peak     the same after the routing weight (or the shared expert's gate)
+    channel, position, token_id   where the peak stands: residual channel, position in its
+                      sequence, the token there; -1 if no token was routed here
+    tokens            tokens routed to the expert
+    gate_mass         sum of its routing weights over all tokens, divided by the number of tokens
+    mean_output_norm  mean L2 norm of the down_proj output over its tokens
+    saliency          mean of routing weight x output norm over its tokens (REAP, arXiv:2510.13999)
+    loss_gate_up      bits -> KL divergence, in nats per token, that rounding gate_proj and up_proj
+                      to that width (no GPTQ) is expected to cost: the layer's sensitivity x the
+                      mean over all tokens of |weight x (output - quantised output)|^2 / |h|^2, h
+                      the token's residual after the layer
+    loss_down         the same for down_proj; 0 bits: nothing is left of the output
+    """
+
+    layer: int
+    expert: ExpertIndex
+    peak: float
+    weighted_peak: float
+    channel: int
+    position: int
+    token_id: int
+    tokens: int
+    gate_mass: float
+    mean_output_norm: float
+    saliency: float
+    loss_gate_up: Mapping[int, float]
+    loss_down: Mapping[int, float]
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+    def loss_of(self, part: Part, bits: int) -> float:
+        """What a width costs one part of the expert; the source's own precision costs nothing."""
+        if bits == SOURCE_BITS:
+            return 0.0
+        return (self.loss_down if part == "down" else self.loss_gate_up)[bits]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """The residual stream after one decoder layer, and the layer's attention sinks.
+
+    layer        decoder layer, absolute
+    moe          whether it has routed experts
+    peak, position, channel, token_id   the largest |h| over all tokens and where it stands
+    median       median |h| over tokens and channels
+    rise, fall   most that the layer adds to, takes from, any |h| (per token and channel)
+    massive      Sun et al. (arXiv:2402.17762): peak > 100 and peak >= 1000 x median
+    forming      the layer makes massive activations: see `profiler.forming_layers`
+    cancelling   the layer takes away most of a massive activation: `profiler.cancelling_layers`
+    mlp_peak     max |down_proj output| of the dense MLP; None in a MoE layer
+    sink_mass    per head, mean attention that queries at position >= 8 pay to position 0
+    sink_rate    Gu et al. (arXiv:2410.10781): share of heads whose position-0 attention, averaged
+                 over all queries, exceeds 0.3
+    sensitivity  KL divergence of the next token, in nats, per squared relative error of the stream
+                 after the layer: measured once, by rounding all its experts; 1 in a dense layer
+    """
+
+    layer: int
+    moe: bool
+    peak: float
+    position: int
+    channel: int
+    token_id: int
+    median: float
+    rise: float
+    fall: float
+    massive: bool
+    forming: bool
+    cancelling: bool
+    mlp_peak: float | None
+    sink_mass: tuple[float, ...]
+    sink_rate: float
+    sensitivity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What happened when the output of one expert was set to zero.
+
+    layer, expert        the expert, see ExpertId
+    rise_removed         share of the layer's rise of the massive activation that vanished
+    massive_activation   peak |h| at the model's strongest layer, after / before
+    sink_mass            mean over layers and heads from the expert's layer on, after / before
+    kl_divergence        mean KL(original || ablated) of the next-token distribution, nats
+    """
+
+    layer: int
+    expert: ExpertIndex
+    rise_removed: float
+    massive_activation: float
+    sink_mass: float
+    kl_divergence: float
+
+
+@dataclass(frozen=True)
+class SuperExpert:
+    """An expert that the criterion proposes.
+
+    layer, expert   the expert, see ExpertId
+    peak, channel, position, token_id   as in ExpertStats
+    confirmed       what zeroing it showed; None if that was not asked for
+    zeroed          what happened without it
+    control         what happened without another expert of its layer
+    """
+
+    layer: int
+    expert: ExpertIndex
+    peak: float
+    channel: int
+    position: int
+    token_id: int
+    confirmed: bool | None = None
+    zeroed: Ablation | None = None
+    control: Ablation | None = None
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class OutlierExpert:
+    """An expert over the thresholds that is not a super expert.
+
+    layer, expert   the expert, see ExpertId
+    peak, channel, position   as in ExpertStats
+    reason          why it is not: it cancels a massive activation, its layer forms none, or the
+                    model has none
+    """
+
+    layer: int
+    expert: ExpertIndex
+    peak: float
+    channel: int
+    position: int
+    reason: OutlierReason
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """How alike the routed experts of a layer are: Euclidean distances of their mean outputs over
+    a sample of the layer's tokens, those not routed to them included (HC-SMoE, arXiv:2410.08589).
+
+    layer       decoder layer, absolute
+    distances   of the pairs (0, 1), (0, 2) ... (1, 2) ...
+    """
+
+    layer: int
+    distances: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ExpertProfile:
+    """profile.json: measured once, planned from often.
+
+    model           what the recipe called it
+    digest          of everything the profile was made from
+    source_digest   of the model, see ModelSource
+    tokens_digest   of the calibration tokens
+    samples         calibration sequences
+    sequence_length  tokens of each
+    threshold       the peak that an expert has to exceed: max of the two clauses below
+    percentile_value  the peak at `super_experts.percentile` of all experts
+    fraction_value  `super_experts.fraction_of_max` of the largest peak
+    massive         whether the model has massive activations at all
+    super_experts   in order of id; empty with a note if the model has no massive activation
+    outliers        experts over the threshold that are no super experts
+    notes           what a reader has to know of how it was measured
+    layers          one record a decoder layer
+    experts         one record an expert, shared ones included
+    similarities    measured only for a recipe that merges
+    """
+
+    model: str
+    digest: str
+    source_digest: str
+    tokens_digest: str
+    samples: int
+    sequence_length: int
+    threshold: float
+    percentile_value: float
+    fraction_value: float
+    massive: bool
+    super_experts: tuple[SuperExpert, ...]
+    outliers: tuple[OutlierExpert, ...]
+    notes: tuple[str, ...]
+    layers: tuple[LayerStats, ...]
+    experts: tuple[ExpertStats, ...]
+    similarities: tuple[LayerSimilarity, ...] = ()
+
+    @cached_property
+    def by_id(self) -> dict[ExpertId, ExpertStats]:
+        return {stats.id: stats for stats in self.experts}

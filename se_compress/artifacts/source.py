@@ -1,0 +1,86 @@
+"""The model to compress, known from its config and headers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from se_compress.artifacts.ids import ExpertId, ExpertIndex, Role
+
+TensorKind = Literal[
+    "expert", "shared_expert", "router", "attention", "dense_mlp", "norm", "embedding", "other"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its safetensors header has it, and what it is to the model.
+
+    name        as in the file
+    dtype       safetensors' own name ("BF16", "F32", "I32" ...)
+    shape       extents, outermost first
+    file        path of the shard
+    kind        what it is to the model
+    begin, end  byte range of the data, from the start of the file
+    layer       decoder layer, None for tensors outside the decoder layers
+    expert      set for kinds "expert" and "shared_expert"
+    role        which of the three projections; None for anything else (biases, gates, norms)
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+    kind: TensorKind = "other"
+    layer: int | None = None
+    expert: ExpertIndex | None = None
+    role: Role | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint on disk, known from its config and headers only; no weight has been read.
+
+    path            the directory
+    name            what the recipe called it
+    family          `model_type`, a row of families.py
+    config          config.json
+    tensors         every tensor by name
+    layer_count     decoder layers, dense ones counted
+    moe_layers      absolute indices of the layers with routed experts
+    top_k           experts that a token is routed to
+    expert_count    routed experts of each of these layers
+    digest          changes when the config, a header, a file size or a file time changes
+    """
+
+    path: Path
+    name: str
+    family: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    layer_count: int
+    moe_layers: tuple[int, ...]
+    expert_count: int
+    top_k: int
+    digest: str
+
+    @cached_property
+    def experts(self) -> dict[ExpertId, dict[Role, TensorInfo]]:
+        """The weight matrices of every routed and shared expert, in the order of their ids."""
+        found: dict[ExpertId, dict[Role, TensorInfo]] = {}
+        for info in self.tensors.values():
+            if info.role is not None and info.expert is not None and info.layer is not None:
+                found.setdefault(ExpertId(info.layer, info.expert), {})[info.role] = info
+        return {identity: found[identity] for identity in sorted(found)}
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """All tensor data, headers not counted."""
+        return sum(info.size_bytes for info in self.tensors.values())
