@@ -29,7 +29,6 @@ from results import machine, write_section
 from torch import Tensor
 
 from se_compress.artifacts import Check, ExpertId, ModelSource, RunOptions
-from se_compress.blueprint import draw_blueprint
 from se_compress.calibrate import draw_sequences
 from se_compress.checkpoint import Reader, open_result, open_tensors
 from se_compress.execute import compress
@@ -139,8 +138,7 @@ def solved(model: Model) -> Changes:
     plan = make_plan(model.source, None, model.recipe)
     directory = model.work / "gptq"
     compress(model.source, plan, model.calibration, model.recipe, directory)
-    names = draw_blueprint(model.source, plan).names
-    read = open_result(read_headers(directory), model.source.tensors, names)
+    read = open_result(read_headers(directory), model.source.tensors, plan.scheme)
     return {name: read(name) for i in model.routed() for name in model.names(i)}
 
 

@@ -8,42 +8,13 @@ cannot disagree. No weight is read; no torch.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 from se_compress.artifacts import SOURCE_BITS, CompressionPlan, ModelSource, TensorInfo
 from se_compress.families import FAMILIES, unfused_name
+from se_compress.formats import Making, PlannedTensor
 from se_compress.headers import Slot
 from se_compress.surgery import Shrunk, is_made, shrink
 from se_compress.targets import packed_slots, rules_of
-
-Making = Literal["copied", "made", "packed"]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor of the model that the plan leaves, and what the result stores for it.
-
-    info    the tensor as that model has it; one that surgery makes is in no file
-    name    its name in the result, before it is taken apart into stored parts
-    bits    its width; SOURCE_BITS for the source's own precision
-    making  copied: the source's own bytes; made: by surgery (splice.py); packed: quantised
-    stored  its parts in the result: one slot, or those of a packed matrix
-    """
-
-    info: TensorInfo
-    name: str
-    bits: int
-    making: Making
-    stored: tuple[Slot, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(slot.size_bytes for slot in self.stored)
-
-    @property
-    def module(self) -> str:
-        """The module of a weight, as engines name it."""
-        return self.name.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
@@ -90,6 +61,11 @@ class Blueprint:
         experts = [tensor for tensor in self.tensors.values() if tensor.info.kind == "expert"]
         weights = sum(tensor.info.shape[0] * tensor.info.shape[1] for tensor in experts)
         return 8 * sum(tensor.size_bytes for tensor in experts) / weights
+
+    @cached_property
+    def linears(self) -> list[PlannedTensor]:
+        """The matrices that some engine could take for quantised."""
+        return [tensor for tensor in self.tensors.values() if tensor.is_linear]
 
     def packed(self) -> Iterator[PlannedTensor]:
         """The matrices that are quantised."""

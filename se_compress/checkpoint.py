@@ -17,9 +17,8 @@ from torch import Tensor
 
 from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.errors import ResourceError, SourceError
+from se_compress.formats import FORMATS, UNQUANTISED
 from se_compress.headers import INDEX_FILE, header_bytes
-from se_compress.quant.bnb import PARTS, dequantize_bnb
-from se_compress.quant.packing import MARKS, unpack
 
 Reader = Callable[[str], Tensor]
 
@@ -28,6 +27,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+# Of a tensor that holds the codes of a quantised matrix.
+CODE_DTYPES = ("I32", "U8", "I8")
 COPY_BYTES = 2**24
 
 
@@ -70,31 +71,31 @@ def _map(info: TensorInfo) -> Tensor:
 def open_result(
     found: Mapping[str, TensorInfo],
     source: Mapping[str, TensorInfo],
-    names: Mapping[str, str],
-    scheme: Scheme | None = None,
+    scheme: Scheme,
+    names: Mapping[str, str] = {},
 ) -> Reader:
     """A reader of a compressed checkpoint by the names of its source: packed weights come back
     dequantised, float32 [rows, columns], everything else as it is on disk.
 
     found, source   headers of the compressed checkpoint and of its source
-    names           tensor of the source -> what the checkpoint calls it
-    scheme          how the quantised matrices are stored; GPTQ v1 if it is not given
+    scheme          how the quantised matrices are stored
+    names           tensor of the source -> what the checkpoint calls it, where that differs
     """
     read_stored = open_tensors(found)
-    form = scheme.format if scheme else "gptq"
-    suffixes = PARTS if scheme and scheme.data_type else MARKS[form]
+    if scheme.format == UNQUANTISED:
+        return lambda name: read_stored(names.get(name, name))
+    form = FORMATS[scheme.format]
 
     def read(name: str) -> Tensor:
-        stored = names[name]
+        stored = names.get(name, name)
         stem = stored.removesuffix(".weight")
-        parts = {p: f"{stem}.{p}" for p in suffixes if f"{stem}.{p}" in found}
-        if suffixes[0] not in parts or found[parts[suffixes[0]]].dtype not in ("I32", "U8", "I8"):
+        parts = {p: f"{stem}.{p}" for p in form.suffixes if f"{stem}.{p}" in found}
+        codes = found.get(parts.get(form.suffixes[0], ""))
+        if codes is None or codes.dtype not in CODE_DTYPES:
             return read_stored(stored)
-        tensors = {part: read_stored(where) for part, where in parts.items()}
         rows, columns = source[name].shape
-        if scheme and scheme.data_type:
-            return dequantize_bnb(tensors, (rows, columns), scheme, torch.float32)
-        return unpack(form, tensors, columns).dequantized()
+        tensors = {part: read_stored(where) for part, where in parts.items()}
+        return form.unpack(tensors, (rows, columns), scheme)
 
     return read
 

@@ -35,11 +35,12 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
-from se_compress.blueprint import Blueprint, PlannedTensor, draw_blueprint
+from se_compress.blueprint import Blueprint, draw_blueprint
 from se_compress.checkpoint import Reader, allocate, copy_tensor, open_tensors, write_tensors
 from se_compress.early_warning import Side, early_warning
 from se_compress.export import export_config
 from se_compress.families import FAMILIES
+from se_compress.formats import PlannedTensor
 from se_compress.headers import lay_out
 from se_compress.measures import relative_distance
 from se_compress.recipe import Recipe

@@ -28,10 +28,10 @@ from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.checkpoint import TORCH_DTYPES
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES, Family
+from se_compress.formats import FORMATS
 from se_compress.headers import read_header
 from se_compress.quant.bnb import dequantize_bnb
 from se_compress.streaming import sum_routed
-from se_compress.targets import FORMATS
 
 if TYPE_CHECKING:  # at run time they may be half imported: theirs is the import that brings us in
     from transformers.core_model_loading import WeightRenaming, WeightTransform
@@ -123,7 +123,7 @@ class PackedLinear(nn.Module):
         self.shape, self.scheme, self.bias = shape, scheme, bias
         bits = 8 if scheme.data_type == "int8" else 4
         self.parts = {}
-        for part, dtype, extents in FORMATS["bitsandbytes"](*shape, bits, scheme):
+        for part, dtype, extents in FORMATS["bitsandbytes"].parts(*shape, bits, scheme):
             self.parts[part] = part.replace(".", "_")
             self.register_buffer(
                 self.parts[part], torch.empty(extents, dtype=TORCH_DTYPES[dtype], device="meta")

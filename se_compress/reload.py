@@ -21,14 +21,10 @@ from typing import Any, cast
 import psutil
 
 from se_compress.errors import NOT_RUN_EXIT_CODE
+from se_compress.formats import FORMATS
 
-WITHOUT_FLOAT32 = ("auto-round", "compressed-tensors")
-# quant_method of config.json -> the package that unpacks it under transformers, and our extra.
-PACKAGES = {
-    "auto-round": ("auto_round", "autoround"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "se-compress": ("bitsandbytes", "bnb"),
-}
+# By what config.json calls it.
+BY_METHOD = {form.quant_method: form for form in FORMATS.values()}
 
 
 def main() -> int:
@@ -55,7 +51,8 @@ def main() -> int:
 
 def _obstacle(target: str, settings: Mapping[str, Any]) -> str:
     """Why this machine cannot say anything of the result; "" if it can."""
-    package, extra = PACKAGES.get(settings.get("quant_method", ""), ("transformers", ""))
+    form = BY_METHOD.get(settings.get("quant_method", ""))
+    package, extra = (form.package, form.extra) if form else ("transformers", "")
     if target == "gptqmodel":
         package, extra = "gptqmodel", "gptq"
     if importlib.util.find_spec(package) is None:
@@ -89,9 +86,10 @@ def _load_transformers(directory: str) -> Any:
     # auto-round's linears have no float32; Mixtral's renamed tensors keep their dtype under a
     # quantizer.
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    packed = config.get("quantization_config", {}).get("quant_method") in WITHOUT_FLOAT32
+    form = BY_METHOD.get(config.get("quantization_config", {}).get("quant_method", ""))
+    as_stored = form is not None and not form.has_float32
     loaded = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto" if packed else torch.float32, output_loading_info=True
+        directory, dtype="auto" if as_stored else torch.float32, output_loading_info=True
     )
     model, info = cast(tuple[Any, dict[str, Any]], loaded)
     # transformers re-initialises what it does not find, and only this tells. Tensors that it does

@@ -37,13 +37,11 @@ from se_compress.artifacts import (
     ModelSource,
     Scheme,
 )
-from se_compress.quant.bnb import dequantize_bnb, quantize_bnb
+from se_compress.formats import FORMATS
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
-from se_compress.quant.packing import pack
 from se_compress.recipe import Quantization, Recipe
 from se_compress.streaming import RoutingCapture, expert_inner, select_rows
-from se_compress.targets import SCALE_DTYPES
 
 # Float32 elements of all Hessians and stacks that are held at once: 128 MiB on the CPU, which gains
 # nothing from more; 1 GiB on a GPU.
@@ -100,7 +98,7 @@ def quantize_experts(
     output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
     made = (
         _pack_experts(source, experts, capture, decisions, scheme)
-        if scheme.format == "bitsandbytes"
+        if FORMATS[scheme.format].quantize
         else _solve_experts(source, experts, capture, decisions, scheme, recipe)
     )
     tensors: Packed = {}
@@ -153,7 +151,8 @@ def _pack_experts(
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
 ) -> Iterator[_Quantized]:
-    """The same through bitsandbytes, which looks at weights only; the tokens serve to measure."""
+    """The same by the format's own library, which looks at weights only; the tokens serve to
+    measure."""
     for decision in decisions:
         assert isinstance(decision.expert, int)
         assert decision.bits is not None
@@ -183,8 +182,10 @@ def _pack_experts(
 
 def _pack_in_place(name: str, live: Tensor, scheme: Scheme) -> Packed:
     """The packed parts of a live weight [R, C], which becomes what they stand for."""
-    parts = quantize_bnb(live, scheme)
-    live.copy_(dequantize_bnb(parts, (live.shape[0], live.shape[1]), scheme, torch.float32))
+    form = FORMATS[scheme.format]
+    assert form.quantize is not None
+    parts = form.quantize(live, scheme)
+    live.copy_(form.unpack(parts, (live.shape[0], live.shape[1]), scheme))
     return {name: parts}
 
 
@@ -385,7 +386,7 @@ def quantize_linears(
         with moments:
             run()
         for names, hessian, tokens in moments.groups():
-            if scheme.format == "bitsandbytes":
+            if FORMATS[scheme.format].quantize:
                 done += [
                     _pack_linear(name, bits[name], linears[name], hessian, tokens, scheme)
                     for name in names
@@ -498,7 +499,7 @@ class _InputMoments:
 def _pack_linear(
     name: str, bits: int, linear: nn.Linear, hessian: Tensor, tokens: int, scheme: Scheme
 ) -> SolvedLinear:
-    """Through bitsandbytes, in place; the Hessian serves to measure."""
+    """By the format's own library, in place; the Hessian serves to measure."""
     before = linear.weight.float().clone()
     tensors = _pack_in_place(name, linear.weight, scheme)
     lost, whole = (
@@ -546,7 +547,7 @@ def _replace_linears(
 
 
 def _grid(bits: int, scheme: Scheme) -> Grid:
-    scale_dtype = getattr(torch, SCALE_DTYPES[scheme.format])
+    scale_dtype = getattr(torch, str(FORMATS[scheme.format].scale_dtype))
     return Grid(bits, scheme.group_size, scheme.symmetric, scale_dtype)
 
 
@@ -586,13 +587,9 @@ def _packed(names: Sequence[str], stack: QuantizedStack, member: int, form: str)
 
 def _packed_rows(name: str, stack: QuantizedStack, member: int, rows: slice, form: str) -> Packed:
     """The packed matrix that some rows of a member are."""
-    parts = pack(
-        form,
-        stack.codes[member, rows],
-        stack.scales[member, rows],
-        stack.zeros[member, rows],
-        bits=stack.grid.bits,
-        group_size=stack.grid.group_size,
-        symmetric=stack.grid.symmetric,
+    pack = FORMATS[form].pack
+    assert pack is not None
+    codes, scales, zeros = (
+        tensor[member, rows] for tensor in (stack.codes, stack.scales, stack.zeros)
     )
-    return {name: parts}
+    return {name: pack(codes, scales, zeros, stack.grid)}

@@ -1,11 +1,10 @@
 """What each target engine loads, and what a plan therefore puts into the file. No torch.
 
-A format says how one matrix is stored. A row of the table says what an engine loads of a format,
-each fact with its source. The planner takes a row as its constraint; what the result then holds is
-in its blueprint (blueprint.py), exact to the byte.
+A format says how one matrix is stored (formats/). A row of the table says what an engine loads of
+it, each fact with its source. The planner takes a row as its constraint; what the result then holds
+is in its blueprint (blueprint.py), exact to the byte.
 """
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -18,72 +17,12 @@ from se_compress.artifacts import (
     TensorInfo,
 )
 from se_compress.errors import RecipeError
+from se_compress.formats import FORMATS
 from se_compress.headers import Slot
 
 TABLE_VERSION = "2026-11"
 
-# The parts of a stored matrix: suffix, safetensors dtype, shape.
-Parts = Iterator[tuple[str, str, tuple[int, ...]]]
 Granularity = Literal["projection", "expert", "layer", "model"]
-
-
-def _gptq_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
-    """GPTQ, v1 and v2 (GPTQModel, nn_modules/qlinear/__init__.py)."""
-    yield from _auto_round_parts(rows, columns, bits, scheme)
-    yield "g_idx", "I32", (columns,)
-
-
-def _auto_round_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
-    """auto-round (auto_round_extension/torch/qlinear_torch.py)."""
-    groups = _groups(columns, scheme)
-    yield "qweight", "I32", (columns * bits // 32, rows)
-    yield "qzeros", "I32", (groups, rows * bits // 32)
-    yield "scales", "F16", (groups, rows)
-
-
-def _compressed_tensors_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
-    """pack-quantized (compressed-tensors, compressors/pack_quantized/base.py)."""
-    groups = _groups(columns, scheme)
-    yield "weight_packed", "I32", (rows, columns * bits // 32)
-    yield "weight_scale", "BF16", (rows, groups)
-    yield "weight_shape", "I64", (2,)
-    if not scheme.symmetric:
-        yield "weight_zero_point", "I32", (rows * bits // 32, groups)
-
-
-def _bitsandbytes_parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
-    """What `quant.bnb.quantize_bnb` gives, under bitsandbytes' own names; 8 bits are int8."""
-    if bits == 8:
-        yield "weight", "I8", (rows * columns, 1)
-        yield "SCB", "F32", (rows,)
-        return
-    blocks = rows * columns // scheme.group_size
-    yield "weight", "U8", (rows * columns // 2, 1)
-    yield "weight.absmax", "U8" if scheme.double_quant else "F32", (blocks,)
-    if scheme.double_quant:
-        yield "weight.nested_absmax", "F32", (-(-blocks // 256),)
-        yield "weight.nested_offset", "F32", ()
-
-
-def _groups(columns: int, scheme: Scheme) -> int:
-    return 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
-
-
-FORMATS: Mapping[str, Callable[[int, int, int, Scheme], Parts]] = {
-    "gptq": _gptq_parts,
-    "gptq_v2": _gptq_parts,
-    "auto-round": _auto_round_parts,
-    "compressed-tensors": _compressed_tensors_parts,
-    "bitsandbytes": _bitsandbytes_parts,
-}
-# The dtype in which an engine holds scales, whatever the file has: vLLM takes that of the model,
-# and a bfloat16 number is exact in all of them.
-SCALE_DTYPES: Mapping[str, Literal["float16", "bfloat16"]] = {
-    "gptq": "float16",
-    "gptq_v2": "float16",
-    "auto-round": "float16",
-    "compressed-tensors": "bfloat16",
-}
 
 
 @dataclass(frozen=True)
@@ -335,7 +274,7 @@ def packed_slots(info: TensorInfo, bits: int, scheme: Scheme) -> tuple[Slot, ...
     """The tensors that hold one [rows, columns] weight at a width."""
     stem = info.name.removesuffix(".weight")
     rows, columns = info.shape
-    parts = FORMATS[scheme.format](rows, columns, bits, scheme)
+    parts = FORMATS[scheme.format].parts(rows, columns, bits, scheme)
     return tuple(Slot(f"{stem}.{suffix}", dtype, shape) for suffix, dtype, shape in parts)
 
 
@@ -347,5 +286,5 @@ def stored_bytes(info: TensorInfo, bits: int, scheme: Scheme) -> int:
 @cache
 def _packed_bytes(shape: tuple[int, ...], bits: int, scheme: Scheme) -> int:
     rows, columns = shape
-    parts = FORMATS[scheme.format](rows, columns, bits, scheme)
+    parts = FORMATS[scheme.format].parts(rows, columns, bits, scheme)
     return sum(Slot("", dtype, extent).size_bytes for _, dtype, extent in parts)

@@ -67,10 +67,11 @@ from se_compress.artifacts import (
     ValidationReport,
     from_json,
 )
-from se_compress.blueprint import Blueprint, PlannedTensor, draw_blueprint
+from se_compress.blueprint import Blueprint, draw_blueprint
 from se_compress.checkpoint import Reader, open_result, open_tensors
 from se_compress.errors import NOT_RUN_EXIT_CODE, SourceError
 from se_compress.families import FAMILIES, unfused_name
+from se_compress.formats import FORMATS, UNQUANTISED, PlannedTensor
 from se_compress.headers import Slot, read_headers
 from se_compress.measures import (
     COMMON_SHARE,
@@ -92,7 +93,6 @@ from se_compress.measures import (
     sink_token_change,
     weight_cosine,
 )
-from se_compress.quant.packing import COMPRESSED_TENSORS, MARKS
 from se_compress.recipe import Recipe, Validation
 from se_compress.source import read_config
 from se_compress.splice import open_shrunk
@@ -284,7 +284,7 @@ def _planned(
         target=plan.target,
         accounted=_account(blueprint, found),
         complete=_is_complete(blueprint, found),
-        read=open_result(found, model.tensors, blueprint.names, plan.scheme),
+        read=open_result(found, model.tensors, plan.scheme, blueprint.names),
         intended=open_shrunk(blueprint.shrunk),
         changed=tuple(tensor.info for tensor in blueprint.packed()),
     )
@@ -293,13 +293,14 @@ def _planned(
 def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo]) -> _Stored:
     """Tensors are looked for by the source's names, and by those of GPTQModel."""
     form, target = _form_of(directory)
+    suffixes = FORMATS[form].suffixes if form != UNQUANTISED else ()
     family = FAMILIES[source.family]
     names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
     problems, known, same = [], set[str](), 0
     for name, info in source.tensors.items():
         stem = names[name].removesuffix(".weight")
         whole = found.get(names[name])
-        parts = [part for part in (f"{stem}.{p}" for p in MARKS[form]) if part in found]
+        parts = [part for part in (f"{stem}.{suffix}" for suffix in suffixes) if part in found]
         known |= {names[name], *parts}
         if whole is not None and whole.shape != info.shape:
             problems.append(f"{names[name]} is {list(whole.shape)}, not {list(info.shape)}")
@@ -317,7 +318,7 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         target=target,
         accounted=Check("tensors_accounted", share, 1.0, not problems, detail),
         complete=complete,
-        read=open_result(found, source.tensors, names, Scheme(form, "", -1, True)),
+        read=open_result(found, source.tensors, Scheme(form, "", -1, True), names),
         intended=open_tensors(source.tensors),
         changed=tuple(source.tensors.values()),
     )
@@ -328,17 +329,17 @@ def _form_of(directory: Path) -> tuple[str, str]:
     for a format that is not read."""
     settings = read_config(directory).get("quantization_config")
     if not settings:
-        return "source", "transformers"
+        return UNQUANTISED, "transformers"
     method = settings.get("quant_method", "unknown")
     layout = settings.get("checkpoint_format", settings.get("format"))
-    if method == "gptq" and layout in ("gptq", "gptq_v2"):
-        return layout, "gptqmodel"
-    if method == "compressed-tensors" and layout == "pack-quantized":
-        return COMPRESSED_TENSORS, "vllm"
+    read = [form for form in FORMATS.values() if form.layout]
+    for form in read:
+        if (form.quant_method, form.layout) == (method, layout):
+            return form.name, form.engine
+    accepted = ", ".join(f"{form.quant_method} (format {form.layout})" for form in read)
     raise SourceError(
         f"{directory}: quant_method {method} (format {layout}) is not read without a plan of ours; "
-        "accepted are unquantised checkpoints, gptq, gptq_v2, and pack-quantized "
-        "compressed-tensors"
+        f"accepted are unquantised checkpoints, {accepted}"
     )
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed import pack
 
 from se_compress.artifacts import Check
-from se_compress.quant.packing import pack
 from se_compress.recipe import Validation
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

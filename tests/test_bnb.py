@@ -8,8 +8,8 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 from torch import Tensor
 
 from se_compress.artifacts import Scheme
-from se_compress.quant.bnb import PARTS, dequantize_bnb, quantize_bnb
-from se_compress.targets import FORMATS
+from se_compress.formats import FORMATS
+from se_compress.quant.bnb import dequantize_bnb, quantize_bnb
 
 SHAPE = (48, 128)
 
@@ -89,9 +89,9 @@ def test_parts_are_what_the_layout_promises(how: Scheme) -> None:
     names = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
     found = {name: (names[part.dtype], tuple(part.shape)) for name, part in parts.items()}
     bits = 8 if how.data_type == "int8" else 4
-    promised = FORMATS["bitsandbytes"](*SHAPE, bits, how)
+    promised = FORMATS["bitsandbytes"].parts(*SHAPE, bits, how)
     assert found == {name: (dtype, shape) for name, dtype, shape in promised}
-    assert set(found) <= set(PARTS)
+    assert set(found) <= set(FORMATS["bitsandbytes"].suffixes)
 
 
 def test_bfloat16_weights_are_packed_as_the_same_numbers_in_float32() -> None:

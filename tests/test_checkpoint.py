@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_weights, plain_model, random_tokens
 from torch import Tensor
 
-from se_compress.artifacts import TensorInfo
+from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.checkpoint import (
     COPY_BYTES,
     allocate,
@@ -366,7 +366,7 @@ def test_a_result_is_read_under_the_names_of_its_source(
         "q.weight": TensorInfo("q.weight", "BF16", (rows, columns), "unread", 0, 0),
         "plain.weight": TensorInfo("plain.weight", "BF16", (3,), "unread", 0, 0),
     }
-    read = open_result(read_headers(tmp_path), source)
+    read = open_result(read_headers(tmp_path), source, Scheme("gptq", "gptq", 32, True))
     expected = np.empty((rows, columns), dtype=np.float32)
     for row in range(rows):
         for column in range(columns):

@@ -27,6 +27,7 @@ from se_compress.artifacts import (
     ExpertProfile,
     ModelSource,
     RunOptions,
+    Scheme,
     ValidationReport,
     from_json,
 )
@@ -291,7 +292,7 @@ def streamed_logits(source: ModelSource, read: Reader, tokens: list[list[int]]) 
 @pytest.fixture(scope="session")
 def validated_logits(result: Path, source: ModelSource, held_out: list[list[int]]) -> Tensor:
     """What the validator's own reader makes of two held-out sequences."""
-    read = open_result(read_headers(result), source.tensors)
+    read = open_result(read_headers(result), source.tensors, Scheme("gptq", "gptq", 64, True))
     return streamed_logits(source, read, held_out[:2])
 
 

@@ -233,7 +233,7 @@ def raw(info: TensorInfo) -> bytes:
 
 def test_the_result_is_read_as_an_independent_dequantisation_reads_it(made: Made) -> None:
     found, blueprint = read_headers(made.directory), made.blueprint
-    read = open_result(found, made.source.tensors, blueprint.names, made.plan.scheme)
+    read = open_result(found, made.source.tensors, made.plan.scheme, blueprint.names)
     original = load_file(made.source.path / "model.safetensors")
     for info in made.source.tensors.values():
         weight = original[info.name].float()

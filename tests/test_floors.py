@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("artifacts",),
     ("recipe", "families", "headers", "knapsack", "quant"),
+    ("formats",),
     ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
     ("streaming", "splice", "structure", "blueprint"),
     ("allocate", "solver", "early_warning", "export"),

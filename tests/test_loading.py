@@ -88,7 +88,7 @@ def logits(model: Any) -> Tensor:
 def streamed_logits(result: Result) -> Tensor:
     """What the validator sees."""
     found, scheme = read_headers(result.directory), result.plan.scheme
-    model = StreamedModel(result.source, open_result(found, result.source.tensors, scheme=scheme))
+    model = StreamedModel(result.source, open_result(found, result.source.tensors, scheme))
     states = model.embed([torch.tensor(TOKENS)])
     for layer in range(result.source.layer_count):
         states = model.run_layer(layer, model.load_layer(layer), states)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from packed import pack, unpack
 from torch import Tensor
-
-from se_compress.quant.packing import pack, unpack
 
 WIDTHS = [2, 3, 4, 8]
 ROWS, COLUMNS = 64, 96
@@ -155,7 +154,7 @@ def test_whole_words_that_are_no_whole_run_of_32_values_fit(
 def test_a_zero_of_zero_is_refused_where_it_would_borrow() -> None:
     codes, scales, zeros = matrix(4, groups=1)
     zeros[5] = 0
-    with pytest.raises(ValueError, match="a zero point is 0: gptq at 4 bits holds 1 to 15"):
+    with pytest.raises(ValueError, match="a zero point is 0: a file of 4 bits holds 1 to 15"):
         pack("gptq", codes, scales, zeros, bits=4, group_size=-1)
     parts = pack("gptq_v2", codes, scales, zeros, bits=4, group_size=-1)
     assert torch.equal(unpack("gptq_v2", parts, COLUMNS).zeros, zeros)
@@ -164,7 +163,7 @@ def test_a_zero_of_zero_is_refused_where_it_would_borrow() -> None:
 def test_a_code_that_is_too_wide_is_refused() -> None:
     codes, scales, zeros = matrix(3, groups=1)
     codes[5, 5] = 8
-    with pytest.raises(ValueError, match="a code is 8: gptq at 3 bits holds 0 to 7"):
+    with pytest.raises(ValueError, match="a code is 8: a file of 3 bits holds 0 to 7"):
         pack("gptq", codes, scales, zeros, bits=3, group_size=-1)
 
 

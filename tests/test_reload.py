@@ -99,7 +99,7 @@ def write(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
 def reader(source: ModelSource, plan: CompressionPlan, directory: Path) -> Reader:
     found = read_headers(directory)
     names = draw_blueprint(source, plan).names
-    return open_result(found, source.tensors, names, plan.scheme)
+    return open_result(found, source.tensors, plan.scheme, names)
 
 
 def logits(source: ModelSource, read: Reader) -> Tensor:

@@ -256,7 +256,7 @@ def test_a_zeroed_expert_stays_zero_when_it_is_quantised(
     assert (record.error_down, record.fallback) == (0.0, "")
     blueprint = draw_blueprint(source, plan)
     found = read_headers(tmp_path / "out")
-    read = open_result(found, blueprint.source.tensors, blueprint.names, plan.scheme)
+    read = open_result(found, blueprint.source.tensors, plan.scheme, blueprint.names)
     assert not read("model.layers.1.mlp.experts.5.down_proj.weight").any()
     assert read("model.layers.1.mlp.experts.5.up_proj.weight").any()
 

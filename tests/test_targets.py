@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from packed import pack
 
 from se_compress.artifacts import (
     CompressionPlan,
@@ -21,13 +22,12 @@ from se_compress.blueprint import draw_blueprint
 from se_compress.checkpoint import TORCH_DTYPES
 from se_compress.errors import RecipeError
 from se_compress.families import FAMILIES
+from se_compress.formats import FORMATS
 from se_compress.headers import Slot
 from se_compress.policy import check_plan, make_plan
-from se_compress.quant.packing import pack
 from se_compress.recipe import Target
 from se_compress.source import open_source
 from se_compress.targets import (
-    SCALE_DTYPES,
     TARGETS,
     cautions,
     find_rules,
@@ -192,7 +192,7 @@ def test_where_all_experts_are_alike_none_can_be_protected(tiny_model: TinyModel
 # ---------------------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("form", SCALE_DTYPES)
+@pytest.mark.parametrize("form", [f.name for f in FORMATS.values() if f.pack])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 64])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -218,7 +218,7 @@ def test_slots_are_what_the_packer_makes(
         assert TORCH_DTYPES[slot.dtype] == tensor.dtype
         assert slot.size_bytes == tensor.numel() * tensor.itemsize
     scales = next(tensor for tensor in packed.values() if tensor.is_floating_point())
-    assert scales.dtype == getattr(torch, SCALE_DTYPES[form])
+    assert scales.dtype == getattr(torch, FORMATS[form].scale_dtype)
 
 
 def test_at_16_bits_a_matrix_keeps_its_own_bytes() -> None:

@@ -25,13 +25,12 @@ from se_compress.blueprint import draw_blueprint
 from se_compress.checkpoint import allocate, copy_tensor, open_tensors, write_tensors
 from se_compress.export import export_config
 from se_compress.families import FAMILIES
+from se_compress.formats import FORMATS
 from se_compress.headers import lay_out
 from se_compress.quant.grid import Grid, rtn
-from se_compress.quant.packing import pack
 from se_compress.recipe import Recipe, parse_recipe
 from se_compress.source import open_source
 from se_compress.streaming import StreamedModel
-from se_compress.targets import SCALE_DTYPES
 
 BOS, EOS = 0, 1
 VOCABULARY = 288  # the tokenizer's 265 words, filled up to a multiple of 32
@@ -307,20 +306,13 @@ def write_result(
         if planned.making == "copied":
             copy_tensor(info, layout[planned.name])
             continue
-        scale_dtype = getattr(torch, SCALE_DTYPES[scheme.format])
+        form = FORMATS[scheme.format]
+        scale_dtype = getattr(torch, str(form.scale_dtype))
         weight = read(info.name).float()[None]
-        stack = rtn(
-            weight,
-            Grid(bits, scheme.group_size, scheme.symmetric, scale_dtype),
-            torch.ones(1, weight.shape[2]),
-        )
-        parts = pack(
-            scheme.format,
-            *(part[0] for part in (stack.codes, stack.scales, stack.zeros)),
-            bits=bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-        )
+        grid = Grid(bits, scheme.group_size, scheme.symmetric, scale_dtype)
+        stack = rtn(weight, grid, torch.ones(1, weight.shape[2]))
+        assert form.pack is not None
+        parts = form.pack(*(part[0] for part in (stack.codes, stack.scales, stack.zeros)), grid)
         stored = {f"{planned.module}.{part}": tensor for part, tensor in parts.items()}
         write_tensors(layout, stored)
     export_config(blueprint, directory)

@@ -105,8 +105,8 @@ def llama(work: Path, settings: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from se_compress.formats.gptq import GPTQ
     from se_compress.quant.grid import Grid, rtn
-    from se_compress.quant.packing import pack
 
     config = LlamaConfig(
         vocab_size=288,
@@ -124,8 +124,9 @@ def llama(work: Path, settings: Path) -> Path:
             tensors[name] = weight.clone()
             continue
         stack = rtn(weight[None], Grid(4, GROUP_SIZE, True))
-        matrix = (stack.codes[0], stack.scales[0], stack.zeros[0])
-        for part, tensor in pack("gptq", *matrix, bits=4, group_size=GROUP_SIZE).items():
+        assert GPTQ.pack is not None
+        packed = GPTQ.pack(stack.codes[0], stack.scales[0], stack.zeros[0], stack.grid)
+        for part, tensor in packed.items():
             tensors[f"{name.removesuffix('.weight')}.{part}"] = tensor
     directory = work / "llama"
     config.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Files' ways to store the integer codes of one matrix in 32-bit words, and back.
+"""Integer codes of one matrix in 32-bit words, and back; formats/ says which tensors hold them.
 
 R rows (out features), C columns (in features), G groups, b bits.
 
@@ -7,17 +7,8 @@ on, so 32 values fill b words whatever b is. At 2, 4 and 8 bits no value straddl
 bits the 11th and the 22nd of every 32 do, the 10-1-10-1-10 pattern of GPTQModel's packer. A code
 means (code - zero) * scale of its group in every format.
 
-    gptq                qweight int32 [C*b/32, R], runs down the columns; qzeros int32 [G, R*b/32],
-                        runs across the rows; scales float16 [G, R]; g_idx int32 [C]. A zero is
-                        stored less one, and readers add the one to the packed words: zero 0 would
-                        borrow from its neighbour, and is refused. GPTQModel, qlinear/__init__.py
-    gptq_v2             the same with zeros as they are
-    auto-round          the same without g_idx. auto-round 0.15, auto_round_extension/torch/
-                        qlinear_torch.py, packing_format auto_round
-    compressed-tensors  weight_packed int32 [R, C*b/32]; weight_scale bfloat16 [R, G]; weight_shape
-                        int64 [2]; where zeros differ weight_zero_point int32 [R*b/32, G], runs down
-                        the rows. compressed-tensors 0.19, compressors/pack_quantized; it calls the
-                        codes less 2^(b-1) the values, which changes no bit
+Two families of layouts: down the columns (`pack_qweight`: GPTQ, auto-round) and across them
+(`pack_rows`: compressed-tensors).
 """
 
 import math
@@ -28,15 +19,6 @@ import torch
 from torch import Tensor
 
 WORD = 32
-# Format -> what is taken off a zero before it is stored.
-ZERO_OFFSETS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 0, "auto-round": 0}
-COMPRESSED_TENSORS = "compressed-tensors"
-# Format -> what follows the module's name; the codes first.
-MARKS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(ZERO_OFFSETS, ("qweight", "qzeros", "scales", "g_idx")),
-    COMPRESSED_TENSORS: ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
-    "source": ("qweight",),
-}
 
 
 class Codes(NamedTuple):
@@ -54,60 +36,52 @@ class Codes(NamedTuple):
         return steps * self.scales.float()[:, self.group]
 
 
-def pack(
-    form: str,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool = True,
+def pack_qweight(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, offset: int
 ) -> dict[str, Tensor]:
-    """The tensors of one matrix in a format, by what follows the module's name.
+    """qweight int32 [C*b/32, R], qzeros int32 [G, R*b/32] and scales float16 [G, R] of one matrix.
 
-    codes uint8 [R, C], scales float32 [R, G], zeros uint8 [R, G]; group_size -1 is one group per
-    row; symmetric: every zero is the middle code. Raises ValueError if R or C does not fill whole
-    words, a zero or a code is out of range, or the format would round a scale.
+    codes uint8 [R, C], scales float32 [R, G], zeros uint8 [R, G]; `offset` is taken off a zero
+    before it is stored. Raises ValueError if R or C does not fill whole words, a zero or a code is
+    out of range, or a scale is no float16 number.
     """
-    rows, columns = codes.shape
-    offset = 0 if form == COMPRESSED_TENSORS else ZERO_OFFSETS[form]
-    _check_fills_words("rows (out features)", rows, bits)
-    _check_fills_words("columns (in features)", columns, bits)
-    _check_range(form, "code", codes, 0, bits)
-    _check_range(form, "zero point", zeros, offset, bits)
-    if form == COMPRESSED_TENSORS:
-        parts = {
-            "weight_packed": _pack(codes, bits),
-            "weight_scale": _exactly(scales, torch.bfloat16),
-            "weight_shape": torch.tensor(codes.shape),
-        }
-        if not symmetric:
-            parts["weight_zero_point"] = _pack(zeros.T, bits).T.contiguous()
-        return parts
-    parts = {
+    _check_fits(codes, zeros, bits, offset)
+    return {
         "qweight": _pack(codes, bits).T.contiguous(),
         "qzeros": _pack(zeros.T - offset, bits),
         "scales": _exactly(scales.T, torch.float16),
     }
-    if form != "auto-round":
-        parts["g_idx"] = _group_of_column(columns, group_size, codes.device)
-    return parts
 
 
-def unpack(form: str, parts: Mapping[str, Tensor], columns: int) -> Codes:
-    """What `pack` packed, for a matrix of so many columns: the width follows from the words."""
-    if form == COMPRESSED_TENSORS:
-        return _unpack_compressed_tensors(parts, columns)
+def unpack_qweight(parts: Mapping[str, Tensor], columns: int, offset: int) -> Codes:
+    """What `pack_qweight` packed, for a matrix of so many columns: the width follows from the
+    words, and the groups from g_idx if it is there."""
     words, scales = parts["qweight"].T, parts["scales"].T.float()
     bits = _width(words, columns)
     codes = _unpack(words, bits)
-    zeros = (_unpack(parts["qzeros"], bits) + ZERO_OFFSETS[form]).T
+    zeros = (_unpack(parts["qzeros"], bits) + offset).T
     group = parts["g_idx"].long() if "g_idx" in parts else _even_groups(columns, scales)
     return Codes(codes, scales.contiguous(), zeros.contiguous(), group)
 
 
-def _unpack_compressed_tensors(parts: Mapping[str, Tensor], columns: int) -> Codes:
+def pack_rows(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, with_zeros: bool
+) -> dict[str, Tensor]:
+    """weight_packed int32 [R, C*b/32], weight_scale bfloat16 [R, G], weight_shape int64 [2], and
+    weight_zero_point int32 [R*b/32, G] if wanted; arguments and errors as in `pack_qweight`."""
+    _check_fits(codes, zeros, bits, 0)
+    parts = {
+        "weight_packed": _pack(codes, bits),
+        "weight_scale": _exactly(scales, torch.bfloat16),
+        "weight_shape": torch.tensor(codes.shape),
+    }
+    if with_zeros:
+        parts["weight_zero_point"] = _pack(zeros.T, bits).T.contiguous()
+    return parts
+
+
+def unpack_rows(parts: Mapping[str, Tensor], columns: int) -> Codes:
+    """What `pack_rows` packed; without zero points every zero is the middle code."""
     scales = parts["weight_scale"].float()
     if parts["weight_shape"].tolist() != [len(scales), columns]:
         shape = parts["weight_shape"].tolist()
@@ -118,6 +92,12 @@ def _unpack_compressed_tensors(parts: Mapping[str, Tensor], columns: int) -> Cod
         zeros = _unpack(parts["weight_zero_point"].T, bits).T
     codes = _unpack(parts["weight_packed"], bits)
     return Codes(codes, scales, zeros, _even_groups(columns, scales))
+
+
+def group_of_column(columns: int, group_size: int, device: torch.device) -> Tensor:
+    """int32 [C]; -1 is one group per row."""
+    size = columns if group_size == -1 else group_size
+    return torch.arange(columns, dtype=torch.int32, device=device) // size
 
 
 def _width(words: Tensor, columns: int) -> int:
@@ -141,11 +121,6 @@ def _exactly(scales: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.equal(stored.to(scales.dtype), scales):
         raise ValueError(f"a scale is no {dtype} number: the grid must have rounded it")
     return stored.contiguous()
-
-
-def _group_of_column(columns: int, group_size: int, device: torch.device) -> Tensor:
-    size = columns if group_size == -1 else group_size
-    return torch.arange(columns, dtype=torch.int32, device=device) // size
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
@@ -181,6 +156,14 @@ def _run(bits: int) -> tuple[int, int]:
     return words * WORD // bits, words
 
 
+def _check_fits(codes: Tensor, zeros: Tensor, bits: int, offset: int) -> None:
+    rows, columns = codes.shape
+    _check_fills_words("rows (out features)", rows, bits)
+    _check_fills_words("columns (in features)", columns, bits)
+    _check_range("code", codes, 0, bits)
+    _check_range("zero point", zeros, offset, bits)
+
+
 def _check_fills_words(what: str, count: int, bits: int) -> None:
     run, _ = _run(bits)
     if count % run:
@@ -190,12 +173,12 @@ def _check_fills_words(what: str, count: int, bits: int) -> None:
         )
 
 
-def _check_range(form: str, what: str, values: Tensor, least: int, bits: int) -> None:
+def _check_range(what: str, values: Tensor, least: int, bits: int) -> None:
     if values.numel() == 0:
         return
     low, high = int(values.min()), int(values.max())
     if low < least or high >= 2**bits:
         raise ValueError(
             f"a {what} is {low if low < least else high}: "
-            f"{form} at {bits} bits holds {least} to {2**bits - 1}"
+            f"a file of {bits} bits holds {least} to {2**bits - 1}"
         )

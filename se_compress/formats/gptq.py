@@ -1,0 +1,135 @@
+"""GPTQ, versions 1 and 2.
+
+Stored (GPTQModel, nn_modules/qlinear/__init__.py), b bits, G groups:
+
+    qweight  int32 [C*b/32, R], runs down the columns
+    qzeros   int32 [G, R*b/32], runs across the rows
+    scales   float16 [G, R]
+    g_idx    int32 [C], the group of each column
+
+Version 1 stores a zero less one, and readers add the one to the packed words: zero 0 would borrow
+from its neighbour, and is refused. Version 2 stores zeros as they are.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from se_compress.artifacts import SOURCE_BITS, Scheme
+from se_compress.formats.base import Format, Parts
+from se_compress.formats.planned import PlannedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from se_compress.quant.grid import Grid
+
+# All that is no routed expert. By full names: GPTQModel matches names within a layer as well, and
+# gives up what a "-:" pattern hits there.
+EVERYTHING_ELSE = r"-:^(model\.|lm_head)(?!.*\.experts\.\d+\.).*$"
+
+
+def _parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
+    from se_compress.formats.auto_round import parts
+
+    yield from parts(rows, columns, bits, scheme)
+    yield "g_idx", "I32", (columns,)
+
+
+def _pack(
+    offset: int, codes: "Tensor", scales: "Tensor", zeros: "Tensor", grid: "Grid"
+) -> "dict[str, Tensor]":
+    from se_compress.quant.packing import group_of_column, pack_qweight
+
+    parts = pack_qweight(codes, scales, zeros, grid.bits, offset)
+    columns = codes.shape[1]
+    return parts | {"g_idx": group_of_column(columns, grid.group_size, codes.device)}
+
+
+def _unpack(
+    offset: int, parts: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Scheme
+) -> "Tensor":
+    from se_compress.quant.packing import unpack_qweight
+
+    return unpack_qweight(parts, shape[1], offset).dequantized()
+
+
+def _settings(
+    version: str, linears: Sequence[PlannedTensor], scheme: Scheme, base: int
+) -> dict[str, Any]:
+    """As GPTQModel 7.6 reads it (quantization/config.py). `dynamic` maps patterns of module names
+    to what differs: "-:pattern" leaves a module in 16 bits, "+:pattern" gives it another width. Of
+    the patterns that match, the first "-:" decides, then the first "+:", whatever their order."""
+    return {
+        "quant_method": "gptq",
+        "format": version,
+        "checkpoint_format": version,
+        "bits": base,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": _dynamic(linears, scheme, base),
+        "meta": {"quantizer": ["se-compress"]},
+    }
+
+
+def _dynamic(
+    linears: Sequence[PlannedTensor], scheme: Scheme, base: int
+) -> dict[str, dict[str, int]]:
+    others: dict[str, int] = {}
+    experts: dict[str, dict[str, int]] = {}
+    for tensor in linears:
+        if tensor.info.kind == "expert":
+            expert = tensor.module.rpartition(".")[0]
+            experts.setdefault(expert, {})[tensor.module] = tensor.bits
+        else:
+            others[tensor.module] = tensor.bits
+    rules: dict[str, dict[str, int]] = {}
+    for expert, modules in experts.items():
+        widths = set(modules.values())
+        if len(widths) == 1 and widths != {base}:
+            rules |= _rule(re.escape(expert + "."), widths.pop(), scheme)
+        elif len(widths) > 1:
+            for module, bits in modules.items():
+                rules |= _rule(re.escape(module) + "$", bits, scheme)
+    if set(others.values()) == {SOURCE_BITS}:
+        return rules | {EVERYTHING_ELSE: {}}
+    for module, bits in others.items():
+        rules |= _rule(re.escape(module) + "$", bits, scheme)
+    return rules
+
+
+def _rule(pattern: str, bits: int, scheme: Scheme) -> dict[str, dict[str, int]]:
+    if bits == SOURCE_BITS:
+        return {f"-:^{pattern}": {}}
+    return {f"+:^{pattern}": {"bits": bits, "group_size": scheme.group_size}}
+
+
+GPTQ = Format(
+    name="gptq",
+    suffixes=("qweight", "qzeros", "scales", "g_idx"),
+    parts=_parts,
+    settings=partial(_settings, "gptq"),
+    unpack=partial(_unpack, 1),
+    pack=partial(_pack, 1),
+    quantize=None,
+    scale_dtype="float16",
+    quant_method="gptq",
+    layout="gptq",
+    engine="gptqmodel",
+    package="gptqmodel",
+    extra="gptq",
+    has_float32=True,
+)
+GPTQ_V2 = replace(
+    GPTQ,
+    name="gptq_v2",
+    layout="gptq_v2",
+    settings=partial(_settings, "gptq_v2"),
+    unpack=partial(_unpack, 0),
+    pack=partial(_pack, 0),
+)
