@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "loading",
     ),
     ("pipeline",),
+    ("screen",),
     ("cli", "__main__", ""),
 )
 # Within a floor: the numbers build on each other, artefacts raise errors, __main__ calls the cli.
@@ -60,7 +61,8 @@ MODULES = {
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
     "source", "targets", "surgery", "structure", "allocate", "policy", "export", "page",
-    "report", "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli", "",
+    "report", "comparison", "comparison_page", "progress", "preflight", "pipeline",
+    "screen", "cli", "",
 ]  # fmt: skip
 
 

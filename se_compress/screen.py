@@ -1,0 +1,222 @@
+"""What the user sees: progress with ETA, notices, tables and the line that says what came out."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
+from se_compress.pipeline import Outcome, Preview, VariantsOutcome
+
+
+@dataclass
+class Screen:
+    """What the user sees: notices and progress on stderr, the result on stdout."""
+
+    quiet: bool
+    out: Console = field(default_factory=lambda: Console(highlight=False))
+    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+
+    def notice(self, sentence: str) -> None:
+        if not self.quiet:
+            self.err.print(sentence, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, stop: threading.Event) -> Iterator[Callable[[str, int, int], None]]:
+        """What stages call at each step. Raises KeyboardInterrupt there once `stop` is set."""
+        bars = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.err,
+            disable=self.quiet or not self.err.is_terminal,
+        )
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            bars.start()  # not before: it leaves an empty line behind if nothing was ever shown
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        try:
+            yield report
+        finally:
+            bars.stop()
+
+    def show_preview(self, name: str, found: Preview) -> None:
+        plan, source = found.plan, found.source
+        title = f"{source.name}: what the plan would make" + (f" of {name}" if name else "")
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        table.add_column("source", justify="right")
+        table.add_column("result", justify="right")
+        table.add_row("size", _size(source.size_bytes), _size(plan.size_bytes))
+        table.add_row("bits per expert weight", "16", f"{plan.bits_per_weight:.3f}")
+        counts: dict[str, int] = {}
+        for decision in plan.experts:
+            key = f"experts at {decision.bits} bits"
+            if decision.down_bits is not None:
+                key += f", down_proj at {decision.down_bits}"
+            counts[key] = counts.get(key, 0) + 1
+        for key, count in counts.items():
+            table.add_row(key, "", str(count))
+        known = (
+            "not profiled yet" if found.profile is None else str(len(found.profile.super_experts))
+        )
+        table.add_row("super experts", known, "")
+        if not self.quiet:
+            self.out.print(table)
+            if found.curve:
+                self.out.print(_curve(found.curve))
+            for note in plan.notes:
+                self.out.print(f"note: {note}", markup=False, soft_wrap=True)
+        self.out.print(
+            f"{name or 'dry run'}: {_size(source.size_bytes)} -> {_size(plan.size_bytes)}, "
+            f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it",
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def show_outcome(self, outcome: Outcome) -> None:
+        validation = outcome.validation
+        if not self.quiet:
+            self.out.print(_gates(validation))
+        self.out.print(_result_line(outcome), markup=False, soft_wrap=True)
+
+    def show_validation(self, report: ValidationReport, directory: Path, place: Path) -> None:
+        if not self.quiet:
+            self.out.print(_gates(report))
+        verdict = "passed" if report.passed else "REJECTED"
+        self.out.print(f"{directory}: {verdict}; see {place}", markup=False, soft_wrap=True)
+
+    def show_comparison(self, outcome: VariantsOutcome) -> None:
+        if not self.quiet:
+            self.out.print(_comparison(outcome.comparison))
+        for one in outcome.outcomes.values():
+            self.out.print(_result_line(one), markup=False, soft_wrap=True)
+        advice = outcome.comparison.recommended
+        self.out.print(
+            f"{outcome.directory}/comparison.html: "
+            + (f"ship {advice}" if advice else "nothing to ship, no variant passed its gates"),
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _comparison(comparison: Comparison) -> Table:
+    table = Table(title="variants", title_justify="left")
+    table.add_column("variant")
+    for name in ("size", "bits", "KL divergence", "perplexity"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    table.add_row("source", _size(comparison.size_bytes), "16", "", _number(comparison.perplexity))
+    for variant in comparison.variants:
+        one = variant.checkpoint
+        check = one.by_name.get("kl_divergence")
+        table.add_row(
+            one.name,
+            _size(one.size_bytes),
+            f"{one.bits_per_weight:.2f}",
+            _number(check.value if check else None),
+            _number(one.perplexity_result),
+            "passed" if one.published else "REJECTED",
+        )
+    return table
+
+
+def _curve(points: Sequence[CurvePoint]) -> Table:
+    """What other budgets would buy, the cheapest first."""
+    table = Table(title="other budgets, protection as it is", title_justify="left")
+    table.add_column("widths")
+    for name in ("size", "bits per expert weight", "predicted loss"):
+        table.add_column(name, justify="right")
+    for point in points:
+        widths = ", ".join(map(str, point.widths))
+        label = f"{widths} mixed" if len(point.widths) > 1 else f"{widths} for all"
+        bits = f"{point.bits_per_weight:.3f}"
+        table.add_row(label, _size(point.size_bytes), bits, _number(point.predicted_loss))
+    return table
+
+
+def _gates(validation: ValidationReport) -> Table:
+    table = Table(title="gates", title_justify="left")
+    for name, justify in (("gate", "left"), ("value", "right"), ("limit", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("verdict")
+    for check in validation.checks:
+        table.add_row(check.name, _number(check.value), _number(check.limit), _verdict(check))
+    return table
+
+
+def _verdict(check: Check) -> str:
+    word = {True: "passed", False: "FAILED", None: "not run"}[check.passed]
+    return word if check.passed else f"{word}: {check.detail}" if check.detail else word
+
+
+def _result_line(outcome: Outcome) -> str:
+    validation, plan = outcome.validation, outcome.plan
+    measured = f"{validation.perplexity_source:.2f} -> {validation.perplexity_result:.2f}"
+    return (
+        f"{outcome.directory}: {'passed' if outcome.published else 'REJECTED'}, "
+        f"{_size(validation.source_size_bytes)} -> {_size(validation.size_bytes)}, "
+        f"{plan.bits_per_weight:.2f} bits per expert weight, "
+        f"perplexity {measured if validation.tokens else 'not measured'}"
+    )
+
+
+def why_rejected(outcome: Outcome) -> str:
+    failed = failed_gates(outcome.validation)
+    return f"nothing was published; {failed}; report in {outcome.directory}/se_compress"
+
+
+def failed_gates(validation: ValidationReport) -> str:
+    return "; ".join(
+        f"{check.name} is {_number(check.value)}, limit {_number(check.limit)}"
+        + (f" ({check.detail})" if check.detail else "")
+        for check in validation.checks
+        if check.passed is False
+    )
+
+
+def why_variants_rejected(outcome: VariantsOutcome) -> str:
+    """ "" if nothing that has to pass was rejected."""
+    if outcome.comparison.passed:
+        return ""
+    report = f"see {outcome.directory}/comparison.html"
+    if outcome.comparison.recommended is None:
+        return (
+            f"nothing was published; all {len(outcome.outcomes)} variants were rejected; {report}"
+        )
+    failed = [
+        f"variant {name} was rejected: {failed_gates(outcome.outcomes[name].validation)}"
+        for name in outcome.comparison.required
+        if not outcome.outcomes[name].published
+    ]
+    return f"{'; '.join(failed)}; require names it, the others are published; {report}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
