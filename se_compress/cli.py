@@ -7,15 +7,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from se_compress import __version__
 from se_compress.artifacts import (
@@ -31,9 +32,11 @@ from se_compress.errors import (
     ResourceError,
     SeCompressError,
     ValidationFailed,
+    printable,
 )
 from se_compress.pipeline import (
     Outcome,
+    Preview,
     Request,
     VariantsOutcome,
     judge_existing,
@@ -42,8 +45,14 @@ from se_compress.pipeline import (
     run,
     run_variants,
 )
-from se_compress.recipe import load_recipe
-from se_compress.screen import Screen, failed_gates, why_rejected, why_variants_rejected
+from se_compress.recipe import read_recipe, recipe_of
+from se_compress.screen import (
+    Screen,
+    failed_gates,
+    surviving,
+    why_rejected,
+    why_variants_rejected,
+)
 
 _interrupted = threading.Event()
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -51,13 +60,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"se-compress {__version__}")
+        surviving(sys.stdout, lambda: print(f"se-compress {__version__}"))
         raise typer.Exit
 
 
-@app.command()
+def _show_help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        surviving(sys.stdout, lambda: print(context.get_help()))
+        raise typer.Exit
+
+
+@app.command(add_help_option=False)
 def _command(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")],
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write here, not to the recipe's output.")
     ] = None,
@@ -66,10 +81,10 @@ def _command(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key; repeatable."),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Use this plan.json, edited or not.")
+        str | None, typer.Option(metavar="FILE", help="Use this plan.json, edited or not.")
     ] = None,
     validate: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="DIR", help="Judge this checkpoint by the recipe; compress nothing."),
     ] = None,
     dry_run: Annotated[
@@ -87,6 +102,12 @@ def _command(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
     ] = False,
+    help: Annotated[
+        bool,
+        typer.Option(
+            "--help", callback=_show_help, is_eager=True, help="Show this message and exit."
+        ),
+    ] = False,
 ) -> None:
     """Compress a Mixture-of-Experts checkpoint while its super experts stay provably intact.
 
@@ -94,36 +115,62 @@ def _command(
     be read; 4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted,
     progress is kept.
     """
-    overrides = [*(settings or []), *([f"output={output}"] if output else [])]
-    checked = load_recipe(recipe, overrides)
-    screen = Screen(quiet, out=Console(stderr=json, highlight=False))
+    recipe_file = _path("RECIPE", recipe)
+    text = read_recipe(recipe_file)
+    checked = recipe_of(text, recipe, settings or (), output)
+    screen = Screen.of(quiet, json)
     request = Request(
         recipe=checked,
-        recipe_text=recipe.read_text(encoding="utf-8"),
-        plan_file=plan,
+        recipe_text=text,
+        plan_file=None if plan is None else _path("--plan", plan),
         fresh=fresh,
         notice=screen.notice,
     )
     if validate is not None and (plan is not None or dry_run):
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")
     if dry_run:
-        result = _plan_only(request, screen)
+        previews = preview_variants(request) if checked.variants else {"": preview(request)}
+        result, show = _planned(previews), partial(screen.show_previews, previews)
     elif validate is not None:
+        judged = _path("--validate", validate)
+        place = Path(output) if output else _beside(judged)
         with _hushed(verbose), screen.progress(_interrupted) as progress:
             options = RunOptions(device=_device(device), progress=progress)
-            place = Path(output) if output else validate.with_name(f"{validate.name}.validation")
-            report = judge_existing(replace(request, options=options), validate, place)
-        result = _finish_validation(report, validate, place, screen)
+            report = judge_existing(replace(request, options=options), judged, place)
+        result = _validated(report, judged, place)
+        show = partial(screen.show_validation, report, judged, place)
     else:
         with _hushed(verbose), screen.progress(_interrupted) as progress:
             options = RunOptions(device=_device(device), progress=progress)
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
-        result = _finish(outcome, screen)
+        result, show = _finished(outcome), partial(screen.show_result, outcome)
+    _tell(result, show, json)
+
+
+def _path(name: str, text: str) -> Path:
+    if not text:
+        raise RecipeError(f"{name} is '': a path is needed")
+    return Path(text)
+
+
+def _beside(directory: Path) -> Path:
+    """Where the verdict on a checkpoint goes unless told."""
+    named = directory if directory.name not in ("", "..") else directory.resolve()
+    if not named.name:
+        raise RecipeError(f"--validate {directory}: give --output DIR for the verdict as well")
+    return named.with_name(f"{named.name}.validation")
+
+
+def _tell(result: RunResult, show: Callable[[], None], json: bool) -> None:
+    """A stdout that takes no more does not undo what was made: its exit code stays."""
+    told = surviving(sys.stderr if json else sys.stdout, show)
     if result.message:
         raise _Rejected(result)
     if json:
-        print(to_json_line(result))
+        told = surviving(sys.stdout, lambda: print(to_json_line(result)))
+    if not told and result.outcome == "planned":
+        raise ResourceError("the plan cannot be written to stdout: its disk is full")
 
 
 class _Rejected(ValidationFailed):
@@ -134,35 +181,28 @@ class _Rejected(ValidationFailed):
         self.result = result
 
 
-def _plan_only(request: Request, screen: Screen) -> RunResult:
-    variants = request.recipe.variants
-    found = preview_variants(request) if variants else {"": preview(request)}
-    plans = []
-    for name, one in found.items():
-        screen.show_preview(name, one)
-        plan = one.plan
-        plans.append(
-            PlanSummary(
-                name=name,
-                target=plan.target,
-                method=plan.scheme.method,
-                size_bytes=plan.size_bytes,
-                source_size_bytes=plan.source_size_bytes,
-                bits_per_weight=plan.bits_per_weight,
-                curve=one.curve,
-            )
+def _planned(previews: Mapping[str, Preview]) -> RunResult:
+    plans = [
+        PlanSummary(
+            name=name,
+            target=one.plan.target,
+            method=one.plan.scheme.method,
+            size_bytes=one.plan.size_bytes,
+            source_size_bytes=one.plan.source_size_bytes,
+            bits_per_weight=one.plan.bits_per_weight,
+            curve=one.curve,
         )
+        for name, one in previews.items()
+    ]
     return RunResult("planned", 0, plans=tuple(plans))
 
 
-def _finish(outcome: Outcome | VariantsOutcome, screen: Screen) -> RunResult:
-    """Show what came out, and put it into one record."""
+def _finished(outcome: Outcome | VariantsOutcome) -> RunResult:
+    """What came out, as one record."""
     if isinstance(outcome, Outcome):
-        screen.show_outcome(outcome)
         message = "" if outcome.published else why_rejected(outcome)
         checkpoints, comparison = [outcome.summary("", str(outcome.directory))], None
     else:
-        screen.show_comparison(outcome)
         message = why_variants_rejected(outcome)
         checkpoints = [
             one.summary(name, str(one.directory)) for name, one in outcome.outcomes.items()
@@ -177,10 +217,7 @@ def _finish(outcome: Outcome | VariantsOutcome, screen: Screen) -> RunResult:
     )
 
 
-def _finish_validation(
-    report: ValidationReport, directory: Path, place: Path, screen: Screen
-) -> RunResult:
-    screen.show_validation(report, directory, place)
+def _validated(report: ValidationReport, directory: Path, place: Path) -> RunResult:
     failed = f"{directory}: {failed_gates(report)}; report in {place}"
     return RunResult(
         outcome="validated" if report.passed else "rejected",
@@ -204,6 +241,9 @@ def _hide_interrupt(lost: "sys.UnraisableHookArgs") -> None:
 
 def main() -> None:
     """Run the command and exit with the contract's code; every foreseen error is one line."""
+    for stream in (sys.stdout, sys.stderr):  # names need not be of the terminal's encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _hide_interrupt
     # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
@@ -216,7 +256,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code or 0)
     except _Rejected as error:
-        _exit_with(str(error), error.exit_code, error.result)
+        _exit_with(error.result.message, error.exit_code, error.result)
     except SeCompressError as error:
         _exit_with(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -231,11 +271,27 @@ def main() -> None:
 
 
 def _exit_with(message: str, code: int, result: RunResult | None = None) -> None:
-    message = " ".join(message.split())
-    print(f"se-compress: {message}", file=sys.stderr)
-    if "--json" in sys.argv[1:]:  # also where the command line itself could not be read
-        print(to_json_line(result or RunResult("failed", code, message)))
+    message = printable(" ".join(message.split()))
+    surviving(sys.stderr, lambda: print(f"se-compress: {message}", file=sys.stderr))
+    if _wants_json(sys.argv[1:]):
+        line = to_json_line(result or RunResult("failed", code, message))
+        surviving(sys.stdout, lambda: print(line))
     sys.exit(code)
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    """Whether --json stands among the words as a flag, also where they cannot be parsed: what
+    follows a flag with a value is the value, whatever it looks like."""
+    options = typer.main.get_command(app).params
+    valued = {name for option in options if not getattr(option, "is_flag", True)
+              for name in option.opts}  # fmt: skip
+    rest = iter(words)
+    for word in rest:
+        if word in ("--", "--json"):
+            return word == "--json"
+        if word in valued:
+            next(rest, None)
+    return False
 
 
 def _foreseen(error: Exception) -> SeCompressError | None:

@@ -5,9 +5,11 @@ of everything that went in; a changed setting or source is named, and what depen
 anew. Where it all lies is in progress.py.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +51,7 @@ from se_compress.progress import (
     save_settings,
 )
 from se_compress.recipe import Recipe, flatten
+from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.source import open_source
 from se_compress.surgery import shrink
 from se_compress.targets import result_slots
@@ -83,6 +86,13 @@ class Request:
     @property
     def output(self) -> Path:
         return Path(self.recipe.output)
+
+    @cached_property
+    def plan_text(self) -> str:
+        """What is in the plan file, "" without one; read once, for it may be a pipe."""
+        if self.plan_file is None:
+            return ""
+        return read_text(self.plan_file, PLAN_BYTES, "a plan", f"--plan {self.plan_file}")
 
     @property
     def profile_files(self) -> Iterator[Path]:
@@ -174,13 +184,14 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     from se_compress.report import render_report
     from se_compress.validator import validate
 
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise SourceError(f"--validate {directory}: there is no such directory")
     source = open_source(request.recipe.model)
     plan_file, profile_file = (directory / OURS / f"{name}.json" for name in ("plan", "profile"))
-    plan = _read_plan(plan_file) if plan_file.exists() else None
-    if plan is not None:
-        plan = check_plan(plan, source, str(plan_file))
+    plan = None
+    if plan_file.exists():
+        text = read_text(plan_file, PLAN_BYTES, "a plan")
+        plan = check_plan(from_json(CompressionPlan, text, str(plan_file)), source, str(plan_file))
     held_out = draw_sequences(request.recipe.validation, source.path, "validation")
     report = validate(source, plan, directory, held_out, (), request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
@@ -300,19 +311,10 @@ def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) 
     return profile
 
 
-def _read_plan(file: Path) -> CompressionPlan:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise RecipeError(f"--plan {file}: cannot be read ({reason})") from None
-    return from_json(CompressionPlan, text, str(file))
-
-
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
     if request.plan_file is None:
         return make_plan(source, profile, request.recipe)
-    plan = _read_plan(request.plan_file)
+    plan = from_json(CompressionPlan, request.plan_text, str(request.plan_file))
     plan = check_plan(plan, source, str(request.plan_file))
     wanted = {"target": request.recipe.target}
     if plan.target == request.recipe.target:
@@ -437,13 +439,12 @@ def _settings(
 ) -> dict[str, object]:
     """Everything that decides the result, by name, so that a change can be named."""
     settings = {k: v for k, v in flatten(request.recipe).items() if k not in ("output", "model")}
-    plan = request.plan_file.read_text(encoding="utf-8") if request.plan_file else ""
     return settings | {
         "the version of se-compress": version("se-compress"),
         "the model's files": source.digest,
         "the calibration text": digest_of(calibration),
         "the validation text": digest_of(held_out),
-        "the plan file": digest_of(plan),
+        "the plan file": digest_of(request.plan_text),
     }
 
 

@@ -1,10 +1,16 @@
 """What the user sees: progress with ETA, notices, tables and the line that says what came out."""
 
+import errno
+import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -17,9 +23,51 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
+from se_compress.errors import printable
 from se_compress.pipeline import Outcome, Preview, VariantsOutcome
+
+# Seconds between two lines of progress of a stage, where there is no terminal.
+LOG_EVERY = 10.0
+
+
+def surviving(stream: TextIO | None, write: Callable[[], None]) -> bool:
+    """Call `write`, which prints to `stream`; false if that is full. A reader that has gone
+    (`| head`) has what it wanted."""
+    try:
+        write()
+        if stream is not None:
+            stream.flush()
+    except OSError as error:
+        _let_go(stream)
+        if error.errno == errno.EPIPE:
+            return True
+        if stream is not sys.stderr:
+            reason = f"se-compress: stdout cannot be written ({error.strerror})"
+            surviving(sys.stderr, lambda: print(reason, file=sys.stderr))
+        return False
+    return True
+
+
+def _let_go(stream: TextIO | None) -> None:
+    """What is left in the buffer goes nowhere: Python's own flush at exit would fail again."""
+    if stream is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class _Console(Console):
+    """Shows text as it is: names of models, files and tensors are neither markup nor emoji, and
+    steer no terminal."""
+
+    def __init__(self, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 @dataclass
@@ -27,18 +75,24 @@ class Screen:
     """What the user sees: notices and progress on stderr, the result on stdout."""
 
     quiet: bool
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    out: Console
+    err: Console
+
+    @classmethod
+    def of(cls, quiet: bool, json: bool) -> "Screen":
+        """With `json`, stdout is left to the one line that a program reads."""
+        return cls(quiet, out=_Console(stderr=json), err=_Console(stderr=True))
 
     def notice(self, sentence: str) -> None:
         if not self.quiet:
-            self.err.print(sentence, markup=False, soft_wrap=True)
+            surviving(sys.stderr, lambda: self.err.print(sentence, soft_wrap=True))
 
     @contextmanager
     def progress(self, stop: threading.Event) -> Iterator[Callable[[str, int, int], None]]:
         """What stages call at each step. Raises KeyboardInterrupt there once `stop` is set."""
+        lines = _LogLines(self.notice)
         bars = Progress(
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -52,6 +106,9 @@ class Screen:
         def report(stage: str, done: int, total: int) -> None:
             if stop.is_set():
                 raise KeyboardInterrupt
+            if not self.err.is_terminal:
+                lines.report(stage, done, total)
+                return
             bars.start()  # not before: it leaves an empty line behind if nothing was ever shown
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
@@ -61,6 +118,16 @@ class Screen:
             yield report
         finally:
             bars.stop()
+
+    def show_previews(self, previews: Mapping[str, Preview]) -> None:
+        for name, one in previews.items():
+            self.show_preview(name, one)
+
+    def show_result(self, outcome: Outcome | VariantsOutcome) -> None:
+        if isinstance(outcome, Outcome):
+            self.show_outcome(outcome)
+        else:
+            self.show_comparison(outcome)
 
     def show_preview(self, name: str, found: Preview) -> None:
         plan, source = found.plan, found.source
@@ -88,11 +155,10 @@ class Screen:
             if found.curve:
                 self.out.print(_curve(found.curve))
             for note in plan.notes:
-                self.out.print(f"note: {note}", markup=False, soft_wrap=True)
+                self.out.print(f"note: {note}", soft_wrap=True)
         self.out.print(
             f"{name or 'dry run'}: {_size(source.size_bytes)} -> {_size(plan.size_bytes)}, "
             f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -100,26 +166,73 @@ class Screen:
         validation = outcome.validation
         if not self.quiet:
             self.out.print(_gates(validation))
-        self.out.print(_result_line(outcome), markup=False, soft_wrap=True)
+        self.out.print(_result_line(outcome), soft_wrap=True)
 
     def show_validation(self, report: ValidationReport, directory: Path, place: Path) -> None:
         if not self.quiet:
             self.out.print(_gates(report))
         verdict = "passed" if report.passed else "REJECTED"
-        self.out.print(f"{directory}: {verdict}; see {place}", markup=False, soft_wrap=True)
+        self.out.print(f"{directory}: {verdict}; see {place}", soft_wrap=True)
 
     def show_comparison(self, outcome: VariantsOutcome) -> None:
         if not self.quiet:
             self.out.print(_comparison(outcome.comparison))
         for one in outcome.outcomes.values():
-            self.out.print(_result_line(one), markup=False, soft_wrap=True)
+            self.out.print(_result_line(one), soft_wrap=True)
         advice = outcome.comparison.recommended
         self.out.print(
             f"{outcome.directory}/comparison.html: "
             + (f"ship {advice}" if advice else "nothing to ship, no variant passed its gates"),
-            markup=False,
             soft_wrap=True,
         )
+
+
+@dataclass
+class _Stage:
+    """`begun`, `told`: when it was first and last heard of; `first`: the step it began with."""
+
+    begun: float
+    told: float
+    first: int
+    last: int
+
+
+@dataclass
+class _LogLines:
+    """Progress for a log: a line as a stage begins and ends, and every few seconds between."""
+
+    write: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
+    stages: dict[str, _Stage] = field(default_factory=dict)
+
+    def report(self, name: str, done: int, total: int) -> None:
+        now = self.clock()
+        stage = self.stages.get(name)
+        if stage is None or done < stage.last:
+            self.stages[name] = _Stage(now, now, done, done)
+            self.write(f"{name}: {done}/{total} begins, memory {_size(_resident())}")
+            return
+        again, stage.last = done == stage.last, done
+        if again or (done < total and now < stage.told + LOG_EVERY):
+            return
+        stage.told = now
+        elapsed = now - stage.begun
+        ahead = elapsed / max(done - stage.first, 1) * (total - done)
+        rest = f", ETA {_clock(ahead)}" if done < total else ", done"
+        self.write(
+            f"{name}: {done}/{total}{rest}, elapsed {_clock(elapsed)}, memory {_size(_resident())}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _comparison(comparison: Comparison) -> Table:

@@ -15,6 +15,7 @@ PACKAGE = Path(se_compress.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "artifacts"),
     (
+        "recipe_file",
         "recipe",
         "families",
         "headers",
@@ -49,6 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # Within a floor: the numbers build on each other, artefacts raise errors, __main__ calls the cli.
 NEIGHBOURS = {
     ("artifacts", "errors"),
+    ("recipe", "recipe_file"),
     ("quant.gptq", "quant.grid"),
     ("__main__", "cli"),
     ("cli", ""),
