@@ -634,8 +634,8 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a dry run tells of one checkpoint; `name` is the variant's, "" without variants, and
-    `curve` what other budgets would buy."""
+    """What a dry run tells of one checkpoint; `name` is the variant's, "" without variants, `curve`
+    what other budgets would buy, and `shortage` what does not fit on the disk here."""
 
     name: str
     target: str
@@ -644,6 +644,7 @@ class PlanSummary:
     source_size_bytes: int
     bits_per_weight: float
     curve: tuple[CurvePoint, ...] = ()
+    shortage: str | None = field(default=None, metadata=UNLESS_NONE)
 
 
 @dataclass(frozen=True)

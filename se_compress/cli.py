@@ -191,6 +191,7 @@ def _planned(previews: Mapping[str, Preview]) -> RunResult:
             source_size_bytes=one.plan.source_size_bytes,
             bits_per_weight=one.plan.bits_per_weight,
             curve=one.curve,
+            shortage=one.shortage or None,
         )
         for name, one in previews.items()
     ]

@@ -35,7 +35,14 @@ from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.headers import lay_out
 from se_compress.policy import check_plan, curve_of, make_plan
-from se_compress.preflight import check_disk, check_memory, check_packages
+from se_compress.preflight import (
+    check_disk,
+    check_memory,
+    check_packages,
+    check_place,
+    check_positions,
+    disk_shortage,
+)
 from se_compress.progress import (
     OURS,
     SETTINGS_FILE,
@@ -127,20 +134,21 @@ class VariantsOutcome:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a dry run can tell without reading a weight; `curve` is what other budgets would buy."""
+    """What a dry run can tell without reading a weight; `curve` is what other budgets would buy,
+    `shortage` what the disk here lacks for the run."""
 
     source: ModelSource
     plan: CompressionPlan
     profile: ExpertProfile | None
     curve: tuple[CurvePoint, ...]
+    shortage: str = ""
 
 
 def preview(request: Request) -> Preview:
     """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
     source = open_source(request.recipe.model)
     found = _preview(request, source)
-    check_disk([found.plan], source, request.recipe)
-    return found
+    return replace(found, shortage=disk_shortage([found.plan], source, request.recipe))
 
 
 def preview_variants(request: Request) -> dict[str, Preview]:
@@ -150,12 +158,13 @@ def preview_variants(request: Request) -> dict[str, Preview]:
     for name, one in _requests(request).items():
         with _naming(name):
             found[name] = _preview(one, source)
-    check_disk([one.plan for one in found.values()], source, request.recipe)
-    return found
+    shortage = disk_shortage([one.plan for one in found.values()], source, request.recipe)
+    return {name: replace(one, shortage=shortage) for name, one in found.items()}
 
 
 def _preview(request: Request, source: ModelSource) -> Preview:
     check_output(request.output)
+    check_positions(source, request.recipe)
     profiles = filter(None, (load(ExpertProfile, file) for file in request.profile_files))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
     plan = _plan(source, profile, request)
@@ -167,6 +176,7 @@ def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
     source = open_source(request.recipe.model)
     check_output(request.output)
+    check_positions(source, request.recipe)
     # What can be refused without a profile is refused now, before the hours.
     plan = _plan(source, None, request)
     check_packages([plan])
@@ -186,7 +196,9 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
 
     if not os.path.isdir(directory):
         raise SourceError(f"--validate {directory}: there is no such directory")
+    check_place(output)
     source = open_source(request.recipe.model)
+    check_positions(source, request.recipe)
     plan_file, profile_file = (directory / OURS / f"{name}.json" for name in ("plan", "profile"))
     plan = None
     if plan_file.exists():
@@ -216,6 +228,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     plans = []
     for name, one in requests.items():
         with _naming(name):
+            check_positions(source, one.recipe)
             plans.append(_plan(source, None, one))
     check_packages(plans)
     check_disk(plans, source, request.recipe)

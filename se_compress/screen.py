@@ -28,6 +28,7 @@ from rich.text import Text
 from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
 from se_compress.errors import printable
 from se_compress.pipeline import Outcome, Preview, VariantsOutcome
+from se_compress.preflight import in_units
 
 # Seconds between two lines of progress of a stage, where there is no terminal.
 LOG_EVERY = 10.0
@@ -136,7 +137,7 @@ class Screen:
         table.add_column("")
         table.add_column("source", justify="right")
         table.add_column("result", justify="right")
-        table.add_row("size", _size(source.size_bytes), _size(plan.size_bytes))
+        table.add_row("size", in_units(source.size_bytes), in_units(plan.size_bytes))
         table.add_row("bits per expert weight", "16", f"{plan.bits_per_weight:.3f}")
         counts: dict[str, int] = {}
         for decision in plan.experts:
@@ -157,8 +158,9 @@ class Screen:
             for note in plan.notes:
                 self.out.print(f"note: {note}", soft_wrap=True)
         self.out.print(
-            f"{name or 'dry run'}: {_size(source.size_bytes)} -> {_size(plan.size_bytes)}, "
-            f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it",
+            f"{name or 'dry run'}: {in_units(source.size_bytes)} -> {in_units(plan.size_bytes)}, "
+            f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it"
+            + (f"; {found.shortage}" if found.shortage else ""),
             soft_wrap=True,
         )
 
@@ -210,7 +212,7 @@ class _LogLines:
         stage = self.stages.get(name)
         if stage is None or done < stage.last:
             self.stages[name] = _Stage(now, now, done, done)
-            self.write(f"{name}: {done}/{total} begins, memory {_size(_resident())}")
+            self.write(f"{name}: {done}/{total} begins, memory {in_units(_resident())}")
             return
         again, stage.last = done == stage.last, done
         if again or (done < total and now < stage.told + LOG_EVERY):
@@ -219,9 +221,8 @@ class _LogLines:
         elapsed = now - stage.begun
         ahead = elapsed / max(done - stage.first, 1) * (total - done)
         rest = f", ETA {_clock(ahead)}" if done < total else ", done"
-        self.write(
-            f"{name}: {done}/{total}{rest}, elapsed {_clock(elapsed)}, memory {_size(_resident())}"
-        )
+        spent = f"elapsed {_clock(elapsed)}, memory {in_units(_resident())}"
+        self.write(f"{name}: {done}/{total}{rest}, {spent}")
 
 
 def _clock(seconds: float) -> str:
@@ -241,13 +242,15 @@ def _comparison(comparison: Comparison) -> Table:
     for name in ("size", "bits", "KL divergence", "perplexity"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
-    table.add_row("source", _size(comparison.size_bytes), "16", "", _number(comparison.perplexity))
+    table.add_row(
+        "source", in_units(comparison.size_bytes), "16", "", _number(comparison.perplexity)
+    )
     for variant in comparison.variants:
         one = variant.checkpoint
         check = one.by_name.get("kl_divergence")
         table.add_row(
             one.name,
-            _size(one.size_bytes),
+            in_units(one.size_bytes),
             f"{one.bits_per_weight:.2f}",
             _number(check.value if check else None),
             _number(one.perplexity_result),
@@ -266,7 +269,7 @@ def _curve(points: Sequence[CurvePoint]) -> Table:
         widths = ", ".join(map(str, point.widths))
         label = f"{widths} mixed" if len(point.widths) > 1 else f"{widths} for all"
         bits = f"{point.bits_per_weight:.3f}"
-        table.add_row(label, _size(point.size_bytes), bits, _number(point.predicted_loss))
+        table.add_row(label, in_units(point.size_bytes), bits, _number(point.predicted_loss))
     return table
 
 
@@ -290,7 +293,7 @@ def _result_line(outcome: Outcome) -> str:
     measured = f"{validation.perplexity_source:.2f} -> {validation.perplexity_result:.2f}"
     return (
         f"{outcome.directory}: {'passed' if outcome.published else 'REJECTED'}, "
-        f"{_size(validation.source_size_bytes)} -> {_size(validation.size_bytes)}, "
+        f"{in_units(validation.source_size_bytes)} -> {in_units(validation.size_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per expert weight, "
         f"perplexity {measured if validation.tokens else 'not measured'}"
     )
@@ -329,7 +332,3 @@ def why_variants_rejected(outcome: VariantsOutcome) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"

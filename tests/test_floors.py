@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "recipe",
         "families",
         "headers",
+        "memory",
         "knapsack",
         "quant",
         "quant.grid",

@@ -481,10 +481,11 @@ def test_too_little_disk_is_found_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match=r"saved progress 0\.3 MB, but only 0\.4 MB are free$"):
         place.run()
-    with pytest.raises(ResourceError, match=r"are free$"):
-        preview(place.request())
+    told = preview(place.request()).shortage
+    assert re.search(r"the result takes 0\.3 MB .* but only 0\.4 MB are free$", told)
     assert place.listing() == set()
     usage.free = 800_000
+    assert preview(place.request()).shortage == ""
     assert place.run().published
 
 
@@ -770,8 +771,9 @@ def test_a_preview_of_variants_tells_each_size(
     assert sizes["two"] < sizes["four"] < sizes["none"] == found["none"].source.size_bytes
     assert several.listing() == set()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes["none"]))
-    with pytest.raises(ResourceError, match=r"the 3 results take 1\.0 MB and saved progress"):
-        preview_variants(several.request())
+    told = {one.shortage for one in preview_variants(several.request()).values()}
+    assert re.search("the 3 results take 1.0 MB and saved progress", told.pop())
+    assert not told, "the same sentence for all"
 
 
 def test_a_run_that_has_lost_its_massive_activation_stops_and_keeps_what_it_has(
