@@ -27,6 +27,7 @@ from rich.text import Text
 
 from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
 from se_compress.errors import printable
+from se_compress.limits import contested, missed, unlimited
 from se_compress.pipeline import Outcome, Preview, VariantsOutcome
 from se_compress.preflight import in_units
 
@@ -69,6 +70,10 @@ class _Console(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here, with an exit code that says nothing of the result."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 @dataclass
@@ -184,7 +189,11 @@ class Screen:
         advice = outcome.comparison.recommended
         self.out.print(
             f"{outcome.directory}/comparison.html: "
-            + (f"ship {advice}" if advice else "nothing to ship, no variant passed its gates"),
+            + (
+                f"ship {advice}{_by_which_limits(outcome.comparison)}"
+                if advice
+                else "nothing to ship, no variant passed its gates"
+            ),
             soft_wrap=True,
         )
 
@@ -259,6 +268,17 @@ def _comparison(comparison: Comparison) -> Table:
     return table
 
 
+def _by_which_limits(comparison: Comparison) -> str:
+    """Where the variants have different limits: by which of them one is recommended."""
+    strictest = contested([variant.checkpoint for variant in comparison.variants])
+    if not strictest or comparison.recommended is None:
+        return ""
+    chosen = comparison.by_name[comparison.recommended].checkpoint
+    if over := missed(chosen, strictest):
+        return f" (by looser limits than other variants have: {', '.join(over)})"
+    return f" (by the strictest limits of all variants: {', '.join(strictest)})"
+
+
 def _curve(points: Sequence[CurvePoint]) -> Table:
     """What other budgets would buy, the cheapest first."""
     table = Table(title="other budgets, protection as it is", title_justify="left")
@@ -284,6 +304,8 @@ def _gates(validation: ValidationReport) -> Table:
 
 
 def _verdict(check: Check) -> str:
+    if unlimited(check):
+        return "no limit"
     word = {True: "passed", False: "FAILED", None: "not run"}[check.passed]
     return word if check.passed else f"{word}: {check.detail}" if check.detail else word
 

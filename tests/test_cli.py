@@ -483,6 +483,12 @@ def test_quiet_prints_the_result_line_only_and_flags_are_honoured(
     )
     assert again.stdout.splitlines()[-1] + "\n" == done.stdout
     assert "perplexity_increase" in again.stdout
+    full = ["sh", "-c", 'exec "$0" "$@" > /dev/full', COMMAND]
+    done = run("r.yaml", *flags, "--quiet", cwd=tmp_path, command=full)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "se-compress: stdout cannot be written (No space left on device)\n",
+    )
 
 
 def test_a_rejected_result_is_told_in_one_line(settings: dict[str, Any], tmp_path: Path) -> None:

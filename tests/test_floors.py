@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "families",
         "headers",
         "memory",
+        "limits",
         "knapsack",
         "quant",
         "quant.grid",
@@ -42,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "comparison",
         "comparison_page",
         "preflight",
+        "overlap",
         "loading",
     ),
     ("pipeline",),
@@ -64,8 +66,8 @@ MODULES = {
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
     "source", "targets", "surgery", "structure", "allocate", "policy", "export", "page",
-    "report", "comparison", "comparison_page", "progress", "preflight", "pipeline",
-    "screen", "cli", "",
+    "report", "comparison", "comparison_page", "progress", "preflight", "overlap",
+    "pipeline", "screen", "cli", "",
 ]  # fmt: skip
 
 

@@ -465,6 +465,17 @@ def test_a_missing_bitsandbytes_is_found_before_the_work(
     assert not place.partial.exists()
 
 
+def test_held_out_text_that_calibration_saw_is_told_everywhere(place: Workplace) -> None:
+    place.settings["validation"] |= {"samples": 8, "seed": 0}
+    outcome = place.run("quantization.method=rtn", "super_experts.confirm=false")
+    said = "caution: calibration saw 100 % of the held-out text"
+    assert [sentence for sentence in place.said if sentence.startswith(said)]
+    assert any(note.startswith(said) for note in place.plan().notes)
+    assert said in (outcome.directory / "README.md").read_text("utf-8")
+    assert said in (outcome.directory / "se_compress" / "report.html").read_text("utf-8")
+    assert "come from one source" in preview(place.request()).plan.notes[-1]
+
+
 def test_too_little_memory_is_found_before_the_work(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
