@@ -63,11 +63,16 @@ def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Re
 
 
 def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> str:
-    """In one sentence what does not fit on the disk of the output; "" if all does."""
+    """In one sentence what does not fit on the disk of the output; "" if all does. Raises
+    RecipeError if there can be no such directory."""
     output = Path(recipe.output)
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise RecipeError(
+            f"output {partial(output)}: cannot be written ({parent} is not a directory)"
+        )
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length
     # Two streams of hidden states, the last ones and those that are being written.
     states = 4 * tokens * int(source.config["hidden_size"]) * _item_bytes(recipe)

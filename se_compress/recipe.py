@@ -72,6 +72,8 @@ def _place(text: str) -> str:
 
 
 def _output(text: str) -> str:
+    if Path(text).name in ("", ".."):
+        raise ValueError(f"{brief(text)} is no name for a new directory")
     if len(Path(text).name.encode()) > NAME_BYTES - len(LONGEST_SUFFIX):
         most = NAME_BYTES - len(LONGEST_SUFFIX)
         raise ValueError(f"{brief(text)} is longer than {most} bytes; we append to it")

@@ -307,7 +307,8 @@ def _verdict(check: Check) -> str:
     if unlimited(check):
         return "no limit"
     word = {True: "passed", False: "FAILED", None: "not run"}[check.passed]
-    return word if check.passed else f"{word}: {check.detail}" if check.detail else word
+    detail = check.detail.removeprefix("not run: ")
+    return word if check.passed or not detail else f"{word}: {detail}"
 
 
 def _result_line(outcome: Outcome) -> str:

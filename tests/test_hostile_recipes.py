@@ -319,6 +319,9 @@ def test_a_flag_takes_its_word_as_it_is(name: str) -> None:
         (("r.yaml", "--validate", ""), "--validate is '': a path is needed"),
         (("r.yaml", "--validate", "/"), "--validate /: give --output DIR for the verdict as well"),
         (("r.yaml", "--validate", "/.."), "--validate /..: give --output DIR for the verdict"),
+        (("r.yaml", "--output", "."), "r.yaml: output: '.' is no name for a new directory"),
+        (("r.yaml", "--output", "/"), "r.yaml: output: '/' is no name for a new directory"),
+        (("r.yaml", "--output", "a/.."), "r.yaml: output: 'a/..' is no name for a new directory"),
         (("r.yaml", "--output", "a" * 300), "r.yaml: output: 'aaa"),
         (
             ("r.yaml", "--output", "a\udcff"),
