@@ -1,4 +1,4 @@
-"""The command line: arguments, progress with ETA, one table at the end, and the exit code."""
+"""The command line: arguments, signals and the exit code. What is shown is in screen.py."""
 
 import errno
 import os
@@ -7,31 +7,19 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
 from se_compress import __version__
 from se_compress.artifacts import (
-    Check,
-    Comparison,
-    CurvePoint,
     PlanSummary,
     RunOptions,
     RunResult,
@@ -44,6 +32,7 @@ from se_compress.errors import (
     ResourceError,
     SeCompressError,
     ValidationFailed,
+    printable,
 )
 from se_compress.pipeline import (
     Outcome,
@@ -56,7 +45,14 @@ from se_compress.pipeline import (
     run,
     run_variants,
 )
-from se_compress.recipe import load_recipe
+from se_compress.recipe import read_recipe, recipe_of
+from se_compress.screen import (
+    Screen,
+    failed_gates,
+    surviving,
+    why_rejected,
+    why_variants_rejected,
+)
 
 _interrupted = threading.Event()
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -64,13 +60,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"se-compress {__version__}")
+        surviving(sys.stdout, lambda: print(f"se-compress {__version__}"))
         raise typer.Exit
 
 
-@app.command()
+def _show_help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        surviving(sys.stdout, lambda: print(context.get_help()))
+        raise typer.Exit
+
+
+@app.command(add_help_option=False)
 def _command(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")],
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write here, not to the recipe's output.")
     ] = None,
@@ -79,10 +81,10 @@ def _command(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key; repeatable."),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Use this plan.json, edited or not.")
+        str | None, typer.Option(metavar="FILE", help="Use this plan.json, edited or not.")
     ] = None,
     validate: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="DIR", help="Judge this checkpoint by the recipe; compress nothing."),
     ] = None,
     dry_run: Annotated[
@@ -100,6 +102,12 @@ def _command(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
     ] = False,
+    help: Annotated[
+        bool,
+        typer.Option(
+            "--help", callback=_show_help, is_eager=True, help="Show this message and exit."
+        ),
+    ] = False,
 ) -> None:
     """Compress a Mixture-of-Experts checkpoint while its super experts stay provably intact.
 
@@ -107,36 +115,62 @@ def _command(
     be read; 4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted,
     progress is kept.
     """
-    overrides = [*(settings or []), *([f"output={output}"] if output else [])]
-    checked = load_recipe(recipe, overrides)
-    screen = _Screen(quiet, out=Console(stderr=json, highlight=False))
+    recipe_file = _path("RECIPE", recipe)
+    text = read_recipe(recipe_file)
+    checked = recipe_of(text, recipe, settings or (), output)
+    screen = Screen.of(quiet, json)
     request = Request(
         recipe=checked,
-        recipe_text=recipe.read_text(encoding="utf-8"),
-        plan_file=plan,
+        recipe_text=text,
+        plan_file=None if plan is None else _path("--plan", plan),
         fresh=fresh,
         notice=screen.notice,
     )
     if validate is not None and (plan is not None or dry_run):
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")
     if dry_run:
-        result = _plan_only(request, screen)
+        previews = preview_variants(request) if checked.variants else {"": preview(request)}
+        result, show = _planned(previews), partial(screen.show_previews, previews)
     elif validate is not None:
-        with _hushed(verbose), screen.progress() as progress:
+        judged = _path("--validate", validate)
+        place = Path(output) if output else _beside(judged)
+        with _hushed(verbose), screen.progress(_interrupted) as progress:
             options = RunOptions(device=_device(device), progress=progress)
-            place = Path(output) if output else validate.with_name(f"{validate.name}.validation")
-            report = judge_existing(replace(request, options=options), validate, place)
-        result = _finish_validation(report, validate, place, screen)
+            report = judge_existing(replace(request, options=options), judged, place)
+        result = _validated(report, judged, place)
+        show = partial(screen.show_validation, report, judged, place)
     else:
-        with _hushed(verbose), screen.progress() as progress:
+        with _hushed(verbose), screen.progress(_interrupted) as progress:
             options = RunOptions(device=_device(device), progress=progress)
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
-        result = _finish(outcome, screen)
+        result, show = _finished(outcome), partial(screen.show_result, outcome)
+    _tell(result, show, json)
+
+
+def _path(name: str, text: str) -> Path:
+    if not text:
+        raise RecipeError(f"{name} is '': a path is needed")
+    return Path(text)
+
+
+def _beside(directory: Path) -> Path:
+    """Where the verdict on a checkpoint goes unless told."""
+    named = directory if directory.name not in ("", "..") else directory.resolve()
+    if not named.name:
+        raise RecipeError(f"--validate {directory}: give --output DIR for the verdict as well")
+    return named.with_name(f"{named.name}.validation")
+
+
+def _tell(result: RunResult, show: Callable[[], None], json: bool) -> None:
+    """A stdout that takes no more does not undo what was made: its exit code stays."""
+    told = surviving(sys.stderr if json else sys.stdout, show)
     if result.message:
         raise _Rejected(result)
     if json:
-        print(to_json_line(result))
+        told = surviving(sys.stdout, lambda: print(to_json_line(result)))
+    if not told and result.outcome == "planned":
+        raise ResourceError("the plan cannot be written to stdout: its disk is full")
 
 
 class _Rejected(ValidationFailed):
@@ -147,36 +181,30 @@ class _Rejected(ValidationFailed):
         self.result = result
 
 
-def _plan_only(request: Request, screen: "_Screen") -> RunResult:
-    variants = request.recipe.variants
-    found = preview_variants(request) if variants else {"": preview(request)}
-    plans = []
-    for name, one in found.items():
-        screen.show_preview(name, one)
-        plan = one.plan
-        plans.append(
-            PlanSummary(
-                name=name,
-                target=plan.target,
-                method=plan.scheme.method,
-                size_bytes=plan.size_bytes,
-                source_size_bytes=plan.source_size_bytes,
-                bits_per_weight=plan.bits_per_weight,
-                curve=one.curve,
-            )
+def _planned(previews: Mapping[str, Preview]) -> RunResult:
+    plans = [
+        PlanSummary(
+            name=name,
+            target=one.plan.target,
+            method=one.plan.scheme.method,
+            size_bytes=one.plan.size_bytes,
+            source_size_bytes=one.plan.source_size_bytes,
+            bits_per_weight=one.plan.bits_per_weight,
+            curve=one.curve,
+            shortage=one.shortage or None,
         )
+        for name, one in previews.items()
+    ]
     return RunResult("planned", 0, plans=tuple(plans))
 
 
-def _finish(outcome: Outcome | VariantsOutcome, screen: "_Screen") -> RunResult:
-    """Show what came out, and put it into one record."""
+def _finished(outcome: Outcome | VariantsOutcome) -> RunResult:
+    """What came out, as one record."""
     if isinstance(outcome, Outcome):
-        screen.show_outcome(outcome)
-        message = "" if outcome.published else _why_rejected(outcome)
+        message = "" if outcome.published else why_rejected(outcome)
         checkpoints, comparison = [outcome.summary("", str(outcome.directory))], None
     else:
-        screen.show_comparison(outcome)
-        message = _why_variants_rejected(outcome)
+        message = why_variants_rejected(outcome)
         checkpoints = [
             one.summary(name, str(one.directory)) for name, one in outcome.outcomes.items()
         ]
@@ -190,11 +218,8 @@ def _finish(outcome: Outcome | VariantsOutcome, screen: "_Screen") -> RunResult:
     )
 
 
-def _finish_validation(
-    report: ValidationReport, directory: Path, place: Path, screen: "_Screen"
-) -> RunResult:
-    screen.show_validation(report, directory, place)
-    failed = f"{directory}: {_failed_gates(report)}; report in {place}"
+def _validated(report: ValidationReport, directory: Path, place: Path) -> RunResult:
+    failed = f"{directory}: {failed_gates(report)}; report in {place}"
     return RunResult(
         outcome="validated" if report.passed else "rejected",
         exit_code=0 if report.passed else ValidationFailed.exit_code,
@@ -217,6 +242,9 @@ def _hide_interrupt(lost: "sys.UnraisableHookArgs") -> None:
 
 def main() -> None:
     """Run the command and exit with the contract's code; every foreseen error is one line."""
+    for stream in (sys.stdout, sys.stderr):  # names need not be of the terminal's encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _hide_interrupt
     # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
@@ -229,7 +257,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code or 0)
     except _Rejected as error:
-        _exit_with(str(error), error.exit_code, error.result)
+        _exit_with(error.result.message, error.exit_code, error.result)
     except SeCompressError as error:
         _exit_with(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -244,11 +272,27 @@ def main() -> None:
 
 
 def _exit_with(message: str, code: int, result: RunResult | None = None) -> None:
-    message = " ".join(message.split())
-    print(f"se-compress: {message}", file=sys.stderr)
-    if "--json" in sys.argv[1:]:  # also where the command line itself could not be read
-        print(to_json_line(result or RunResult("failed", code, message)))
+    message = printable(" ".join(message.split()))
+    surviving(sys.stderr, lambda: print(f"se-compress: {message}", file=sys.stderr))
+    if _wants_json(sys.argv[1:]):
+        line = to_json_line(result or RunResult("failed", code, message))
+        surviving(sys.stdout, lambda: print(line))
     sys.exit(code)
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    """Whether --json stands among the words as a flag, also where they cannot be parsed: what
+    follows a flag with a value is the value, whatever it looks like."""
+    options = typer.main.get_command(app).params
+    valued = {name for option in options if not getattr(option, "is_flag", True)
+              for name in option.opts}  # fmt: skip
+    rest = iter(words)
+    for word in rest:
+        if word in ("--", "--json"):
+            return word == "--json"
+        if word in valued:
+            next(rest, None)
+    return False
 
 
 def _foreseen(error: Exception) -> SeCompressError | None:
@@ -297,202 +341,3 @@ def _hushed(verbose: bool) -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     logging.disable(logging.NOTSET)
-
-
-@dataclass
-class _Screen:
-    """What the user sees: notices and progress on stderr, the result on stdout."""
-
-    quiet: bool
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
-
-    def notice(self, sentence: str) -> None:
-        if not self.quiet:
-            self.err.print(sentence, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        bars = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=self.err,
-            disable=self.quiet or not self.err.is_terminal,
-        )
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if _interrupted.is_set():
-                raise KeyboardInterrupt
-            bars.start()  # not before: it leaves an empty line behind if nothing was ever shown
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        try:
-            yield report
-        finally:
-            bars.stop()
-
-    def show_preview(self, name: str, found: Preview) -> None:
-        plan, source = found.plan, found.source
-        title = f"{source.name}: what the plan would make" + (f" of {name}" if name else "")
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        table.add_column("source", justify="right")
-        table.add_column("result", justify="right")
-        table.add_row("size", _size(source.size_bytes), _size(plan.size_bytes))
-        table.add_row("bits per expert weight", "16", f"{plan.bits_per_weight:.3f}")
-        counts: dict[str, int] = {}
-        for decision in plan.experts:
-            key = f"experts at {decision.bits} bits"
-            if decision.down_bits is not None:
-                key += f", down_proj at {decision.down_bits}"
-            counts[key] = counts.get(key, 0) + 1
-        for key, count in counts.items():
-            table.add_row(key, "", str(count))
-        known = (
-            "not profiled yet" if found.profile is None else str(len(found.profile.super_experts))
-        )
-        table.add_row("super experts", known, "")
-        if not self.quiet:
-            self.out.print(table)
-            if found.curve:
-                self.out.print(_curve(found.curve))
-            for note in plan.notes:
-                self.out.print(f"note: {note}", markup=False, soft_wrap=True)
-        self.out.print(
-            f"{name or 'dry run'}: {_size(source.size_bytes)} -> {_size(plan.size_bytes)}, "
-            f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it",
-            markup=False,
-            soft_wrap=True,
-        )
-
-    def show_outcome(self, outcome: Outcome) -> None:
-        validation = outcome.validation
-        if not self.quiet:
-            self.out.print(_gates(validation))
-        self.out.print(_result_line(outcome), markup=False, soft_wrap=True)
-
-    def show_validation(self, report: ValidationReport, directory: Path, place: Path) -> None:
-        if not self.quiet:
-            self.out.print(_gates(report))
-        verdict = "passed" if report.passed else "REJECTED"
-        self.out.print(f"{directory}: {verdict}; see {place}", markup=False, soft_wrap=True)
-
-    def show_comparison(self, outcome: VariantsOutcome) -> None:
-        if not self.quiet:
-            self.out.print(_comparison(outcome.comparison))
-        for one in outcome.outcomes.values():
-            self.out.print(_result_line(one), markup=False, soft_wrap=True)
-        advice = outcome.comparison.recommended
-        self.out.print(
-            f"{outcome.directory}/comparison.html: "
-            + (f"ship {advice}" if advice else "nothing to ship, no variant passed its gates"),
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def _comparison(comparison: Comparison) -> Table:
-    table = Table(title="variants", title_justify="left")
-    table.add_column("variant")
-    for name in ("size", "bits", "KL divergence", "perplexity"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
-    table.add_row("source", _size(comparison.size_bytes), "16", "", _number(comparison.perplexity))
-    for variant in comparison.variants:
-        one = variant.checkpoint
-        check = one.by_name.get("kl_divergence")
-        table.add_row(
-            one.name,
-            _size(one.size_bytes),
-            f"{one.bits_per_weight:.2f}",
-            _number(check.value if check else None),
-            _number(one.perplexity_result),
-            "passed" if one.published else "REJECTED",
-        )
-    return table
-
-
-def _curve(points: Sequence[CurvePoint]) -> Table:
-    """What other budgets would buy, the cheapest first."""
-    table = Table(title="other budgets, protection as it is", title_justify="left")
-    table.add_column("widths")
-    for name in ("size", "bits per expert weight", "predicted loss"):
-        table.add_column(name, justify="right")
-    for point in points:
-        widths = ", ".join(map(str, point.widths))
-        label = f"{widths} mixed" if len(point.widths) > 1 else f"{widths} for all"
-        bits = f"{point.bits_per_weight:.3f}"
-        table.add_row(label, _size(point.size_bytes), bits, _number(point.predicted_loss))
-    return table
-
-
-def _gates(validation: ValidationReport) -> Table:
-    table = Table(title="gates", title_justify="left")
-    for name, justify in (("gate", "left"), ("value", "right"), ("limit", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("verdict")
-    for check in validation.checks:
-        table.add_row(check.name, _number(check.value), _number(check.limit), _verdict(check))
-    return table
-
-
-def _verdict(check: Check) -> str:
-    word = {True: "passed", False: "FAILED", None: "not run"}[check.passed]
-    return word if check.passed else f"{word}: {check.detail}" if check.detail else word
-
-
-def _result_line(outcome: Outcome) -> str:
-    validation, plan = outcome.validation, outcome.plan
-    measured = f"{validation.perplexity_source:.2f} -> {validation.perplexity_result:.2f}"
-    return (
-        f"{outcome.directory}: {'passed' if outcome.published else 'REJECTED'}, "
-        f"{_size(validation.source_size_bytes)} -> {_size(validation.size_bytes)}, "
-        f"{plan.bits_per_weight:.2f} bits per expert weight, "
-        f"perplexity {measured if validation.tokens else 'not measured'}"
-    )
-
-
-def _why_rejected(outcome: Outcome) -> str:
-    failed = _failed_gates(outcome.validation)
-    return f"nothing was published; {failed}; report in {outcome.directory}/se_compress"
-
-
-def _failed_gates(validation: ValidationReport) -> str:
-    return "; ".join(
-        f"{check.name} is {_number(check.value)}, limit {_number(check.limit)}"
-        + (f" ({check.detail})" if check.detail else "")
-        for check in validation.checks
-        if check.passed is False
-    )
-
-
-def _why_variants_rejected(outcome: VariantsOutcome) -> str:
-    """ "" if nothing that has to pass was rejected."""
-    if outcome.comparison.passed:
-        return ""
-    report = f"see {outcome.directory}/comparison.html"
-    if outcome.comparison.recommended is None:
-        return (
-            f"nothing was published; all {len(outcome.outcomes)} variants were rejected; {report}"
-        )
-    failed = [
-        f"variant {name} was rejected: {_failed_gates(outcome.outcomes[name].validation)}"
-        for name in outcome.comparison.required
-        if not outcome.outcomes[name].published
-    ]
-    return f"{'; '.join(failed)}; require names it, the others are published; {report}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"

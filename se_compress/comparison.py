@@ -14,6 +14,7 @@ from se_compress.artifacts import (
     ExpertProfile,
     ValidationReport,
 )
+from se_compress.limits import contested, missed, undecided
 from se_compress.recipe import Recipe, flatten
 
 # Sizes that differ by less are the same to whoever has to choose.
@@ -102,20 +103,39 @@ def compare(
 
 def recommend(variants: Sequence[ComparedVariant]) -> str | None:
     """The one to ship: see `Comparison.recommended`."""
-    sizes = [variant.checkpoint.size_bytes for variant in _candidates(variants)]
-    small = [v for v in variants if sizes and v.checkpoint.size_bytes <= SAME_SIZE * min(sizes)]
-    return closest(small)
+    candidates = _candidates(variants)
+    sizes = [variant.checkpoint.size_bytes for variant in candidates]
+    small = [v for v in candidates if v.checkpoint.size_bytes <= SAME_SIZE * min(sizes)]
+    return _nearest(small, variants)
 
 
 def closest(variants: Sequence[ComparedVariant]) -> str | None:
-    """Of those that passed, the one with the least KL divergence; of equals the smaller one."""
-    found = min(_candidates(variants), key=lambda v: _distance(v.checkpoint), default=None)
+    """Of those that could be shipped, the one with the least KL divergence; of equals the smaller
+    one, then the one of which the gates say more."""
+    return _nearest(_candidates(variants), variants)
+
+
+def _nearest(
+    candidates: Sequence[ComparedVariant], variants: Sequence[ComparedVariant]
+) -> str | None:
+    strictest = contested([variant.checkpoint for variant in variants])
+    found = min(
+        candidates,
+        key=lambda v: (*_distance(v.checkpoint), undecided(v.checkpoint, strictest)),
+        default=None,
+    )
     return found.name if found else None
 
 
 def _candidates(variants: Sequence[ComparedVariant]) -> list[ComparedVariant]:
-    """What could be shipped: experts are set to zero to learn something, not to ship it."""
-    return [variant for variant in variants if variant.checkpoint.published and not variant.zeroed]
+    """What could be shipped: experts are set to zero to learn something, not to ship it. All are
+    held to the strictest limits of any variant, unless none meets those."""
+    passed = [
+        variant for variant in variants if variant.checkpoint.published and not variant.zeroed
+    ]
+    strictest = contested([variant.checkpoint for variant in variants])
+    strict = [variant for variant in passed if not missed(variant.checkpoint, strictest)]
+    return strict or passed
 
 
 def _distance(checkpoint: CheckpointSummary) -> tuple[float, int]:

@@ -4,7 +4,7 @@ Everything on it comes from one `Comparison`; the words are in the template, but
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from se_compress.artifacts import CheckpointSummary, ComparedVariant, Comparison, ExpertId
+from se_compress.limits import contested, missed
 from se_compress.page import (
     WORDINGS,
     WORDS,
@@ -113,6 +114,10 @@ class Row:
         return [gate.title for gate in self.gates.values() if gate.state == "not-run"]
 
     @property
+    def no_limit(self) -> list[str]:
+        return [gate.title for gate in self.gates.values() if gate.state == "no-limit"]
+
+    @property
     def failed(self) -> list[Gate]:
         return [gate for gate in self.gates.values() if gate.state == "failed"]
 
@@ -187,7 +192,8 @@ def advise(comparison: Comparison, rows: Sequence[Row]) -> Verdict:
             ("Every variant missed a gate of its recipe.", *map(_blame, rejected)),
         )
     best = by_name[comparison.recommended]
-    sentences = [_praise(best, rows)]
+    strictest = contested([row.checkpoint for row in rows])
+    sentences = [_praise(best, rows, strictest), *_limits(best, rows, strictest)]
     nearest = by_name[comparison.closest or best.name]
     if nearest is not best and nearest.share < 1:
         sentences.append(_alternative(nearest))
@@ -196,14 +202,44 @@ def advise(comparison: Comparison, rows: Sequence[Row]) -> Verdict:
         sentences.append(f"The recipe requires {', '.join(missing)} to pass, which did not.")
     if best.not_run:
         sentences.append(f"Not run for {best.name}: {', '.join(best.not_run).lower()}.")
+    if best.no_limit:
+        sentences.append(f"Without a limit for {best.name}: {', '.join(best.no_limit).lower()}.")
     sentences += map(_blame, rejected)
     state: State = "passed" if comparison.passed else "failed"
     return Verdict(state, WORDS[state][0], f"Ship {best.name}", tuple(sentences))
 
 
-def _praise(row: Row, rows: Sequence[Row]) -> str:
+def _limits(best: Row, rows: Sequence[Row], strictest: Mapping[str, float]) -> Iterator[str]:
+    """What is to be said where the limits of the variants differ."""
+    if over := missed(best.checkpoint, strictest):
+        yield (
+            f"No variant meets the strictest limits of all; {best.name} is held to its own, which "
+            f"are looser for {_titles(over)}."
+        )
+        return
+    for row in rows:
+        over = missed(row.checkpoint, strictest)
+        if over and row.checkpoint.published and not row.variant.zeroed:
+            yield (
+                f"{row.name} passed by looser limits only: for {_titles(over)} another variant "
+                "has a stricter one, which counts for all."
+            )
+
+
+def _titles(names: Sequence[str]) -> str:
+    return ", ".join(WORDINGS[name].title for name in names).lower()
+
+
+def _praise(row: Row, rows: Sequence[Row], strictest: Mapping[str, float]) -> str:
     one = row.checkpoint
-    published = [r for r in rows if r.checkpoint.published and not r.variant.zeroed]
+    over = missed(one, strictest)
+    published = [
+        r
+        for r in rows
+        if r.checkpoint.published
+        and not r.variant.zeroed
+        and (over or not missed(r.checkpoint, strictest))
+    ]
     smaller = [other.name for other in published if other.share < row.share]
     why = "the only one that" if len(published) == 1 else "the smallest that"
     sentences = [

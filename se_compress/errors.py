@@ -6,15 +6,51 @@
     ├── ValidationFailed    4   a gate failed; nothing was published
     └── ResourceError       5   not enough memory or disk
 
-Each message is one line: the value, where it stands, what would be accepted. Anything that is not a
+Each message is one line: the value, where it stands, what would be accepted. However long what it
+quotes is, it stays short, and nothing in it steers a terminal. Anything that is not a
 `SeCompressError` is a bug in this tool and shows its traceback.
 """
+
+MESSAGE_LENGTH = 480
+VALUE_LENGTH = 80
 
 
 class SeCompressError(Exception):
     """Base of every error that is shown to the user as one line."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shorten(printable(" ".join(message.split())), MESSAGE_LENGTH))
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters; what is left out is in the middle, as the end tells what to do.
+
+    `length` is at least 20.
+    """
+    if len(text) <= length:
+        return text
+    head = (length - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (length - 5 - head) :]}"
+
+
+def printable(text: str) -> str:
+    """Control characters, half surrogates and marks that turn the direction of text, as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t\u00a0" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def brief(value: object) -> str:
+    """A value as a message quotes it."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python prints no 5,000 digits
+        return f"an integer of {value.bit_length()} bits"
+    return shorten(repr(value), VALUE_LENGTH)
 
 
 class RecipeError(SeCompressError):

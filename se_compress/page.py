@@ -2,7 +2,7 @@
 
 A chart is Plotly's own JSON without colours: the page takes them from its style sheet, so that they
 follow the reader's light or dark scheme. One rule comes before all others: a check that was not run
-is never shown as passed.
+is never shown as passed, nor is one whose limit nothing can miss.
 """
 
 import html
@@ -22,9 +22,10 @@ from se_compress.artifacts import (
     Scheme,
     ValidationReport,
 )
+from se_compress.limits import unlimited
 
 Figure = dict[str, Any]
-State = Literal["passed", "failed", "not-run"]
+State = Literal["passed", "failed", "not-run", "no-limit"]
 
 LISTED_EXPERTS = 60
 NO_BREAK = "\u00a0"
@@ -33,6 +34,7 @@ WORDS: Mapping[State, tuple[str, str]] = {
     "passed": ("✓", "Passed"),
     "failed": ("✕", "Failed"),
     "not-run": ("○", "Not run"),
+    "no-limit": ("∞", "No limit"),
 }
 
 
@@ -296,7 +298,7 @@ def describe_check(check: Check) -> Gate:
         value_text=percent(value, apart) if wording.share else number(value, apart),
         limit=limit,
         limit_text=percent(limit) if wording.share else number(limit),
-        state=states[check.passed],
+        state="no-limit" if unlimited(check) else states[check.passed],
         detail=check.detail.removeprefix("not run: "),
         interval=_interval(check.low, check.high, percent if wording.share else number),
     )
@@ -309,7 +311,7 @@ def _interval(low: float | None, high: float | None, text: Callable[[float], str
 def judge(gates: Sequence[Gate], validation: ValidationReport) -> Verdict:
     """Failed if anything failed, passed only if something passed; otherwise nothing is proven."""
     titles = {state: [gate.title for gate in gates if gate.state == state] for state in WORDS}
-    failed, not_run = titles["failed"], titles["not-run"]
+    failed, not_run, no_limit = titles["failed"], titles["not-run"], titles["no-limit"]
     everything = count(len(gates), "check")
     state: State = "passed"
     if failed or not validation.passed:
@@ -318,13 +320,15 @@ def judge(gates: Sequence[Gate], validation: ValidationReport) -> Verdict:
         first = f"{len(failed)} of {everything} failed{named}. This checkpoint was not published."
     elif not titles["passed"]:
         state = "not-run"
-        first = "No check could be run, so nothing is known about this checkpoint."
-    elif not_run:
+        why = "had a limit" if no_limit else "could be run"
+        first = f"No check {why}, so nothing is known about this checkpoint."
+    elif not_run or no_limit:
         first = f"{len(titles['passed'])} of {everything} passed and none failed."
     else:
         first = f"All {everything} passed."
     symbol, word = WORDS[state]
-    remainder = (f"Not run: {', '.join(not_run)}.",) if not_run else ()
+    left = {"Not run": not_run, "No limit, so nothing was decided": no_limit}
+    remainder = (f"{why}: {', '.join(names)}." for why, names in left.items() if names)
     return Verdict(state, symbol, "Not proven" if state == "not-run" else word, (first, *remainder))
 
 

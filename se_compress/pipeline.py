@@ -5,9 +5,11 @@ of everything that went in; a changed setting or source is named, and what depen
 anew. Where it all lies is in progress.py.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +32,16 @@ from se_compress.artifacts import (
 )
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError, SourceError
+from se_compress.overlap import CAUTION, notes_before, notes_on
 from se_compress.policy import check_plan, curve_of, make_plan
-from se_compress.preflight import check_disk, check_memory, check_packages
+from se_compress.preflight import (
+    check_disk,
+    check_memory,
+    check_packages,
+    check_place,
+    check_positions,
+    disk_shortage,
+)
 from se_compress.progress import (
     SETTINGS_FILE,
     check_output,
@@ -46,6 +56,7 @@ from se_compress.progress import (
     save_settings,
 )
 from se_compress.recipe import Recipe, flatten
+from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.source import open_source
 
 if TYPE_CHECKING:
@@ -78,6 +89,13 @@ class Request:
     @property
     def output(self) -> Path:
         return Path(self.recipe.output)
+
+    @cached_property
+    def plan_text(self) -> str:
+        """What is in the plan file, "" without one; read once, for it may be a pipe."""
+        if self.plan_file is None:
+            return ""
+        return read_text(self.plan_file, PLAN_BYTES, "a plan", f"--plan {self.plan_file}")
 
     @property
     def profile_files(self) -> Iterator[Path]:
@@ -112,20 +130,21 @@ class VariantsOutcome:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a dry run can tell without reading a weight; `curve` is what other budgets would buy."""
+    """What a dry run can tell without reading a weight; `curve` is what other budgets would buy,
+    `shortage` what the disk here lacks for the run."""
 
     source: ModelSource
     plan: CompressionPlan
     profile: ExpertProfile | None
     curve: tuple[CurvePoint, ...]
+    shortage: str = ""
 
 
 def preview(request: Request) -> Preview:
     """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
     source = open_source(request.recipe.model)
     found = _preview(request, source)
-    check_disk([found.plan], source, request.recipe)
-    return found
+    return replace(found, shortage=disk_shortage([found.plan], source, request.recipe))
 
 
 def preview_variants(request: Request) -> dict[str, Preview]:
@@ -135,15 +154,16 @@ def preview_variants(request: Request) -> dict[str, Preview]:
     for name, one in _requests(request).items():
         with _naming(name):
             found[name] = _preview(one, source)
-    check_disk([one.plan for one in found.values()], source, request.recipe)
-    return found
+    shortage = disk_shortage([one.plan for one in found.values()], source, request.recipe)
+    return {name: replace(one, shortage=shortage) for name, one in found.items()}
 
 
 def _preview(request: Request, source: ModelSource) -> Preview:
     check_output(request.output)
+    check_positions(source, request.recipe)
     profiles = filter(None, (load(ExpertProfile, file) for file in request.profile_files))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
-    plan = _plan(source, profile, request)
+    plan = _noting(_plan(source, profile, request), notes_before(request.recipe))
     curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
     return Preview(source, plan, profile, curve)
 
@@ -152,6 +172,7 @@ def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
     source = open_source(request.recipe.model)
     check_output(request.output)
+    check_positions(source, request.recipe)
     # What can be refused without a profile is refused now, before the hours.
     plan = _plan(source, None, request)
     check_packages([plan])
@@ -169,13 +190,18 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     from se_compress.report import render_report
     from se_compress.validator import validate
 
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise SourceError(f"--validate {directory}: there is no such directory")
+    check_place(output)
     source = open_source(request.recipe.model)
+    check_positions(source, request.recipe)
     plan_file, profile_file = (directory / OURS / f"{name}.json" for name in ("plan", "profile"))
-    plan = _read_plan(plan_file) if plan_file.exists() else None
-    if plan is not None:
-        plan = check_plan(plan, source, str(plan_file))
+    plan = None
+    if plan_file.exists():
+        text = read_text(plan_file, PLAN_BYTES, "a plan")
+        plan = check_plan(from_json(CompressionPlan, text, str(plan_file)), source, str(plan_file))
+    for note in notes_before(request.recipe):
+        request.notice(note)
     held_out = draw_sequences(request.recipe.validation, source.path, "validation")
     report = validate(source, plan, directory, held_out, request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
@@ -200,6 +226,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     plans = []
     for name, one in requests.items():
         with _naming(name):
+            check_positions(source, one.recipe)
             plans.append(_plan(source, None, one))
     check_packages(plans)
     check_disk(plans, source, request.recipe)
@@ -255,11 +282,15 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(request, settings)):
         return finished
+    notes = notes_on(recipe, calibration, held_out)
+    for note in notes:
+        if note.startswith(CAUTION):
+            request.notice(note)
     check_memory(source, recipe, len(calibration) * len(calibration[0]))
     with locked(output) as work:
         prepare(output, settings, request.fresh, request.notice)
         profile = _profile(source, calibration, work, request)
-        plan = _plan(source, profile, request)
+        plan = _noting(_plan(source, profile, request), notes)
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
         staged = work / "checkpoint"
@@ -293,19 +324,10 @@ def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) 
     return profile
 
 
-def _read_plan(file: Path) -> CompressionPlan:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise RecipeError(f"--plan {file}: cannot be read ({reason})") from None
-    return from_json(CompressionPlan, text, str(file))
-
-
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
     if request.plan_file is None:
         return make_plan(source, profile, request.recipe)
-    plan = _read_plan(request.plan_file)
+    plan = from_json(CompressionPlan, request.plan_text, str(request.plan_file))
     plan = check_plan(plan, source, str(request.plan_file))
     wanted = {"target": request.recipe.target}
     if plan.target == request.recipe.target:
@@ -317,6 +339,11 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
                 f"{request.plan_file}: {key} is {planned[key]}, but the recipe says {value}"
             )
     return plan
+
+
+def _noting(plan: CompressionPlan, notes: Sequence[str]) -> CompressionPlan:
+    """With further notes; a plan that was handed back may have them already."""
+    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
 
 
 def _compress(
@@ -420,13 +447,12 @@ def _settings(
 ) -> dict[str, object]:
     """Everything that decides the result, by name, so that a change can be named."""
     settings = {k: v for k, v in flatten(request.recipe).items() if k not in ("output", "model")}
-    plan = request.plan_file.read_text(encoding="utf-8") if request.plan_file else ""
     return settings | {
         "the version of se-compress": version("se-compress"),
         "the model's files": source.digest,
         "the calibration text": digest_of(calibration),
         "the validation text": digest_of(held_out),
-        "the plan file": digest_of(plan),
+        "the plan file": digest_of(request.plan_text),
     }
 
 

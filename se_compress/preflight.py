@@ -1,12 +1,14 @@
 """Can it be done here? Asked before the hours, not after them."""
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from se_compress.artifacts import CompressionPlan, ModelSource
 from se_compress.errors import RecipeError, ResourceError
+from se_compress.memory import MACHINE, available_memory
 from se_compress.progress import partial
 from se_compress.recipe import Recipe
 
@@ -21,12 +23,56 @@ def check_packages(plans: Sequence[CompressionPlan]) -> None:
         )
 
 
+def check_place(directory: Path) -> None:
+    """A verdict can be written there. Raises RecipeError."""
+    ancestor = directory.absolute()
+    while not os.path.lexists(ancestor):
+        ancestor = ancestor.parent
+    if not os.path.isdir(ancestor):
+        raise RecipeError(f"--output {directory}: {ancestor} is not a directory")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise RecipeError(f"--output {directory}: {ancestor} cannot be written")
+
+
+def check_positions(source: ModelSource, recipe: Recipe) -> None:
+    """No sequence is longer than the model has positions for: beyond them it babbles, whatever is
+    done to its experts. Raises RecipeError."""
+    most = source.config.get("max_position_embeddings")
+    if not isinstance(most, int):
+        return
+    generation = recipe.validation.generation
+    lengths = {
+        "calibration.sequence_length": recipe.calibration.sequence_length,
+        "validation.sequence_length": recipe.validation.sequence_length,
+    }
+    if generation.tokens:
+        key = "validation.generation.prompt_tokens and tokens together"
+        lengths[key] = generation.prompt_tokens + generation.tokens
+    for key, length in lengths.items():
+        if length > most:
+            raise RecipeError(
+                f"{key}: {length} is more than the model's max_position_embeddings, {most} "
+                f"({source.path}/config.json)"
+            )
+
+
 def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> None:
     """All results of a recipe and the saved progress of one run. Raises ResourceError."""
+    if shortage := disk_shortage(plans, source, recipe):
+        raise ResourceError(shortage)
+
+
+def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> str:
+    """In one sentence what does not fit on the disk of the output; "" if all does. Raises
+    RecipeError if there can be no such directory."""
     output = Path(recipe.output)
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise RecipeError(
+            f"output {partial(output)}: cannot be written ({parent} is not a directory)"
+        )
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length
     # Two streams of hidden states, the last ones and those that are being written.
     states = 4 * tokens * int(source.config["hidden_size"]) * _item_bytes(recipe)
@@ -34,18 +80,17 @@ def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Re
     ours = output if recipe.variants else partial(output)
     there = sum(file.stat().st_size for file in ours.glob("**/*.safetensors"))
     free = shutil.disk_usage(parent).free + there
-    if results + states > free:
-        what = "the result takes" if len(plans) == 1 else f"the {len(plans)} results take"
-        raise ResourceError(
-            f"{parent}: {what} {results / 1e6:.1f} MB and saved progress "
-            f"{states / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
-        )
+    if results + states <= free:
+        return ""
+    what = "the result takes" if len(plans) == 1 else f"the {len(plans)} results take"
+    return (
+        f"{parent}: {what} {in_units(results)} and saved progress {in_units(states)}, but only "
+        f"{in_units(free)} are free"
+    )
 
 
 def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
     """The largest layer and the hidden states of all calibration tokens. Raises ResourceError."""
-    import psutil
-
     item_bytes = _item_bytes(recipe)
     weights: dict[int | None, int] = {}
     for info in source.tensors.values():
@@ -56,14 +101,21 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
     layer = max(count for index, count in weights.items() if index is not None) * item_bytes
     # Both streams before and after a layer, and the kept input of its experts.
     hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
-    needed = layer + hidden
-    available = psutil.virtual_memory().available
-    if needed > available:
+    available = available_memory()
+    if layer + hidden > available.size_bytes:
+        advice = "lower calibration.samples or set compute_dtype: bfloat16"
+        if available.limit != MACHINE:
+            advice += ", or raise that limit"
         raise ResourceError(
-            f"the largest layer takes {layer / 1e9:.1f} GB and the hidden states of {tokens} "
-            f"calibration tokens {hidden / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory are "
-            "available; lower calibration.samples or set compute_dtype: bfloat16"
+            f"the largest layer takes {in_units(layer)} and the hidden states of {tokens} "
+            f"calibration tokens {in_units(hidden)}, but {in_units(available.size_bytes)} of "
+            f"memory {available.limit} are available; {advice}"
         )
+
+
+def in_units(size_bytes: int) -> str:
+    """A size for people, in decimal units."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def _item_bytes(recipe: Recipe) -> int:

@@ -5,13 +5,15 @@ Unknown keys are refused with the nearest known one, and every message names the
 """
 
 import difflib
+import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,19 +25,27 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from se_compress.errors import RecipeError
+from se_compress.errors import VALUE_LENGTH, RecipeError, brief, shorten
+from se_compress.recipe_file import RECIPE_BYTES, parse_yaml, read_text
 
 Target = Literal["transformers", "gptqmodel", "vllm", "sglang"]
 Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
 Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "compressed-tensors"]
 Width = Literal[2, 3, 4, 8, 16]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+# Bounds that no real recipe reaches, so that no product of two overflows anything.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+SequenceLength = Annotated[int, Field(ge=16, lt=2**31)]
 
+PATH_BYTES = 4095  # of a path, and of a name in it: what Linux takes
+NAME_BYTES = 255
+LONGEST_SUFFIX = ".validation"  # what we append to the name of an output
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 # A variant may change anything else, the limits of its gates included.
 _COMMON_KEYS = ("model", "output", "variants", "require")
 
@@ -44,16 +54,36 @@ def _bytes(value: object) -> object:
     return parse_size(value) if isinstance(value, str) else value
 
 
-Bytes = Annotated[Positive, BeforeValidator(_bytes)]
+def _written(text: str) -> str:
+    """What every file system, terminal and UTF-8 file takes."""
+    kinds = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of some, ends of lines
+    strange = next((c for c in text if unicodedata.category(c) in kinds), "")
+    if strange:
+        raise ValueError(f"{brief(text)} holds the character {strange!r}, which no name should")
+    if len(text.encode()) > PATH_BYTES:
+        raise ValueError(f"{brief(text)} is longer than {PATH_BYTES} bytes")
+    return text
 
 
-class _Yaml(yaml.SafeLoader):
-    """Reads 1e-3 as the number that everyone takes it for; YAML 1.1 wants 1.0e-3."""
+def _place(text: str) -> str:
+    if any(len(part.encode()) > NAME_BYTES for part in text.split("/")):
+        raise ValueError(f"{brief(text)} holds a name longer than {NAME_BYTES} bytes")
+    return text
 
 
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
-)
+def _output(text: str) -> str:
+    if Path(text).name in ("", ".."):
+        raise ValueError(f"{brief(text)} is no name for a new directory")
+    if len(Path(text).name.encode()) > NAME_BYTES - len(LONGEST_SUFFIX):
+        most = NAME_BYTES - len(LONGEST_SUFFIX)
+        raise ValueError(f"{brief(text)} is longer than {most} bytes; we append to it")
+    return text
+
+
+Bytes = Annotated[int, Field(gt=0, lt=2**63), BeforeValidator(_bytes)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_written)]
+Place = Annotated[Name, AfterValidator(_place)]
+Output = Annotated[Place, AfterValidator(_output)]
 
 
 class _Section(BaseModel):
@@ -68,17 +98,17 @@ class DataSource(_Section):
     column         which column holds the text, or the chat messages if `chat_template` is set
     """
 
-    data: str
-    split: str = "train"
-    config: str | None = None
-    column: str = "text"
+    data: Place
+    split: Name = "train"
+    config: Name | None = None
+    column: Name = "text"
 
 
 class _Text(_Section):
     data: tuple[DataSource, ...]
     samples: Positive
-    sequence_length: Annotated[int, Field(ge=16)]
-    seed: Annotated[int, Field(ge=0)] = 0
+    sequence_length: SequenceLength
+    seed: Seed = 0
     chat_template: bool = False
 
     @field_validator("data", mode="before")
@@ -97,7 +127,7 @@ class Calibration(_Text):
     """
 
     samples: Positive = 256
-    sequence_length: Annotated[int, Field(ge=16)] = 512
+    sequence_length: SequenceLength = 512
     routing: Literal["routed", "all"] = "routed"
 
 
@@ -112,8 +142,8 @@ class SuperExperts(_Section):
 class ExpertName(_Section):
     """An expert as a recipe names it."""
 
-    layer: Annotated[int, Field(ge=0)]
-    expert: Annotated[int, Field(ge=0)] | Literal["shared"]
+    layer: Natural
+    expert: Natural | Literal["shared"]
 
 
 class Prune(_Section):
@@ -158,14 +188,14 @@ class Policy(_Section):
     protect: Literal["super-experts", "none"] | tuple[ExpertName, ...] = "super-experts"
     protected_bits: Literal[8, 16] = 16
     bits: tuple[Width, ...] = (4,)
-    bits_per_weight: Annotated[float, Field(gt=0.0)] | None = None
+    bits_per_weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     size: Bytes | None = None
     other_bits: Literal[2, 3, 4, 8, 16] = 16
     lift_layers: bool = False
     prune: Prune | None = None
     merge: Merge | None = None
     zero: Literal["super-experts", "random"] | tuple[ExpertName, ...] | None = None
-    zero_seed: Annotated[int, Field(ge=0)] = 0
+    zero_seed: Seed = 0
 
     @field_validator("protect", "zero", mode="before")
     @classmethod
@@ -176,7 +206,7 @@ class Policy(_Section):
         words = known[str(field.field_name)]
         if value not in words and not isinstance(value, tuple):
             raise ValueError(
-                f"{value!r} is not {words[0]}, {words[1]} or a list such as "
+                f"{brief(value)} is not {words[0]}, {words[1]} or a list such as "
                 "[{layer: 1, expert: 68}]"
             )
         return value
@@ -187,7 +217,12 @@ class Policy(_Section):
         widths = list(value) if isinstance(value, list | tuple) else [value]
         if not widths:
             raise ValueError("at least one width is needed, for instance [4]")
-        return tuple(dict.fromkeys(widths))
+        return tuple(widths)
+
+    @field_validator("bits", mode="after")
+    @classmethod
+    def _each_once(cls, value: tuple[Width, ...]) -> tuple[Width, ...]:
+        return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Policy":
@@ -250,7 +285,7 @@ class Generation(_Section):
 
     prompts: Positive = 4
     prompt_tokens: Positive = 32
-    tokens: Annotated[int, Field(ge=0)] = 32
+    tokens: Natural = 32
 
 
 class Validation(_Text):
@@ -261,7 +296,7 @@ class Validation(_Text):
     """
 
     samples: Positive = 32
-    sequence_length: Annotated[int, Field(ge=16)] = 256
+    sequence_length: SequenceLength = 256
     perplexity_increase: Annotated[float, Field(gt=0.0)] = 0.10
     kl_divergence: Annotated[float, Field(gt=0.0)] = 0.20
     massive_activation_ratio: Fraction = 0.75
@@ -288,8 +323,8 @@ class Recipe(_Section):
     require         variants that have to pass; without it one that passes is enough
     """
 
-    model: Annotated[str, Field(min_length=1)]
-    output: Annotated[str, Field(min_length=1)]
+    model: Place
+    output: Output
     target: Target = "transformers"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     shard_size: Bytes = 5 * 10**9
@@ -310,8 +345,8 @@ class Recipe(_Section):
 def parse_size(text: str) -> int:
     """Bytes of "9GB" (10^9) or "4.5GiB" (2^30)."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write for instance 9GB or 4.5GiB")
+    if match is None or len(match[1]) > 30:
+        raise ValueError(f"{brief(text)} is not a size; write for instance 9GB or 4.5GiB")
     return round(float(match[1]) * _UNITS[match[2]])
 
 
@@ -320,21 +355,32 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError naming the file, the key and what would be accepted.
     """
+    return recipe_of(read_recipe(path), str(path), overrides)
+
+
+def read_recipe(path: Path) -> str:
+    """The text of a recipe, from a file or a pipe. Raises RecipeError."""
+    if not os.path.lexists(path):
+        raise RecipeError(f"{path}: there is no such recipe")
+    return read_text(path, RECIPE_BYTES, "a recipe")
+
+
+def recipe_of(
+    text: str, where: str, overrides: Sequence[str] = (), output: str | None = None
+) -> Recipe:
+    """Check a recipe's text. `where` begins every message; `output`, taken as it is and not as
+    YAML, replaces the recipe's. Raises RecipeError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
-    try:
-        data = yaml.load(text, _Yaml)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {_one_line(str(error))}") from None
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"{where}: not YAML: {error}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, such as `model: path`")
+        raise RecipeError(f"{where}: a recipe is a mapping of keys, such as `model: path`")
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, str(path))
+    if output is not None:
+        data["output"] = output
+    return parse_recipe(data, where)
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
@@ -345,7 +391,10 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     for name in recipe.require:
         if name not in variants:
             known = f"known are {', '.join(variants)}" if variants else "there are none"
-            raise RecipeError(f"{where}: require names {name}, which is not a variant; {known}")
+            raise RecipeError(
+                f"{where}: require names {shorten(name, VALUE_LENGTH)}, which is not a variant; "
+                f"{known}"
+            )
     return recipe.model_copy(update={"variants": variants})
 
 
@@ -359,7 +408,7 @@ def _validated(data: Mapping[str, Any], prefix: str) -> Recipe:
 def _variants(common: Mapping[str, Any], given: object, where: str) -> dict[str, Recipe]:
     """Each variant's whole recipe: its own keys merged into the common ones."""
     if not isinstance(given, Mapping):
-        raise RecipeError(f"{where}: variants is {given!r}: a mapping of names is needed")
+        raise RecipeError(f"{where}: variants is {brief(given)}: a mapping of names is needed")
     variants = {}
     for name, changes in given.items():
         _check_variant(name, {} if changes is None else changes, where)
@@ -373,10 +422,13 @@ def _check_variant(name: object, changes: object, where: str) -> None:
     """The name becomes a directory's; what all results are compared by is common to them."""
     if not isinstance(name, str) or not _VARIANT_NAME.fullmatch(name):
         raise RecipeError(
-            f"{where}: variants.{name}: a name is made of letters, digits, _ and -, such as naive"
+            f"{where}: variants.{shorten(str(name), VALUE_LENGTH)}: a name is made of letters, "
+            "digits, _ and -, such as naive"
         )
     if not isinstance(changes, Mapping):
-        raise RecipeError(f"{where}: variants.{name} is {changes!r}: a mapping of keys is needed")
+        raise RecipeError(
+            f"{where}: variants.{name} is {brief(changes)}: a mapping of keys is needed"
+        )
     text = changes.get("validation")
     fixed = [key for key in _COMMON_KEYS if key in changes]
     fixed += [f"validation.{key}" for key in _Text.model_fields if isinstance(text, Mapping)
@@ -421,18 +473,22 @@ def _plain(value: object) -> object:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    shown = f"--set {shorten(override, VALUE_LENGTH)}"
     if not separator or not all(key.split(".")):
-        raise RecipeError(f"--set {override}: write it as key.path=value")
+        raise RecipeError(f"{shown}: write it as key.path=value")
     try:
-        value = yaml.load(text, _Yaml)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: {_one_line(str(error))}") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"{shown}: {error}") from None
     *parents, last = key.split(".")
     for parent in parents:
-        child = data.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise RecipeError(f"--set {override}: {parent} holds a value, not further keys")
-        data = child
+        if data.get(parent) is None:
+            data[parent] = {}  # `name:` without a value, as variants may be written
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise RecipeError(
+                f"{shown}: {shorten(parent, VALUE_LENGTH)} holds a value, not further keys"
+            )
     data[last] = value
 
 
@@ -450,14 +506,19 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] == "model_type":
-        return f"{path} is {problem['input']!r}: a mapping of keys is needed"
+        return f"{path} is {brief(problem['input'])}: a mapping of keys is needed"
     # A union has one problem for each of its branches.
     accepted = [_lower_first(other["msg"]) for other in problems if _path(other) == path]
-    return f"{path} is {problem['input']!r}: {' or '.join(accepted)}"
+    return f"{path} is {brief(problem['input'])}: {' or '.join(accepted)}"
 
 
 def _path(problem: ErrorDetails) -> str:
-    return ".".join(str(part) for part in problem["loc"] if _is_key(part)) or "the recipe"
+    parts = [_shown(part) for part in problem["loc"] if _is_key(part)]
+    return ".".join(parts) or "the recipe"
+
+
+def _shown(part: object) -> str:
+    return shorten(str(part), VALUE_LENGTH)
 
 
 def _lower_first(text: str) -> str:
@@ -472,8 +533,8 @@ def _is_key(part: object) -> bool:
 def _unknown_key(location: tuple[int | str, ...]) -> str:
     parents, last = [part for part in location[:-1] if _is_key(part)], location[-1]
     known = _known_keys([part for part in parents if isinstance(part, str)])
-    near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
-    path = ".".join(str(part) for part in [*parents, last])
+    near = difflib.get_close_matches(_shown(last), known, n=1, cutoff=0.5)
+    path = ".".join(_shown(part) for part in [*parents, last])
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
     return f"{path} is not a known key; {hint}"
 
@@ -490,7 +551,3 @@ def _known_keys(parents: Sequence[str]) -> list[str]:
 def _leaves(annotation: object) -> list[object]:
     inner = get_args(annotation)
     return [annotation] if not inner else [leaf for arg in inner for leaf in _leaves(arg)]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

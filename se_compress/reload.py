@@ -18,10 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
-
 from se_compress.errors import NOT_RUN_EXIT_CODE
 from se_compress.formats import FORMATS
+from se_compress.memory import available_memory
 
 # By what config.json calls it.
 BY_METHOD = {form.quant_method: form for form in FORMATS.values()}
@@ -31,8 +30,12 @@ def main() -> int:
     directory, scratch = sys.argv[1:]
     request = json.loads((Path(scratch) / "request.json").read_text())
     needed = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-    if 2 * needed > psutil.virtual_memory().available:
-        return _not_run(f"loading needs about {2 * needed / 1e9:.1f} GB of memory")
+    available = available_memory()
+    if 2 * needed > available.size_bytes:
+        return _not_run(
+            f"loading needs about {2 * needed / 1e9:.1f} GB of memory, and "
+            f"{available.size_bytes / 1e9:.1f} GB {available.limit} are available"
+        )
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     settings = config.get("quantization_config", {})
     if reason := _obstacle(request["target"], settings):

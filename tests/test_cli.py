@@ -64,7 +64,7 @@ def write(settings: dict[str, Any], directory: Path) -> None:
 def refuse(directory: Path, code: int, message: str, *arguments: str) -> None:
     """`se-compress r.yaml ARGUMENTS` ends with `code` and the one line `message` (a pattern);
     nothing stands under the output's name."""
-    done = run("r.yaml", "--device", "cpu", *arguments, cwd=directory)
+    done = run("r.yaml", "--device", "cpu", "--quiet", *arguments, cwd=directory)
     check_refusal(done, code, message)
     assert not (directory / "out").exists()
 
@@ -451,7 +451,7 @@ def test_a_disk_that_fills_up_during_the_work(settings: dict[str, Any], tmp_path
     """A limit on the size of files stands for it: unlike free space, no pre-flight sees it."""
     write(settings, tmp_path)
     limited = ["sh", "-c", 'ulimit -f 16; exec "$0" "$@"', COMMAND]
-    done = run("r.yaml", "--device", "cpu", cwd=tmp_path, command=limited)
+    done = run("r.yaml", "--device", "cpu", "--quiet", cwd=tmp_path, command=limited)
     check_refusal(done, 5, r"the disk is full \(.*File too large.*\); progress is kept")
     assert not (tmp_path / "out").exists()
 
@@ -483,6 +483,12 @@ def test_quiet_prints_the_result_line_only_and_flags_are_honoured(
     )
     assert again.stdout.splitlines()[-1] + "\n" == done.stdout
     assert "perplexity_increase" in again.stdout
+    full = ["sh", "-c", 'exec "$0" "$@" > /dev/full', COMMAND]
+    done = run("r.yaml", *flags, "--quiet", cwd=tmp_path, command=full)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "se-compress: stdout cannot be written (No space left on device)\n",
+    )
 
 
 def test_a_rejected_result_is_told_in_one_line(settings: dict[str, Any], tmp_path: Path) -> None:

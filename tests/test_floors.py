@@ -17,8 +17,8 @@ PACKAGE = Path(se_compress.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("artifacts",),
-    ("recipe", "families", "headers", "knapsack", "quant"),
-    ("formats",),
+    ("recipe_file", "families", "headers", "memory", "limits", "knapsack", "quant"),
+    ("recipe", "formats"),
     ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
     ("streaming", "splice", "structure", "blueprint"),
     ("allocate", "solver", "early_warning", "export"),
@@ -33,9 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "comparison",
         "comparison_page",
         "preflight",
+        "overlap",
         "loading",
     ),
     ("pipeline",),
+    ("screen",),
     ("cli", "__main__", ""),
 )
 # Within a floor: __main__ calls the cli, which tells the version.
@@ -46,10 +48,10 @@ MODULES = {
     path for path in PACKAGE.rglob("*.py")
 }  # fmt: skip
 TORCH_FREE = [
-    *(module for floor in FLOORS[:3] for module in floor),
+    *(module for floor in FLOORS[:4] for module in floor),
     "source", "targets", "surgery", "structure", "blueprint", "allocate", "policy", "export",
-    "page", "report", "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli",
-    "",
+    "page", "report", "comparison", "comparison_page", "progress", "preflight", "overlap",
+    "pipeline", "screen", "cli", "",
 ]  # fmt: skip
 
 

@@ -466,6 +466,17 @@ def test_a_missing_bitsandbytes_is_found_before_the_work(
     assert not place.partial.exists()
 
 
+def test_held_out_text_that_calibration_saw_is_told_everywhere(place: Workplace) -> None:
+    place.settings["validation"] |= {"samples": 8, "seed": 0}
+    outcome = place.run("quantization.method=rtn", "super_experts.confirm=false")
+    said = "caution: calibration saw 100 % of the held-out text"
+    assert [sentence for sentence in place.said if sentence.startswith(said)]
+    assert any(note.startswith(said) for note in place.plan().notes)
+    assert said in (outcome.directory / "README.md").read_text("utf-8")
+    assert said in (outcome.directory / "se_compress" / "report.html").read_text("utf-8")
+    assert "come from one source" in preview(place.request()).plan.notes[-1]
+
+
 def test_too_little_memory_is_found_before_the_work(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,10 +493,11 @@ def test_too_little_disk_is_found_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match=r"saved progress 0\.3 MB, but only 0\.4 MB are free$"):
         place.run()
-    with pytest.raises(ResourceError, match=r"are free$"):
-        preview(place.request())
+    told = preview(place.request()).shortage
+    assert re.search(r"the result takes 0\.3 MB .* but only 0\.4 MB are free$", told)
     assert place.listing() == set()
     usage.free = 800_000
+    assert preview(place.request()).shortage == ""
     assert place.run().published
 
 
@@ -771,8 +783,9 @@ def test_a_preview_of_variants_tells_each_size(
     assert sizes["two"] < sizes["four"] < sizes["none"] == found["none"].source.size_bytes
     assert several.listing() == set()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes["none"]))
-    with pytest.raises(ResourceError, match=r"the 3 results take 1\.0 MB and saved progress"):
-        preview_variants(several.request())
+    told = {one.shortage for one in preview_variants(several.request()).values()}
+    assert re.search("the 3 results take 1.0 MB and saved progress", told.pop())
+    assert not told, "the same sentence for all"
 
 
 def test_a_run_that_has_lost_its_massive_activation_stops_and_keeps_what_it_has(

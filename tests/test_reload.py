@@ -260,4 +260,6 @@ def test_a_machine_that_is_too_small_is_told_from_a_broken_result(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(sys, "argv", ask(scratch, "gptqmodel"))
     assert reload.main() == 77
-    assert capsys.readouterr().err == "loading needs about 0.0 GB of memory\n"
+    assert capsys.readouterr().err == (
+        "loading needs about 0.0 GB of memory, and 0.0 GB of this machine are available\n"
+    )

@@ -46,6 +46,10 @@ def from_json(kind: type[Artifact], text: str, where: str) -> Artifact:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise RecipeError(f"{where}: not JSON ({error.msg}, line {error.lineno})") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: nested too deep") from None
+    except ValueError:  # Python converts no 5,000 digits
+        raise RecipeError(f"{where}: holds a number of thousands of digits") from None
     value: Artifact = _decode(kind, data, where)
     return value
 
@@ -105,7 +109,10 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return data
     number = isinstance(data, int | float) and not isinstance(data, bool)
     if kind is float and (number or data in NOT_FINITE):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise _mistyped(data, (kind,), where) from None
     if isinstance(kind, type) and type(data) is kind:
         return data
     raise _mistyped(data, (kind,), where)

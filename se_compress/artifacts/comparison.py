@@ -20,6 +20,7 @@ class PlanSummary:
     method      of quantisation
     size_bytes, source_size_bytes, bits_per_weight   as in CompressionPlan
     curve       what other budgets would buy
+    shortage    what does not fit on the disk here
     """
 
     name: str
@@ -29,6 +30,7 @@ class PlanSummary:
     source_size_bytes: int
     bits_per_weight: float
     curve: tuple[CurvePoint, ...] = ()
+    shortage: str | None = field(default=None, metadata=UNLESS_NONE)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Comparison:
     passed        at least one variant passed, and so did each of `required`
     recommended   of those that passed and have no expert set to zero: the smallest, or one at most
                   2 % larger that is nearer to the source (least KL divergence); None if there is
-                  none
+                  none. Where limits differ between variants, the strictest count for all, unless
+                  no variant meets them
     closest       of the same: the nearest to the source
     size_bytes, perplexity   of the source; None if no result could be run
     tokens        held-out tokens

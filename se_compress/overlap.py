@@ -1,0 +1,81 @@
+"""Is the held-out text really held out? What calibration has seen as well proves less.
+
+It is told and not refused: whose only text is one file draws both from it, mostly from different
+places.
+"""
+
+import filecmp
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from se_compress.recipe import DataSource, Recipe
+
+RUN = 16  # tokens; shorter runs are phrases that any two texts share
+CAUTION = "caution: "  # begins what a user should hear at once, and not read later
+Tokens = Sequence[Sequence[int]]
+
+
+def common_sources(recipe: Recipe) -> tuple[str, ...]:
+    """Held-out sources that calibration reads as well: the same data set, or the same file, under
+    whatever name."""
+    seen = recipe.calibration.data
+    return tuple(
+        source.data
+        for source in recipe.validation.data
+        if any(_same(source, other) for other in seen)
+    )
+
+
+def _same(one: DataSource, other: DataSource) -> bool:
+    if not (os.path.isfile(one.data) and os.path.isfile(other.data)):
+        return (one.data, one.split, one.config) == (other.data, other.split, other.config)
+    sizes = {os.path.getsize(source.data) for source in (one, other)}
+    if os.path.samefile(one.data, other.data):
+        return True
+    return len(sizes) == 1 and filecmp.cmp(Path(one.data), Path(other.data), shallow=False)
+
+
+def share_seen(calibration: Tokens, held_out: Tokens) -> float:
+    """The share of the held-out text, in runs of `RUN` tokens, that is in the calibration text."""
+    wanted = list(_runs(held_out, RUN))
+    sought = set(wanted)
+    seen = {run for run in _runs(calibration, 1) if run in sought}
+    return sum(run in seen for run in wanted) / len(wanted) if wanted else 0.0
+
+
+def _runs(sequences: Tokens, step: int) -> Iterator[tuple[int, ...]]:
+    for sequence in sequences:
+        for begin in range(0, len(sequence) - RUN + 1, step):
+            yield tuple(sequence[begin : begin + RUN])
+
+
+def notes_before(recipe: Recipe) -> tuple[str, ...]:
+    """What the recipe alone tells, before any text is drawn."""
+    if names := common_sources(recipe):
+        return (
+            f"calibration and held-out text come from one source, {', '.join(names)}: the run "
+            "tells how much of it is drawn for both",
+        )
+    return ()
+
+
+def notes_on(recipe: Recipe, calibration: Tokens, held_out: Tokens) -> tuple[str, ...]:
+    """What is to be told of the text that was drawn; nothing if calibration saw none of it."""
+    share, names = share_seen(calibration, held_out), common_sources(recipe)
+    if share > 0:
+        return (
+            f"{CAUTION}calibration saw {_percent(share)} of the held-out text (runs of {RUN} "
+            "tokens), so the gates judge the result in part on what it was made from; give "
+            "validation.data other text",
+        )
+    if names:
+        return (
+            f"calibration and held-out text come from one source, {', '.join(names)}, but from "
+            f"different places: no run of {RUN} tokens is in both",
+        )
+    return ()
+
+
+def _percent(share: float) -> str:
+    return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")

@@ -1,0 +1,357 @@
+"""What the user sees: progress with ETA, notices, tables and the line that says what came out."""
+
+import errno
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
+from se_compress.errors import printable
+from se_compress.limits import contested, missed, unlimited
+from se_compress.pipeline import Outcome, Preview, VariantsOutcome
+from se_compress.preflight import in_units
+
+# Seconds between two lines of progress of a stage, where there is no terminal.
+LOG_EVERY = 10.0
+
+
+def surviving(stream: TextIO | None, write: Callable[[], None]) -> bool:
+    """Call `write`, which prints to `stream`; false if that is full. A reader that has gone
+    (`| head`) has what it wanted."""
+    try:
+        write()
+        if stream is not None:
+            stream.flush()
+    except OSError as error:
+        _let_go(stream)
+        if error.errno == errno.EPIPE:
+            return True
+        if stream is not sys.stderr:
+            reason = f"se-compress: stdout cannot be written ({error.strerror})"
+            surviving(sys.stderr, lambda: print(reason, file=sys.stderr))
+        return False
+    return True
+
+
+def _let_go(stream: TextIO | None) -> None:
+    """What is left in the buffer goes nowhere: Python's own flush at exit would fail again."""
+    if stream is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class _Console(Console):
+    """Shows text as it is: names of models, files and tensors are neither markup nor emoji, and
+    steer no terminal."""
+
+    def __init__(self, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here, with an exit code that says nothing of the result."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@dataclass
+class Screen:
+    """What the user sees: notices and progress on stderr, the result on stdout."""
+
+    quiet: bool
+    out: Console
+    err: Console
+
+    @classmethod
+    def of(cls, quiet: bool, json: bool) -> "Screen":
+        """With `json`, stdout is left to the one line that a program reads."""
+        return cls(quiet, out=_Console(stderr=json), err=_Console(stderr=True))
+
+    def notice(self, sentence: str) -> None:
+        if not self.quiet:
+            surviving(sys.stderr, lambda: self.err.print(sentence, soft_wrap=True))
+
+    @contextmanager
+    def progress(self, stop: threading.Event) -> Iterator[Callable[[str, int, int], None]]:
+        """What stages call at each step. Raises KeyboardInterrupt there once `stop` is set."""
+        lines = _LogLines(self.notice)
+        bars = Progress(
+            TextColumn("{task.description:<10}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.err,
+            disable=self.quiet or not self.err.is_terminal,
+        )
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            if not self.err.is_terminal:
+                lines.report(stage, done, total)
+                return
+            bars.start()  # not before: it leaves an empty line behind if nothing was ever shown
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        try:
+            yield report
+        finally:
+            bars.stop()
+
+    def show_previews(self, previews: Mapping[str, Preview]) -> None:
+        for name, one in previews.items():
+            self.show_preview(name, one)
+
+    def show_result(self, outcome: Outcome | VariantsOutcome) -> None:
+        if isinstance(outcome, Outcome):
+            self.show_outcome(outcome)
+        else:
+            self.show_comparison(outcome)
+
+    def show_preview(self, name: str, found: Preview) -> None:
+        plan, source = found.plan, found.source
+        title = f"{source.name}: what the plan would make" + (f" of {name}" if name else "")
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        table.add_column("source", justify="right")
+        table.add_column("result", justify="right")
+        table.add_row("size", in_units(source.size_bytes), in_units(plan.size_bytes))
+        table.add_row("bits per expert weight", "16", f"{plan.bits_per_weight:.3f}")
+        counts: dict[str, int] = {}
+        for decision in plan.experts:
+            key = f"experts at {decision.bits} bits"
+            if decision.down_bits is not None:
+                key += f", down_proj at {decision.down_bits}"
+            counts[key] = counts.get(key, 0) + 1
+        for key, count in counts.items():
+            table.add_row(key, "", str(count))
+        known = (
+            "not profiled yet" if found.profile is None else str(len(found.profile.super_experts))
+        )
+        table.add_row("super experts", known, "")
+        if not self.quiet:
+            self.out.print(table)
+            if found.curve:
+                self.out.print(_curve(found.curve))
+            for note in plan.notes:
+                self.out.print(f"note: {note}", soft_wrap=True)
+        self.out.print(
+            f"{name or 'dry run'}: {in_units(source.size_bytes)} -> {in_units(plan.size_bytes)}, "
+            f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it"
+            + (f"; {found.shortage}" if found.shortage else ""),
+            soft_wrap=True,
+        )
+
+    def show_outcome(self, outcome: Outcome) -> None:
+        validation = outcome.validation
+        if not self.quiet:
+            self.out.print(_gates(validation))
+        self.out.print(_result_line(outcome), soft_wrap=True)
+
+    def show_validation(self, report: ValidationReport, directory: Path, place: Path) -> None:
+        if not self.quiet:
+            self.out.print(_gates(report))
+        verdict = "passed" if report.passed else "REJECTED"
+        self.out.print(f"{directory}: {verdict}; see {place}", soft_wrap=True)
+
+    def show_comparison(self, outcome: VariantsOutcome) -> None:
+        if not self.quiet:
+            self.out.print(_comparison(outcome.comparison))
+        for one in outcome.outcomes.values():
+            self.out.print(_result_line(one), soft_wrap=True)
+        advice = outcome.comparison.recommended
+        self.out.print(
+            f"{outcome.directory}/comparison.html: "
+            + (
+                f"ship {advice}{_by_which_limits(outcome.comparison)}"
+                if advice
+                else "nothing to ship, no variant passed its gates"
+            ),
+            soft_wrap=True,
+        )
+
+
+@dataclass
+class _Stage:
+    """`begun`, `told`: when it was first and last heard of; `first`: the step it began with."""
+
+    begun: float
+    told: float
+    first: int
+    last: int
+
+
+@dataclass
+class _LogLines:
+    """Progress for a log: a line as a stage begins and ends, and every few seconds between."""
+
+    write: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
+    stages: dict[str, _Stage] = field(default_factory=dict)
+
+    def report(self, name: str, done: int, total: int) -> None:
+        now = self.clock()
+        stage = self.stages.get(name)
+        if stage is None or done < stage.last:
+            self.stages[name] = _Stage(now, now, done, done)
+            self.write(f"{name}: {done}/{total} begins, memory {in_units(_resident())}")
+            return
+        again, stage.last = done == stage.last, done
+        if again or (done < total and now < stage.told + LOG_EVERY):
+            return
+        stage.told = now
+        elapsed = now - stage.begun
+        ahead = elapsed / max(done - stage.first, 1) * (total - done)
+        rest = f", ETA {_clock(ahead)}" if done < total else ", done"
+        spent = f"elapsed {_clock(elapsed)}, memory {in_units(_resident())}"
+        self.write(f"{name}: {done}/{total}{rest}, {spent}")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _comparison(comparison: Comparison) -> Table:
+    table = Table(title="variants", title_justify="left")
+    table.add_column("variant")
+    for name in ("size", "bits", "KL divergence", "perplexity"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    table.add_row(
+        "source", in_units(comparison.size_bytes), "16", "", _number(comparison.perplexity)
+    )
+    for variant in comparison.variants:
+        one = variant.checkpoint
+        check = one.by_name.get("kl_divergence")
+        table.add_row(
+            one.name,
+            in_units(one.size_bytes),
+            f"{one.bits_per_weight:.2f}",
+            _number(check.value if check else None),
+            _number(one.perplexity_result),
+            "passed" if one.published else "REJECTED",
+        )
+    return table
+
+
+def _by_which_limits(comparison: Comparison) -> str:
+    """Where the variants have different limits: by which of them one is recommended."""
+    strictest = contested([variant.checkpoint for variant in comparison.variants])
+    if not strictest or comparison.recommended is None:
+        return ""
+    chosen = comparison.by_name[comparison.recommended].checkpoint
+    if over := missed(chosen, strictest):
+        return f" (by looser limits than other variants have: {', '.join(over)})"
+    return f" (by the strictest limits of all variants: {', '.join(strictest)})"
+
+
+def _curve(points: Sequence[CurvePoint]) -> Table:
+    """What other budgets would buy, the cheapest first."""
+    table = Table(title="other budgets, protection as it is", title_justify="left")
+    table.add_column("widths")
+    for name in ("size", "bits per expert weight", "predicted loss"):
+        table.add_column(name, justify="right")
+    for point in points:
+        widths = ", ".join(map(str, point.widths))
+        label = f"{widths} mixed" if len(point.widths) > 1 else f"{widths} for all"
+        bits = f"{point.bits_per_weight:.3f}"
+        table.add_row(label, in_units(point.size_bytes), bits, _number(point.predicted_loss))
+    return table
+
+
+def _gates(validation: ValidationReport) -> Table:
+    table = Table(title="gates", title_justify="left")
+    for name, justify in (("gate", "left"), ("value", "right"), ("limit", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("verdict")
+    for check in validation.checks:
+        table.add_row(check.name, _number(check.value), _number(check.limit), _verdict(check))
+    return table
+
+
+def _verdict(check: Check) -> str:
+    if unlimited(check):
+        return "no limit"
+    word = {True: "passed", False: "FAILED", None: "not run"}[check.passed]
+    detail = check.detail.removeprefix("not run: ")
+    return word if check.passed or not detail else f"{word}: {detail}"
+
+
+def _result_line(outcome: Outcome) -> str:
+    validation, plan = outcome.validation, outcome.plan
+    measured = f"{validation.perplexity_source:.2f} -> {validation.perplexity_result:.2f}"
+    return (
+        f"{outcome.directory}: {'passed' if outcome.published else 'REJECTED'}, "
+        f"{in_units(validation.source_size_bytes)} -> {in_units(validation.size_bytes)}, "
+        f"{plan.bits_per_weight:.2f} bits per expert weight, "
+        f"perplexity {measured if validation.tokens else 'not measured'}"
+    )
+
+
+def why_rejected(outcome: Outcome) -> str:
+    failed = failed_gates(outcome.validation)
+    return f"nothing was published; {failed}; report in {outcome.directory}/se_compress"
+
+
+def failed_gates(validation: ValidationReport) -> str:
+    return "; ".join(
+        f"{check.name} is {_number(check.value)}, limit {_number(check.limit)}"
+        + (f" ({check.detail})" if check.detail else "")
+        for check in validation.checks
+        if check.passed is False
+    )
+
+
+def why_variants_rejected(outcome: VariantsOutcome) -> str:
+    """ "" if nothing that has to pass was rejected."""
+    if outcome.comparison.passed:
+        return ""
+    report = f"see {outcome.directory}/comparison.html"
+    if outcome.comparison.recommended is None:
+        return (
+            f"nothing was published; all {len(outcome.outcomes)} variants were rejected; {report}"
+        )
+    failed = [
+        f"variant {name} was rejected: {failed_gates(outcome.outcomes[name].validation)}"
+        for name in outcome.comparison.required
+        if not outcome.outcomes[name].published
+    ]
+    return f"{'; '.join(failed)}; require names it, the others are published; {report}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

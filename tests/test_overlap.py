@@ -1,0 +1,72 @@
+"""Held-out text that calibration has seen is told, wherever it comes from."""
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+
+from se_compress.overlap import RUN, common_sources, notes_before, notes_on, share_seen
+from se_compress.recipe import Recipe
+
+
+def recipe(calibration: object, validation: object) -> Recipe:
+    return tiny.recipe("m", calibration={"data": calibration}, validation={"data": validation})
+
+
+def text(count: int, length: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(10**6) for _ in range(length)] for _ in range(count)]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one text")
+    Path("copy.txt").write_text("one text")
+    Path("same-size.txt").write_text("two text")
+    Path("link.txt").symlink_to("a.txt")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "validation", "common"),
+    [
+        ("a.txt", "a.txt", ("a.txt",)),
+        ("a.txt", "./a.txt", ("./a.txt",)),
+        ("a.txt", "link.txt", ("link.txt",)),
+        ("a.txt", "copy.txt", ("copy.txt",)),
+        (["x/y", "a.txt"], ["same-size.txt", "copy.txt"], ("copy.txt",)),
+        ("x/y", "x/y", ("x/y",)),
+        ("a.txt", "same-size.txt", ()),
+        ("x/y", {"data": "x/y", "split": "test"}, ()),
+        ({"data": "x/y", "config": "a"}, {"data": "x/y", "config": "b"}, ()),
+        ("missing.txt", "other.txt", ()),
+    ],
+)
+@pytest.mark.usefixtures("files")
+def test_one_source_under_two_names(
+    calibration: object, validation: object, common: tuple[str, ...]
+) -> None:
+    found = recipe(calibration, validation)
+    assert common_sources(found) == common
+    assert bool(notes_before(found)) == bool(common)
+
+
+def test_what_is_drawn_twice_is_measured() -> None:
+    seen, held_out = text(8, 64, 0), text(4, 64, 1)
+    assert share_seen(seen, held_out) == 0
+    assert share_seen(seen, seen[:4]) == 1
+    assert share_seen(seen, [*held_out[:3], seen[5]]) == 0.25
+    shifted = [seen[0][5:] + held_out[0][:5]]
+    assert share_seen(seen, shifted) == 0.75, "wherever it begins"
+    assert share_seen(seen, [seen[0][: RUN - 1] + held_out[0]]) == 0, "a phrase is none"
+
+
+def test_it_is_told_with_its_share() -> None:
+    seen, held_out = text(8, 64, 0), text(3, 64, 1)
+    apart = recipe("a/b", "c/d")
+    assert notes_on(apart, seen, held_out) == ()
+    (note,) = notes_on(apart, seen, [*held_out, seen[3]])
+    assert note.startswith("caution: calibration saw 25 % of the held-out text")
+    (mild,) = notes_on(recipe("a/b", "a/b"), seen, held_out)
+    assert "from one source, a/b, but from different places" in mild
