@@ -500,6 +500,7 @@ class LayerRecord:
     hidden_error   relative distance between the hidden states of the compressed stream and those of
                    the source after the layer
     failed         the gate that the compressed stream failed here: compressing stopped
+    digests        hashes of the tensors that were made and not copied, see digests.py
     """
 
     layer: int
@@ -508,6 +509,7 @@ class LayerRecord:
     experts: tuple[ExpertRecord, ...]
     linears: tuple[LinearRecord, ...] = ()
     failed: Check | None = field(default=None, metadata=UNLESS_NONE)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------- validation

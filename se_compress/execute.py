@@ -34,6 +34,7 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.checkpoint import Reader, copy_tensor, open_tensors, write_tensors
+from se_compress.digests import by_owner, digest_of_tensor
 from se_compress.early_warning import Side, early_warning
 from se_compress.families import FAMILIES
 from se_compress.measures import relative_distance
@@ -138,15 +139,24 @@ def _load_record(options: RunOptions, layer: int) -> LayerRecord:
 
 def _copy(
     small: Shrunk, read: Reader, layout: Mapping[str, TensorInfo], tensors: Iterable[TensorInfo]
-) -> None:
+) -> dict[str, str]:
     """Put tensors that keep their precision into the result: byte for byte, or as surgery makes
-    them."""
+    them. Returns the digests of the latter by name."""
+    digests: dict[str, str] = {}
     for info in tensors:
         name = result_name(small.source, small.plan, info.name)
         if is_made(info):
-            write_tensors(layout, {name: read(info.name)})
+            digests |= _write(layout, {name: read(info.name)})
         else:
             copy_tensor(info, layout[name])
+    return digests
+
+
+def _write(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Put tensors that were made here into the result, and return their digests by name."""
+    digests = {name: digest_of_tensor(tensor) for name, tensor in tensors.items()}
+    write_tensors(layout, tensors)
+    return digests
 
 
 def _unquantized(small: Shrunk, layer: int) -> Iterator[TensorInfo]:
@@ -238,8 +248,9 @@ def _compress_layer(
         )
     else:
         made = _Made(model.run_layer(layer, module, streams["result"], watch))
-    write_tensors(layout, {result_name(model.source, plan, n): t for n, t in made.tensors.items()})
-    _copy(small, model.read, layout, _unquantized(small, layer))
+    packed = {result_name(model.source, plan, name): part for name, part in made.tensors.items()}
+    digests = _write(layout, packed)
+    digests |= _copy(small, model.read, layout, _unquantized(small, layer))
     away, failed = 0.0, None
     if not untouched:
         result = leading(made.result, WITNESS_TOKENS)
@@ -263,6 +274,7 @@ def _compress_layer(
         experts=tuple(_by_source_id(record, small) for record in made.experts),
         linears=tuple(linear.record for linear in made.linears),
         failed=failed,
+        digests=by_owner(digests),
     )
     return record, {"source": made.result if untouched else source, "result": made.result}
 

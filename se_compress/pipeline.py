@@ -182,7 +182,9 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     if plan is not None:
         plan = check_plan(plan, source, str(plan_file))
     held_out = draw_sequences(request.recipe.validation, source.path, "validation")
-    report = validate(source, plan, directory, held_out, (), request.recipe, request.options)
+    told = load(ValidationReport, directory / OURS / "validation.json") if plan else None
+    records = told.records if told else ()
+    report = validate(source, plan, directory, held_out, records, request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
     profile = load(ExpertProfile, profile_file)
     if plan is not None and profile is not None:

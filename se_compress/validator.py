@@ -44,7 +44,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -64,7 +64,8 @@ from se_compress.artifacts import (
     TensorInfo,
     ValidationReport,
 )
-from se_compress.checkpoint import Reader, open_result, open_tensors
+from se_compress.checkpoint import Reader, check_finite, open_result, open_tensors
+from se_compress.digests import by_name, digest_on_disk
 from se_compress.errors import NOT_RUN_EXIT_CODE, SourceError
 from se_compress.families import FAMILIES, unfused_name
 from se_compress.headers import Slot, read_headers
@@ -107,7 +108,7 @@ from se_compress.targets import planned_bits, result_name, result_slots
 RELOAD_LIMIT = 0.10
 RELOAD_TOKENS = 64
 LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
-LISTED_ELEMENTS, LISTED_SINKS = 8, 4
+LISTED_ELEMENTS, LISTED_SINKS, LISTED_PROBLEMS = 8, 4, 3
 GATES = (
     "perplexity_increase",
     "kl_divergence",
@@ -162,18 +163,41 @@ def validate(
     if records and (stopped := records[-1].failed):
         reason = f"not run: compressing stopped after layer {records[-1].layer}"
         return _report(source, _alone(stopped, reason), None, (), records, found)
-    stored = _planned(source, plan, found) if plan else _foreign(source, directory, found)
+    if plan:
+        stored = _planned(source, plan, found, records)
+    else:
+        stored = _foreign(source, directory, found)
     if not stored.complete:
         reason = "not run: a result with tensors missing cannot be run"
         return _report(source, _alone(stored.accounted, reason), None, (), records, found)
     original = original or Original(source, tokens, recipe, options)
+    try:
+        return _judge_stored(stored, original, directory, records, found, recipe, options, reload)
+    except _Unusable as error:
+        reason = "not run: a tensor of the result cannot be used"
+        return _report(source, _alone(stored.not_usable(error), reason), None, (), records, found)
+
+
+def _judge_stored(
+    stored: "_Stored",
+    original: "Original",
+    directory: Path,
+    records: Sequence[LayerRecord],
+    found: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    options: RunOptions,
+    reload: bool,
+) -> ValidationReport:
+    """All gates of a checkpoint that is whole. Raises _Unusable."""
     result = _streamed(stored.source, stored.read, recipe, options)
     judged = _judge(original, result, stored.small, recipe.validation, options)
     reloaded = Check("reload", None, RELOAD_LIMIT, None, "not run: left out by the caller")
     if reload:
-        reloaded = _reload(result, stored.target, directory, tokens[0][:RELOAD_TOKENS], options)
+        tokens = original.tokens[0][:RELOAD_TOKENS]
+        reloaded = _reload(result, stored.target, directory, tokens, options)
     weights = _weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
+    source = original.model.source
     return _report(source, checks, judged.compared, judged.continuations, records, found)
 
 
@@ -248,8 +272,8 @@ def _versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class _Stored:
     """A checkpoint on disk. `source` and `small` describe it as a model, `read` gives its tensors
-    by the names of that, `intended` what they were made from; of `changed` the values may differ.
-    `target` is the engine that should load it."""
+    by the names of that and raises _Unusable, `intended` what they were made from; of `changed` the
+    values may differ. `target` is the engine that should load it."""
 
     source: ModelSource
     small: Shrunk | None
@@ -260,22 +284,55 @@ class _Stored:
     intended: Reader
     changed: tuple[TensorInfo, ...]
 
+    def not_usable(self, error: "_Unusable") -> Check:
+        """The account of a checkpoint with a tensor that is no weight."""
+        value = min(self.accounted.value or 0.0, 1.0 - 1.0 / len(self.source.tensors))
+        detail = "; ".join(filter(None, [str(error), self.accounted.detail]))
+        return replace(self.accounted, value=value, passed=False, detail=detail)
+
+
+class _Unusable(Exception):
+    """A tensor of the result cannot be unpacked, or holds NaN or infinity."""
+
+
+def _usable(read: Reader, stored_name: Callable[[str], str]) -> Reader:
+    """The same reader of a result, which raises _Unusable: what it holds is the result's fault,
+    while `check_finite` speaks of the source."""
+
+    def checked(name: str) -> Tensor:
+        where = stored_name(name)
+        try:
+            return check_finite(where, read(name))
+        except SourceError as error:
+            raise _Unusable(str(error)) from None
+        except (ValueError, IndexError, RuntimeError) as error:  # words that no unpacker can read
+            if "memory" in str(error):  # torch has no class of its own for that on a CPU
+                raise
+            reason = str(error).partition("\n")[0]
+            raise _Unusable(f"{where} cannot be unpacked: {reason[:200]}") from None
+
+    return checked
+
 
 def _planned(
-    source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]
+    source: ModelSource,
+    plan: CompressionPlan,
+    found: Mapping[str, TensorInfo],
+    records: Sequence[LayerRecord],
 ) -> _Stored:
     small = shrink(source, plan)
+
+    def stored_name(name: str) -> str:
+        return result_name(small.source, small.plan, name)
+
     return _Stored(
         source=small.source,
         small=small,
         target=plan.target,
-        accounted=_account(source, small, found),
+        accounted=_account(source, small, found, records),
         complete=_is_complete(small, found),
-        read=open_result(
-            found,
-            small.source.tensors,
-            lambda name: result_name(small.source, small.plan, name),
-            plan.scheme,
+        read=_usable(
+            open_result(found, small.source.tensors, stored_name, plan.scheme), stored_name
         ),
         intended=open_shrunk(source, small),
         changed=tuple(
@@ -303,7 +360,8 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
             same += _same_bytes(info, whole)
     complete = not problems
     problems += [f"{name} is not in the source" for name in found if name not in known]
-    detail = "; ".join([f"{same} of {len(names)} are the source's own bytes", *problems[:3]])
+    same_bytes = f"{same} of {len(names)} are the source's own bytes"
+    detail = "; ".join([same_bytes, *_leading(problems)])
     share = max(0.0, 1.0 - len(problems) / len(names))
     return _Stored(
         source=source,
@@ -311,8 +369,9 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         target=target,
         accounted=Check("tensors_accounted", share, 1.0, not problems, detail),
         complete=complete,
-        read=open_result(
-            found, source.tensors, lambda name: names[name], Scheme(form, "", -1, True)
+        read=_usable(
+            open_result(found, source.tensors, names.__getitem__, Scheme(form, "", -1, True)),
+            names.__getitem__,
         ),
         intended=open_tensors(source.tensors),
         changed=tuple(source.tensors.values()),
@@ -338,15 +397,24 @@ def _form_of(directory: Path) -> tuple[str, str]:
     )
 
 
-def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]) -> Check:
+def _account(
+    source: ModelSource,
+    small: Shrunk,
+    found: Mapping[str, TensorInfo],
+    records: Sequence[LayerRecord],
+) -> Check:
     """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
-    own bytes, made ones have the values that surgery gives them, and there is nothing else."""
+    own bytes, packed ones are what was written, made ones have the values that surgery gives them,
+    and there is nothing else."""
     expected = {slot.name: slot for slot in result_slots(small.source, small.plan)}
     kept = {
         result_name(small.source, small.plan, name): info
         for name, info in small.source.tensors.items()
         if planned_bits(small.plan, info) == 16
     }
+    new = [name for name in expected if name not in kept or is_made(kept[name])]
+    digests = {owner: text for record in records for owner, text in record.digests.items()}
+    written = by_name(digests, new)
     made, stored = open_shrunk(source, small), open_tensors(found)
     problems = [f"{name} is not planned" for name in found if name not in expected]
     for name, slot in expected.items():
@@ -355,6 +423,8 @@ def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]
             problems.append(f"{name} is missing")
         elif Slot(name, info.dtype, info.shape) != slot:
             problems.append(f"{name} is {info.dtype} {list(info.shape)}")
+        elif name in written and digest_on_disk(info) != written[name]:
+            problems.append(f"{name} differs from what was written")
         elif name not in kept:
             continue  # a part of a packed weight
         elif is_made(kept[name]):
@@ -363,8 +433,21 @@ def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]
         elif not _same_bytes(kept[name], info):
             problems.append(f"{name} differs from the source")
     share = 1.0 - len(problems) / max(len(expected), 1)
-    detail = "; ".join(problems[:3])
+    detail = "; ".join([*_leading(problems), *_not_compared(len(new) - len(written))])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
+
+
+def _leading(problems: Sequence[str]) -> list[str]:
+    """The first LISTED_PROBLEMS, and how many more there are."""
+    more = len(problems) - LISTED_PROBLEMS
+    return [*problems[:LISTED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+
+
+def _not_compared(count: int) -> tuple[str, ...]:
+    """What the account cannot say of tensors without a digest."""
+    if not count:
+        return ()
+    return (f"not compared: {count} made tensors, validation.json has no digests of them",)
 
 
 def _weight_checks(

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.gptq",
         "quant.bnb",
     ),
-    ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
+    ("source", "targets", "checkpoint", "digests", "measures", "page", "progress", "surgery"),
     ("streaming", "splice", "structure", "allocate"),
     ("solver", "early_warning"),
     (
