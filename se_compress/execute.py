@@ -35,9 +35,10 @@ from se_compress.artifacts import (
 )
 from se_compress.checkpoint import Reader, copy_tensor, open_tensors, write_tensors
 from se_compress.digests import by_owner, digest_of_tensor
-from se_compress.early_warning import Side, early_warning
+from se_compress.early_warning import Side, early_warning, overflow_warning
 from se_compress.families import FAMILIES
 from se_compress.measures import relative_distance
+from se_compress.overflow import check_states
 from se_compress.recipe import Recipe
 from se_compress.solver import (
     SolvedLinear,
@@ -236,6 +237,7 @@ def _compress_layer(
     before = [] if untouched else leading(streams["source"], WITNESS_TOKENS)
     sinks = SinkCapture()
     source = original.run_layer(layer, module, before, sinks)  # the weights are about to change
+    check_states(original, layer, source)
     if model is not original:
         del module  # one layer in memory
         module = model.load_layer(layer)
@@ -255,7 +257,8 @@ def _compress_layer(
     if not untouched:
         result = leading(made.result, WITNESS_TOKENS)
         away = relative_distance(result, source)
-        if warns:
+        failed = overflow_warning(layer, made.result, recipe.validation)
+        if warns and not failed:
             load = partial(original.load_layer, layer)
             ours = Side(original, before, source, sinks.sink_mass, load)
             theirs = Side(

@@ -36,6 +36,7 @@ from se_compress.artifacts import (
     ModelSource,
     Scheme,
 )
+from se_compress.errors import SourceError
 from se_compress.quant.bnb import dequantize_bnb, quantize_bnb
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
@@ -128,12 +129,14 @@ def _solve_experts(
 ) -> Iterator[_Quantized]:
     rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
     for widths, members in _stacks(decisions, experts):
+        identities = [ExpertId(decisions[0].layer, expert) for expert in members]
         inputs = _gate_up_inputs(capture, members, everyone, rule.shrinkage)
+        _check_moments(inputs.hessian, [f"gate and up of expert {i}" for i in identities])
         gate_up = _replace(experts.gate_up_proj, members, inputs, widths[0], scheme, rule)
         inner_inputs, inner = _down_inputs(capture, experts, members, everyone, rule.shrinkage)
+        _check_moments(inner_inputs.hessian, [f"down of expert {i}" for i in identities])
         down = _replace(experts.down_proj, members, inner_inputs, widths[1], scheme, rule)
-        for i, expert in enumerate(members):
-            identity = ExpertId(decisions[0].layer, expert)
+        for i, (expert, identity) in enumerate(zip(members, identities, strict=True)):
             names = [source.experts[identity][role].name for role in ROLES]
             tensors: dict[str, Tensor] = {}
             for part, solved in ((names[:2], gate_up), (names[2:], down)):
@@ -388,6 +391,7 @@ def quantize_linears(
                     for name in names
                 ]
                 continue
+            _check_moments(hessian[None], names)
             for width in sorted({bits[name] for name in names}):
                 alike = {name: linears[name] for name in names if bits[name] == width}
                 done += _replace_linears(alike, hessian, tokens, width, scheme, rule)
@@ -565,6 +569,17 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> _
     )
     fallback = [NOT_FACTORED if i in result.unfactorable else "" for i in range(len(weight))]
     return _Solved(result.stack, result.error.tolist(), list(result.damping), fallback)
+
+
+def _check_moments(hessian: Tensor, names: Sequence[str]) -> None:
+    """Raises SourceError if what a member is given has squares that float32 does not hold: hidden
+    states are seen to be finite after every layer, so that these are the source's, within one."""
+    finite = hessian.sum(dim=(1, 2)).isfinite().tolist()
+    if not all(finite):
+        raise SourceError(
+            f"{names[finite.index(False)]}: its inputs on the calibration text are so large that "
+            "float32 does not hold their squares; it cannot be calibrated"
+        )
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> Tensor:

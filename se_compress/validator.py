@@ -89,6 +89,7 @@ from se_compress.measures import (
     sink_token_change,
     weight_cosine,
 )
+from se_compress.overflow import check_logits, check_states
 from se_compress.quant.packing import COMPRESSED_TENSORS, MARKS
 from se_compress.recipe import Recipe, Validation
 from se_compress.source import read_config
@@ -530,11 +531,16 @@ class Original:
         self.model = _streamed(source, read, recipe, options)
         self.tokens = tokens
         self.batches = batches_of(tokens, options.batch_tokens)
-        self._seen: list[_Seen] | None = list(_walk(self.model, self.batches)) if keep else None
+        self._seen: list[_Seen] | None = list(self._walk()) if keep else None
         self._continuations: dict[int, list[list[int]]] = {}
 
     def walk(self) -> Iterable[_Seen]:
-        return self._seen if self._seen is not None else _walk(self.model, self.batches)
+        return self._seen if self._seen is not None else self._walk()
+
+    def _walk(self) -> Iterator[_Seen]:
+        for layer, seen in enumerate(_walk(self.model, self.batches)):
+            check_states(self.model, layer, seen.states)
+            yield seen
 
     def generate(
         self, prompts: Tensor, count: int, on_token: Callable[[], None]
@@ -688,9 +694,10 @@ def _compare_predictions(
 ) -> _Predictions:
     sequences = [row[1:] for batch in original.batches for row in batch]
     pieces = [(i, part) for i, row in enumerate(sequences) for part in row.split(PIECE_TOKENS)]
+    ours = in_pieces([states[:, :-1] for states in old.states])
     predictions = zip(
         pieces,
-        original.model.logits(in_pieces([states[:, :-1] for states in old.states])),
+        (check_logits(original.model, logits) for logits in original.model.logits(ours)),
         result.logits(in_pieces([states[:, :-1] for states in new.states])),
         strict=True,
     )

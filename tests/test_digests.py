@@ -181,6 +181,9 @@ KINDS: Mapping[str, Callable[[str, str, str], Damage]] = {
     ),
     "layers": lambda codes, scales, rest: exchanged(STEM.replace("layers.1", "layers.0"), STEM),
     "the router": lambda codes, scales, rest: with_byte("model.layers.1.mlp.gate.weight", 5),
+    "a norm that overflows": lambda codes, scales, rest: with_value(
+        "model.layers.0.post_attention_layernorm.weight", None, 1e30
+    ),
     "a norm": lambda codes, scales, rest: with_value(
         "model.layers.0.input_layernorm.weight", float("nan")
     ),

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("source", "targets", "checkpoint", "digests", "measures", "page", "progress", "surgery"),
     ("streaming", "splice", "structure", "allocate"),
-    ("solver", "early_warning"),
+    ("solver", "early_warning", "overflow"),
     (
         "calibrate",
         "profiler",
