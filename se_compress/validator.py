@@ -538,6 +538,8 @@ class Original:
         return self._seen if self._seen is not None else self._walk()
 
     def _walk(self) -> Iterator[_Seen]:
+        for batch in self.batches:
+            check_states(self.model, -1, self.model.embed([batch]))
         for layer, seen in enumerate(_walk(self.model, self.batches)):
             check_states(self.model, layer, seen.states)
             yield seen
