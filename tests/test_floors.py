@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.bnb",
     ),
     ("source", "targets", "checkpoint", "digests", "measures", "page", "progress", "surgery"),
-    ("streaming", "splice", "structure", "allocate"),
+    ("streaming", "splice", "structure", "allocate", "serving"),
     ("solver", "early_warning", "overflow"),
     (
         "calibrate",
@@ -59,7 +59,7 @@ MODULES = {
 }  # fmt: skip
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
-    "source", "targets", "surgery", "structure", "allocate", "policy", "export", "page",
+    "source", "targets", "surgery", "structure", "allocate", "serving", "policy", "export", "page",
     "report", "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli", "",
 ]  # fmt: skip
 

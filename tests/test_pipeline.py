@@ -853,3 +853,23 @@ def test_damage_to_a_published_result_is_seen_by_validate(settled: Workplace) ->
         assert re.fullmatch(
             r"not compared: \d+ made tensors, validation\.json has no digests of them", check.detail
         )
+
+
+def test_what_float16_does_not_hold_is_told_everywhere(
+    place: Workplace, tiny_model: TinyModel
+) -> None:
+    model = place.directory / "model"
+    shutil.copytree(tiny_model("qwen2_moe"), model)
+    weights = load_file(model / WEIGHTS)
+    loud = {n: t * 1e6 for n, t in weights.items() if "layers.1.mlp.experts.3.down" in n}
+    tiny.edit_weights(model, loud)
+    tiny.edit_config(model, dtype="float16")
+    place.settings["model"] = str(model)
+    place.settings["policy"]["protect"] = "none"
+    outcome = place.run("validation.early_stop=false")
+    told = [note for note in outcome.plan.notes if "65,504" in note]
+    assert len(told) == 1
+    assert told[0] in place.said
+    for page in ("README.md", "se_compress/report.html"):
+        text = (outcome.directory / page).read_text(encoding="utf-8")
+        assert "65,504" in text
