@@ -39,7 +39,7 @@ from se_compress.artifacts import (
 from se_compress.errors import SourceError
 from se_compress.quant.bnb import dequantize_bnb, quantize_bnb
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
-from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
+from se_compress.quant.grid import SMALLEST_SCALE, Grid, QuantizedStack, dequantize, rtn
 from se_compress.quant.packing import pack
 from se_compress.recipe import Quantization, Recipe
 from se_compress.streaming import RoutingCapture, expert_inner, select_rows
@@ -52,6 +52,7 @@ STACK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 # calibrated.
 LAYER_TOKENS = 4096
 NOT_FACTORED = "Hessian could not be factorised: rounded to nearest"
+BELOW_GRID = f"all weights are below half the least scale of engines, {SMALLEST_SCALE:.1e}: lost"
 
 
 @dataclass(frozen=True)
@@ -558,7 +559,7 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> _
         stack = rtn(weight, grid, moments if rule.scales == "activation" else None)
         lost, whole = (_energy(w, hessian) for w in (dequantize(stack) - weight, weight))
         error = (lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt().tolist()
-        return _Solved(stack, error, [0.0] * len(weight), [""] * len(weight))
+        return _Solved(stack, error, [0.0] * len(weight), _below_grid(weight))
     result = gptq(
         weight,
         hessian,
@@ -567,8 +568,16 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> _
         act_order=rule.act_order,
         scales=rule.scales,
     )
-    fallback = [NOT_FACTORED if i in result.unfactorable else "" for i in range(len(weight))]
+    fallback = _below_grid(weight)
+    for member in result.unfactorable:
+        fallback[member] = NOT_FACTORED
     return _Solved(result.stack, result.error.tolist(), list(result.damping), fallback)
+
+
+def _below_grid(weight: Tensor) -> list[str]:
+    """For each member of [E, R, C] what is to be said if it is not zero, but becomes so."""
+    largest = weight.abs().amax(dim=(1, 2)).tolist()
+    return [BELOW_GRID if 0 < size < SMALLEST_SCALE / 2 else "" for size in largest]
 
 
 def _check_moments(hessian: Tensor, names: Sequence[str]) -> None:
