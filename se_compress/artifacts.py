@@ -445,7 +445,8 @@ class ExpertRecord:
     shrinkage   share of the layer's Hessian mixed in (0 = enough tokens of its own)
     damping     share of each column's mean square that was added to it (larger of the two Hessians)
     error       relative output error, sqrt(tr(dW H dW^T) / tr(W H W^T)): gate and up, then down
-    fallback    "", why another method had to be used, or that all is lost; a part that keeps 16 bits has error 0
+    fallback    "", why another method had to be used, or that all is lost; a part that keeps 16
+                bits has error 0
     """
 
     layer: int

@@ -436,7 +436,8 @@ def _account(
         elif not _same_bytes(kept[name], info):
             problems.append(f"{name} differs from the source")
     share = 1.0 - len(problems) / max(len(expected), 1)
-    detail = "; ".join([*_leading(problems), *_not_compared(len(new) - len(written))])
+    unknown = sum(name not in kept and name not in written for name in expected)
+    detail = "; ".join([*_leading(problems), *_not_compared(unknown)])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
 
 
@@ -450,7 +451,7 @@ def _not_compared(count: int) -> tuple[str, ...]:
     """What the account cannot say of tensors without a digest."""
     if not count:
         return ()
-    return (f"not compared: {count} made tensors, validation.json has no digests of them",)
+    return (f"not compared: {count} packed tensors, validation.json has no digests of them",)
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def test_records_without_digests_say_what_was_not_compared(
     count = sum(".layers.1.mlp.experts." in name for name in read_headers(result.directory))
     assert check.passed
     assert check.detail == (
-        f"not compared: {count} made tensors, validation.json has no digests of them"
+        f"not compared: {count} packed tensors, validation.json has no digests of them"
     )
 
 

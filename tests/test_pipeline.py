@@ -851,7 +851,8 @@ def test_damage_to_a_published_result_is_seen_by_validate(settled: Workplace) ->
         check = judged()
         assert check.passed, "one bit of one code changes no other gate"
         assert re.fullmatch(
-            r"not compared: \d+ made tensors, validation\.json has no digests of them", check.detail
+            r"not compared: \d+ packed tensors, validation\.json has no digests of them",
+            check.detail,
         )
 
 
