@@ -5,6 +5,7 @@ and those of the compressed model. Where the massive activation or the attention
 are gone from the second, no later layer brings them back, and hours of further work are saved.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from se_compress.artifacts import Check, ExpertId, ExpertIndex
-from se_compress.measures import COMMON_SHARE, massive_elements, massive_places, sink_decay
+from se_compress.measures import (
+    COMMON_SHARE,
+    massive_elements,
+    massive_places,
+    overflows,
+    sink_decay,
+)
 from se_compress.recipe import Validation
 from se_compress.streaming import Observer, StreamedModel
 
@@ -59,6 +66,15 @@ def early_warning(layer: int, source: Side, result: Side, limits: Validation) ->
     if decay is not None and not decay <= collapse:
         return Check("sink_decay", decay, collapse, False, where)
     return None
+
+
+def overflow_warning(layer: int, result: Sequence[Tensor], limits: Validation) -> Check | None:
+    """The same for hidden states of the result [B, T, H] that are no numbers any more, while those
+    of the source are. No later layer can be calibrated on them, so nothing turns this one off."""
+    if not any(overflows(batch) for batch in result):
+        return None
+    detail = f"activations of the result overflow after layer {layer} on calibration text"
+    return Check("kl_divergence", math.nan, limits.kl_divergence, False, detail)
 
 
 class _Writes(Observer):

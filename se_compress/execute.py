@@ -37,12 +37,14 @@ from se_compress.artifacts import (
 )
 from se_compress.blueprint import Blueprint, draw_blueprint
 from se_compress.checkpoint import Reader, allocate, copy_tensor, open_tensors, write_tensors
-from se_compress.early_warning import Side, early_warning
+from se_compress.digests import by_owner, digest_of_tensor
+from se_compress.early_warning import Side, early_warning, overflow_warning
 from se_compress.export import export_config
 from se_compress.families import FAMILIES
 from se_compress.formats import PlannedTensor
 from se_compress.headers import lay_out
 from se_compress.measures import relative_distance
+from se_compress.overflow import check_states
 from se_compress.recipe import Recipe
 from se_compress.solver import (
     Packed,
@@ -164,14 +166,25 @@ def _load_record(options: RunOptions, layer: int) -> LayerRecord:
 # ------------------------------------------------------------------------------------------ copying
 
 
-def _copy(read: Reader, layout: Mapping[str, TensorInfo], tensors: Iterable[PlannedTensor]) -> None:
+def _copy(
+    read: Reader, layout: Mapping[str, TensorInfo], tensors: Iterable[PlannedTensor]
+) -> dict[str, str]:
     """Put those of the tensors that keep their precision into the result: byte for byte, or as
-    surgery makes them."""
+    surgery makes them. Returns the digests of the latter by name."""
+    digests: dict[str, str] = {}
     for tensor in tensors:
         if tensor.making == "copied":
             copy_tensor(tensor.info, layout[tensor.name])
         elif tensor.making == "made":
-            write_tensors(layout, {tensor.name: read(tensor.info.name)})
+            digests |= _write(layout, {tensor.name: read(tensor.info.name)})
+    return digests
+
+
+def _write(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Put tensors that were made here into the result, and return their digests by name."""
+    digests = {name: digest_of_tensor(tensor) for name, tensor in tensors.items()}
+    write_tensors(layout, tensors)
+    return digests
 
 
 def _copy_layer(
@@ -244,6 +257,7 @@ def _compress_layer(
     before = [] if untouched else leading(streams["source"], WITNESS_TOKENS)
     sinks = SinkCapture()
     source = original.run_layer(layer, module, before, sinks)  # the weights are about to change
+    check_states(original, layer, source)
     if model is not original:
         del module  # one layer in memory
         module = model.load_layer(layer)
@@ -256,13 +270,14 @@ def _compress_layer(
         )
     else:
         made = _Made(model.run_layer(layer, module, streams["result"], watch))
-    write_tensors(layout, _stored(blueprint, made.tensors))
-    _copy(model.read, layout, blueprint.of_layer(layer))
+    digests = _write(layout, _stored(blueprint, made.tensors))
+    digests |= _copy(model.read, layout, blueprint.of_layer(layer))
     away, failed, origin = 0.0, None, blueprint.shrunk.origin
     if not untouched:
         result = leading(made.result, WITNESS_TOKENS)
         away = relative_distance(result, source)
-        if warns:
+        failed = overflow_warning(layer, made.result, recipe.validation)
+        if warns and not failed:
             load = partial(original.load_layer, layer)
             ours = Side(original, before, source, sinks.sink_mass, load)
             theirs = Side(
@@ -281,6 +296,7 @@ def _compress_layer(
         experts=tuple(_by_source_id(record, origin) for record in made.experts),
         linears=tuple(linear.record for linear in made.linears),
         failed=failed,
+        digests=by_owner(digests),
     )
     return record, {"source": made.result if untouched else source, "result": made.result}
 

@@ -74,6 +74,11 @@ def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> flo
     return float(torch.cat(ratios).mean())
 
 
+def overflows(states: Tensor) -> bool:
+    """Whether a vector of `states` [..., C] has a size that float32 does not hold, or a NaN."""
+    return not bool(states.float().square().sum(dim=-1).isfinite().all())
+
+
 def peak_of(states: Sequence[Tensor]) -> float:
     """The largest |h|; NaN if there is a NaN."""
     return float(torch.stack([batch.abs().max() for batch in states]).max())

@@ -33,7 +33,7 @@ from se_compress.artifacts import (
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.overlap import CAUTION, notes_before, notes_on
-from se_compress.policy import check_plan, curve_of, make_plan
+from se_compress.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
 from se_compress.preflight import (
     check_disk,
     check_memory,
@@ -291,6 +291,8 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         prepare(output, settings, request.fresh, request.notice)
         profile = _profile(source, calibration, work, request)
         plan = _noting(_plan(source, profile, request), notes)
+        for caution in cautions_of(plan, source, profile):
+            request.notice(caution)
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
         staged = work / "checkpoint"
@@ -338,7 +340,7 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
             raise RecipeError(
                 f"{request.plan_file}: {key} is {planned[key]}, but the recipe says {value}"
             )
-    return plan
+    return with_cautions(plan, source, profile)
 
 
 def _noting(plan: CompressionPlan, notes: Sequence[str]) -> CompressionPlan:

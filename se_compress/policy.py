@@ -26,6 +26,7 @@ from se_compress.artifacts import (
 )
 from se_compress.errors import RecipeError
 from se_compress.recipe import Prune, Recipe
+from se_compress.serving import float16_notes
 from se_compress.surgery import (
     check_structure,
     lifted,
@@ -52,8 +53,23 @@ def make_plan(
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
     plan = _plan(source, profile, recipe, _protected(source, profile, recipe))
-    notes = plan.notes + _notes(profile, recipe) + cautions(source, rules_of(plan))
-    return replace(plan, notes=notes)
+    plan = replace(plan, notes=plan.notes + _notes(profile, recipe))
+    return with_cautions(plan, source, profile)
+
+
+def with_cautions(
+    plan: CompressionPlan, source: ModelSource, profile: ExpertProfile | None
+) -> CompressionPlan:
+    """The plan with what has to be known before its result is served; a note that it has already
+    is not repeated."""
+    said = cautions_of(plan, source, profile)
+    return replace(plan, notes=(*plan.notes, *(note for note in said if note not in plan.notes)))
+
+
+def cautions_of(
+    plan: CompressionPlan, source: ModelSource, profile: ExpertProfile | None
+) -> tuple[str, ...]:
+    return cautions(source, rules_of(plan)) + float16_notes(source, plan, profile)
 
 
 def _plan(

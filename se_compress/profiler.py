@@ -48,9 +48,11 @@ from se_compress.measures import (
     MASSIVE_RATIO,
     is_massive,
     kl_divergence,
+    overflows,
     peak_of,
     sink_rate,
 )
+from se_compress.overflow import check_inputs, check_logits, check_states
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, SuperExperts
 from se_compress.streaming import (
@@ -168,6 +170,7 @@ def _measure_layers(
     if states_file:
         done, streams = load_states(states_file, model.device)
     hidden = streams.get("source") or model.embed(batches)
+    check_states(model, done, hidden)
     for layer in range(model.source.layer_count):
         options.progress("profile", layer, model.source.layer_count)
         record = options.work / f"profile-layer-{layer:05}.json" if options.work else None
@@ -193,6 +196,7 @@ def _measure_layer(
     module = model.load_layer(layer)
     watch = _Watch(batches)
     after = model.run_layer(layer, module, hidden, watch)
+    _check_overflow(model, layer, after, watch)
     stats = _layer_stats(model.source, layer, hidden, after, watch, batches)
     grids = [
         Grid(bits, recipe.quantization.group_size, recipe.quantization.symmetric)
@@ -211,6 +215,17 @@ def _measure_layer(
         distances = _output_distances(model.experts_module(module), watch.hidden)
         similarity = LayerSimilarity(layer, distances)
     return _Measured(stats, experts, similarity), after
+
+
+def _check_overflow(
+    model: StreamedModel, layer: int, after: Sequence[Tensor], watch: "_Watch"
+) -> None:
+    """Raises SourceError if the source overflows in a layer, wherever calibration would notice."""
+    check_states(model, layer, after)
+    if watch.saw_experts:
+        check_inputs(model, layer, watch.hidden)
+    for expert, inner in watch.overflown.items():
+        check_inputs(model, layer, inner, expert)
 
 
 def _output_distances(experts: Any, hidden: Tensor) -> tuple[float, ...]:
@@ -247,11 +262,14 @@ class _Watch(RoutingCapture, SinkCapture):
         super().__init__()
         self.batches = batches
         self.peaks: dict[ExpertIndex, _Peak] = {}
+        self.overflown: dict[ExpertIndex, Tensor] = {}
         self.dense_peak: float | None = None
 
     def expert(
         self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
     ) -> None:
+        if overflows(inner):
+            self.overflown.setdefault(expert, inner)
         size = output.float().abs()
         strength, norms = size.amax(dim=1), output.float().norm(dim=1)
         peak = self.peaks.setdefault(expert, _Peak())
@@ -507,7 +525,8 @@ def _mean_divergence(
 ) -> float:
     """Mean KL(source || changed) over positions, from the hidden states after the last layer."""
     ours, theirs = in_pieces(source), in_pieces(changed)
-    pairs = zip(model.logits(ours), model.logits(theirs), strict=True)
+    before = (check_logits(model, logits) for logits in model.logits(ours))
+    pairs = zip(before, model.logits(theirs), strict=True)
     tokens = sum(states.shape[0] * states.shape[1] for states in source)
     return sum(float(kl_divergence(a, b).double().sum()) for a, b in pairs) / tokens
 

@@ -37,9 +37,10 @@ from se_compress.artifacts import (
     ModelSource,
     Scheme,
 )
+from se_compress.errors import SourceError
 from se_compress.formats import FORMATS
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
-from se_compress.quant.grid import Grid, QuantizedStack, dequantize, rtn
+from se_compress.quant.grid import SMALLEST_SCALE, Grid, QuantizedStack, dequantize, rtn
 from se_compress.recipe import Quantization, Recipe
 from se_compress.streaming import RoutingCapture, expert_inner, select_rows
 
@@ -52,6 +53,7 @@ LAYER_TOKENS = 4096
 # Weight -> its stored parts, by what follows the module's name.
 Packed = dict[str, dict[str, Tensor]]
 NOT_FACTORED = "Hessian could not be factorised: rounded to nearest"
+BELOW_GRID = f"all weights are below half the least scale of engines, {SMALLEST_SCALE:.1e}: lost"
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,14 @@ def _solve_experts(
 ) -> Iterator[_Quantized]:
     rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
     for widths, members in _stacks(decisions, experts):
+        identities = [ExpertId(decisions[0].layer, expert) for expert in members]
         inputs = _gate_up_inputs(capture, members, everyone, rule.shrinkage)
+        _check_moments(inputs.hessian, [f"gate and up of expert {i}" for i in identities])
         gate_up = _replace(experts.gate_up_proj, members, inputs, widths[0], scheme, rule)
         inner_inputs, inner = _down_inputs(capture, experts, members, everyone, rule.shrinkage)
+        _check_moments(inner_inputs.hessian, [f"down of expert {i}" for i in identities])
         down = _replace(experts.down_proj, members, inner_inputs, widths[1], scheme, rule)
-        for i, expert in enumerate(members):
-            identity = ExpertId(decisions[0].layer, expert)
+        for i, (expert, identity) in enumerate(zip(members, identities, strict=True)):
             names = [source.experts[identity][role].name for role in ROLES]
             tensors: Packed = {}
             for part, solved in ((names[:2], gate_up), (names[2:], down)):
@@ -392,6 +396,7 @@ def quantize_linears(
                     for name in names
                 ]
                 continue
+            _check_moments(hessian[None], names)
             for width in sorted({bits[name] for name in names}):
                 alike = {name: linears[name] for name in names if bits[name] == width}
                 done += _replace_linears(alike, hessian, tokens, width, scheme, rule)
@@ -558,7 +563,7 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> _
         stack = rtn(weight, grid, moments if rule.scales == "activation" else None)
         lost, whole = (_energy(w, hessian) for w in (dequantize(stack) - weight, weight))
         error = (lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt().tolist()
-        return _Solved(stack, error, [0.0] * len(weight), [""] * len(weight))
+        return _Solved(stack, error, [0.0] * len(weight), _below_grid(weight))
     result = gptq(
         weight,
         hessian,
@@ -567,8 +572,27 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> _
         act_order=rule.act_order,
         scales=rule.scales,
     )
-    fallback = [NOT_FACTORED if i in result.unfactorable else "" for i in range(len(weight))]
+    fallback = _below_grid(weight)
+    for member in result.unfactorable:
+        fallback[member] = NOT_FACTORED
     return _Solved(result.stack, result.error.tolist(), list(result.damping), fallback)
+
+
+def _below_grid(weight: Tensor) -> list[str]:
+    """For each member of [E, R, C] what is to be said if it is not zero, but becomes so."""
+    largest = weight.abs().amax(dim=(1, 2)).tolist()
+    return [BELOW_GRID if 0 < size < SMALLEST_SCALE / 2 else "" for size in largest]
+
+
+def _check_moments(hessian: Tensor, names: Sequence[str]) -> None:
+    """Raises SourceError if what a member is given has squares that float32 does not hold: hidden
+    states are seen to be finite after every layer, so that these are the source's, within one."""
+    finite = hessian.sum(dim=(1, 2)).isfinite().tolist()
+    if not all(finite):
+        raise SourceError(
+            f"{names[finite.index(False)]}: its inputs on the calibration text are so large that "
+            "float32 does not hold their squares; it cannot be calibrated"
+        )
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> Tensor:

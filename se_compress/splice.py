@@ -16,7 +16,7 @@ from torch import Tensor
 
 from se_compress.artifacts import ROLES, ExpertId, Role, TensorInfo
 from se_compress.checkpoint import Reader, open_tensors
-from se_compress.surgery import Shrunk, is_made
+from se_compress.surgery import Shrunk, anchor_of, is_made
 
 Weights = Mapping[Role, Tensor]
 
@@ -26,7 +26,8 @@ def open_shrunk(small: Shrunk) -> Reader:
 
     What merely moved is read where it is. Router rows, and every other tensor that has a row per
     expert, are those of the experts that are left; a merged expert is the average of its members;
-    the down_proj of a zeroed expert is zero. Dtypes are the source's.
+    the down_proj of a zeroed expert is zero. Dtypes are the source's; of members that have several,
+    that of the one with the largest share.
     """
     source = small.original
     read_source, read_moved = open_tensors(source.tensors), open_tensors(small.source.tensors)
@@ -56,8 +57,8 @@ def open_shrunk(small: Shrunk) -> Reader:
 
 def merge_experts(members: Sequence[Weights], shares: Sequence[float]) -> Weights:
     """The average of experts (gate and up [I, H], down [H, I]) after aligning their neurons to the
-    member of the largest share; dtypes as they come."""
-    anchor = members[max(range(len(members)), key=lambda i: shares[i])]
+    member of the largest share; dtypes are that one's."""
+    anchor = members[anchor_of(shares)]
     total = {role: torch.zeros_like(anchor[role], dtype=torch.float32) for role in ROLES}
     for member, share in zip(members, shares, strict=True):
         order = slice(None) if member is anchor else align(anchor, member)

@@ -12,7 +12,7 @@ merged and zeroed weights) has no file; splice.py makes it.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -311,6 +311,7 @@ def behind_decoder(source: ModelSource) -> list[str]:
 def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator[TensorInfo]:
     family = FAMILIES[source.family]
     dropped = set(behind_decoder(source)) if count != source.expert_count else set()
+    dtypes = _merged_dtypes(source, plan)
     seen: set[str] = set()
     for info in source.tensors.values():
         if info.name in dropped:
@@ -320,6 +321,8 @@ def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator
             moved = _expert_tensor(info, decision, family)
             if moved is not None and moved.name not in seen:
                 seen.add(moved.name)
+                if moved.name in dtypes:
+                    moved = _made(replace(moved, dtype=dtypes[moved.name]))
                 yield moved
         elif (
             count != source.expert_count
@@ -329,6 +332,29 @@ def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator
             yield _made(replace(info, shape=(count, *info.shape[1:])))
         else:
             yield info
+
+
+def anchor_of(shares: Sequence[float]) -> int:
+    """The member that the others of a merged expert are aligned to, and whose dtype it has: that of
+    the largest share, the first of equals."""
+    return max(range(len(shares)), key=lambda member: shares[member])
+
+
+def _merged_dtypes(source: ModelSource, plan: CompressionPlan) -> dict[str, str]:
+    """Name of each tensor of a merged expert -> its dtype: members may have several."""
+    members: dict[ExpertId, list[ExpertDecision]] = {}
+    for decision in sorted(plan.experts, key=lambda d: d.id):
+        new = resulting_id(decision)
+        if decision.action == "merge" and new is not None:
+            members.setdefault(new, []).append(decision)
+    family, dtypes = FAMILIES[source.family], dict[str, str]()
+    for merged in members.values():
+        anchor = merged[anchor_of([decision.share or 0.0 for decision in merged])]
+        for info in source.experts[anchor.id].values():
+            moved = _expert_tensor(info, anchor, family)
+            if moved is not None:
+                dtypes[moved.name] = info.dtype
+    return dtypes
 
 
 def _expert_tensor(info: TensorInfo, decision: ExpertDecision, family: Family) -> TensorInfo | None:

@@ -5,6 +5,7 @@ it, each fact with its source. The planner takes a row as its constraint; what t
 is in its blueprint (blueprint.py), exact to the byte.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -216,15 +217,17 @@ def widths_of(scheme: Scheme, rules: TargetRules) -> tuple[int, ...]:
 
 def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
     """Raises RecipeError if the target does not load this grid or a routed expert does not fit."""
+    packed = [
+        info
+        for identity, roles in source.experts.items()
+        for info in (roles.values() if identity.expert != "shared" else ())
+    ]
+    obstacle = ""
     if scheme.group_size not in rules.group_sizes:
-        raise RecipeError(
-            f"{_size_key(scheme)} is {scheme.group_size}; target {rules.target} loads "
-            f"{', '.join(map(str, rules.group_sizes))}"
-        )
-    for identity, roles in source.experts.items():
-        for info in roles.values() if identity.expert != "shared" else ():
-            if obstacle := unpackable(info, rules, scheme):
-                raise RecipeError(obstacle)
+        obstacle = f"target {rules.target} does not load {_size_key(scheme)} {scheme.group_size}"
+    obstacles = (unpackable(info, rules, scheme) for info in packed)
+    if obstacle := obstacle or next(filter(None, obstacles), ""):
+        raise RecipeError(f"{obstacle}; {_accepted_instead(packed, rules, scheme)}")
 
 
 def _size_key(scheme: Scheme) -> str:
@@ -236,19 +239,37 @@ def unpackable(info: TensorInfo, rules: TargetRules, scheme: Scheme) -> str:
     rows, columns = info.shape
     if info.kind == "dense_mlp" and not rules.dense_mlp:
         return f"{info.name}: target {rules.target} does not load a packed dense MLP"
-    if scheme.group_size != -1 and columns % scheme.group_size:
-        per_row = scheme.data_type is None  # of bitsandbytes' types int8 alone is, and always
-        fitting = [g for g in rules.group_sizes if (per_row if g == -1 else columns % g == 0)]
-        return (
-            f"{_size_key(scheme)} {scheme.group_size} does not divide the {columns} columns of "
-            f"{info.name}; accepted there: {', '.join(map(str, fitting)) or 'none'}"
-        )
     if rows % rules.row_multiple or columns % rules.column_multiple:
         return (
             f"{info.name} is {rows} x {columns}; target {rules.target} packs multiples of "
             f"{rules.row_multiple} x {rules.column_multiple}"
         )
+    if scheme.group_size != -1 and columns % scheme.group_size:
+        return (
+            f"{_size_key(scheme)} {scheme.group_size} does not divide the {columns} columns of "
+            f"{info.name}"
+        )
     return ""
+
+
+def _accepted_instead(packed: Sequence[TensorInfo], rules: TargetRules, scheme: Scheme) -> str:
+    """With which group sizes the target would take all these matrices, `packed`; where none would
+    do, which methods leave them as they are."""
+    per_row = scheme.data_type is None  # of bitsandbytes' types int8 alone is, and always
+    shapes = {(info.kind, info.shape): info for info in packed}.values()
+    fitting = [
+        str(size)
+        for size in rules.group_sizes
+        if (size != -1 or per_row)
+        and not any(unpackable(i, rules, replace(scheme, group_size=size)) for i in shapes)
+    ]
+    if fitting:
+        return f"accepted there: {', '.join(fitting)}"
+    others = sorted({r.target for r in TARGETS if "none" in r.methods})
+    return (
+        f"no {_size_key(scheme)} changes that; quantization.method none with target "
+        f"{' or '.join(others)} leaves the experts as they are"
+    )
 
 
 def cautions(source: ModelSource, rules: TargetRules) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -68,7 +68,8 @@ from se_compress.artifacts import (
     from_json,
 )
 from se_compress.blueprint import Blueprint, draw_blueprint
-from se_compress.checkpoint import Reader, open_result, open_tensors
+from se_compress.checkpoint import Reader, check_finite, open_result, open_tensors
+from se_compress.digests import by_name, digest_on_disk
 from se_compress.errors import NOT_RUN_EXIT_CODE, SourceError
 from se_compress.families import FAMILIES, unfused_name
 from se_compress.formats import FORMATS, UNQUANTISED, PlannedTensor
@@ -93,6 +94,7 @@ from se_compress.measures import (
     sink_token_change,
     weight_cosine,
 )
+from se_compress.overflow import check_logits, check_states
 from se_compress.recipe import Recipe, Validation
 from se_compress.source import read_config
 from se_compress.splice import open_shrunk
@@ -110,7 +112,9 @@ from se_compress.surgery import Shrunk
 RELOAD_LIMIT = 0.10
 RELOAD_TOKENS = 64
 LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
-LISTED_ELEMENTS, LISTED_SINKS = 8, 4
+# A matrix below this share of its kind's usual norm is judged by what the model does alone.
+NEGLIGIBLE = 0.01
+LISTED_ELEMENTS, LISTED_SINKS, LISTED_PROBLEMS = 8, 4, 3
 GATES = (
     "perplexity_increase",
     "kl_divergence",
@@ -166,18 +170,41 @@ def validate(
     if records and (stopped := records[-1].failed):
         reason = f"not run: compressing stopped after layer {records[-1].layer}"
         return _report(source, _alone(stopped, reason), None, (), records, found)
-    stored = _planned(source, plan, found) if plan else _foreign(source, directory, found)
+    if plan:
+        stored = _planned(source, plan, found, records)
+    else:
+        stored = _foreign(source, directory, found)
     if not stored.complete:
         reason = "not run: a result with tensors missing cannot be run"
         return _report(source, _alone(stored.accounted, reason), None, (), records, found)
     original = original or Original(source, tokens, recipe, options)
+    try:
+        return _judge_stored(stored, original, directory, records, found, recipe, options, reload)
+    except _Unusable as error:
+        reason = "not run: a tensor of the result cannot be used"
+        return _report(source, _alone(stored.not_usable(error), reason), None, (), records, found)
+
+
+def _judge_stored(
+    stored: "_Stored",
+    original: "Original",
+    directory: Path,
+    records: Sequence[LayerRecord],
+    found: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    options: RunOptions,
+    reload: bool,
+) -> ValidationReport:
+    """All gates of a checkpoint that is whole. Raises _Unusable."""
     result = _streamed(stored.source, stored.read, recipe, options)
     judged = _judge(original, result, stored.small, recipe.validation, options)
     reloaded = Check("reload", None, RELOAD_LIMIT, None, "not run: left out by the caller")
     if reload:
-        reloaded = _reload(result, stored.target, directory, tokens[0][:RELOAD_TOKENS], options)
+        tokens = original.tokens[0][:RELOAD_TOKENS]
+        reloaded = _reload(result, stored.target, directory, tokens, options)
     weights = _weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
+    source = original.model.source
     return _report(source, checks, judged.compared, judged.continuations, records, found)
 
 
@@ -260,8 +287,8 @@ def _versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class _Stored:
     """A checkpoint on disk. `source` and `small` describe it as a model, `read` gives its tensors
-    by the names of that, `intended` what they were made from; of `changed` the values may differ.
-    `target` is the engine that should load it."""
+    by the names of that and raises _Unusable, `intended` what they were made from; of `changed` the
+    values may differ. `target` is the engine that should load it."""
 
     source: ModelSource
     small: Shrunk | None
@@ -272,19 +299,52 @@ class _Stored:
     intended: Reader
     changed: tuple[TensorInfo, ...]
 
+    def not_usable(self, error: "_Unusable") -> Check:
+        """The account of a checkpoint with a tensor that is no weight."""
+        value = min(self.accounted.value or 0.0, 1.0 - 1.0 / len(self.source.tensors))
+        detail = "; ".join(filter(None, [str(error), self.accounted.detail]))
+        return replace(self.accounted, value=value, passed=False, detail=detail)
+
+
+class _Unusable(Exception):
+    """A tensor of the result cannot be unpacked, or holds NaN or infinity."""
+
+
+def _usable(read: Reader, names: Mapping[str, str]) -> Reader:
+    """The same reader of a result, which raises _Unusable: what it holds is the result's fault,
+    while `check_finite` speaks of the source."""
+
+    def checked(name: str) -> Tensor:
+        where = names[name]
+        try:
+            return check_finite(where, read(name))
+        except SourceError as error:
+            raise _Unusable(str(error)) from None
+        except (ValueError, IndexError, RuntimeError) as error:  # words that no unpacker can read
+            if "memory" in str(error):  # torch has no class of its own for that on a CPU
+                raise
+            reason = str(error).partition("\n")[0]
+            raise _Unusable(f"{where} cannot be unpacked: {reason[:200]}") from None
+
+    return checked
+
 
 def _planned(
-    source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]
+    source: ModelSource,
+    plan: CompressionPlan,
+    found: Mapping[str, TensorInfo],
+    records: Sequence[LayerRecord],
 ) -> _Stored:
     blueprint = draw_blueprint(source, plan)
     model = blueprint.source
+    read = open_result(found, model.tensors, plan.scheme, blueprint.names)
     return _Stored(
         source=model,
         small=blueprint.shrunk,
         target=plan.target,
-        accounted=_account(blueprint, found),
+        accounted=_account(blueprint, found, records),
         complete=_is_complete(blueprint, found),
-        read=open_result(found, model.tensors, plan.scheme, blueprint.names),
+        read=_usable(read, blueprint.names),
         intended=open_shrunk(blueprint.shrunk),
         changed=tuple(tensor.info for tensor in blueprint.packed()),
     )
@@ -310,7 +370,8 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
             same += _same_bytes(info, whole)
     complete = not problems
     problems += [f"{name} is not in the source" for name in found if name not in known]
-    detail = "; ".join([f"{same} of {len(names)} are the source's own bytes", *problems[:3]])
+    same_bytes = f"{same} of {len(names)} are the source's own bytes"
+    detail = "; ".join([same_bytes, *_leading(problems)])
     share = max(0.0, 1.0 - len(problems) / len(names))
     return _Stored(
         source=source,
@@ -318,7 +379,7 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         target=target,
         accounted=Check("tensors_accounted", share, 1.0, not problems, detail),
         complete=complete,
-        read=open_result(found, source.tensors, Scheme(form, "", -1, True), names),
+        read=_usable(open_result(found, source.tensors, Scheme(form, "", -1, True), names), names),
         intended=open_tensors(source.tensors),
         changed=tuple(source.tensors.values()),
     )
@@ -343,18 +404,24 @@ def _form_of(directory: Path) -> tuple[str, str]:
     )
 
 
-def _account(blueprint: Blueprint, found: Mapping[str, TensorInfo]) -> Check:
+def _account(
+    blueprint: Blueprint, found: Mapping[str, TensorInfo], records: Sequence[LayerRecord]
+) -> Check:
     """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
-    own bytes, made ones have the values that surgery gives them, and there is nothing else."""
-    made, stored = open_shrunk(blueprint.shrunk), open_tensors(found)
+    own bytes, packed ones are what was written, made ones have the values that surgery gives them,
+    and there is nothing else."""
+    tensors = blueprint.tensors.values()
+    new = [slot.name for tensor in tensors if tensor.making != "copied" for slot in tensor.stored]
+    digests = {owner: text for record in records for owner, text in record.digests.items()}
+    known = _Known(found, by_name(digests, new), open_shrunk(blueprint.shrunk))
     problems = [f"{name} is not planned" for name in found if name not in blueprint.slots]
-    for tensor in blueprint.tensors.values():
-        misfits = [_misfit(slot, found.get(slot.name)) for slot in tensor.stored]
-        problems += filter(None, misfits)
-        if not any(misfits):
-            problems += filter(None, [_change(tensor, found, made, stored)])
+    for tensor in tensors:
+        misfits = [*filter(None, (_misfit(slot, found.get(slot.name)) for slot in tensor.stored))]
+        problems += misfits or _changes(tensor, known)
     share = 1.0 - len(problems) / max(len(blueprint.slots), 1)
-    detail = "; ".join(problems[:3])
+    packed = [slot.name for tensor in blueprint.packed() for slot in tensor.stored]
+    unknown = sum(name not in known.written for name in packed)
+    detail = "; ".join([*_leading(problems), *_not_compared(unknown)])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
 
 
@@ -367,46 +434,115 @@ def _misfit(slot: Slot, info: TensorInfo | None) -> str:
     return ""
 
 
-def _change(
-    tensor: PlannedTensor, found: Mapping[str, TensorInfo], made: Reader, stored: Reader
-) -> str:
-    """What changed in the values of a tensor that is not packed; "" if nothing did.
+@dataclass(frozen=True)
+class _Known:
+    """What the account compares a result with.
 
-    found, stored  headers and reader of the result; made is the reader of what surgery makes
+    found    headers of the result
+    written  stored tensor -> its digest, taken when it was made
+    made     reader of what surgery makes, by the names of the smaller model
     """
-    name, intended = tensor.name, tensor.info
-    if tensor.making == "made" and not torch.equal(stored(name), made(intended.name)):
-        return f"{name} differs from what surgery makes"
-    if tensor.making == "copied" and not _same_bytes(intended, found[name]):
-        return f"{name} differs from the source"
-    return ""
+
+    found: Mapping[str, TensorInfo]
+    written: Mapping[str, str]
+    made: Reader
+
+
+def _changes(tensor: PlannedTensor, known: _Known) -> list[str]:
+    """What changed in a tensor whose stored parts are all there; nothing if it is as it was made
+    or copied."""
+    found, written, name = known.found, known.written, tensor.name
+    changed = [
+        f"{slot.name} differs from what was written"
+        for slot in tensor.stored
+        if slot.name in written and digest_on_disk(found[slot.name]) != written[slot.name]
+    ]
+    if changed or tensor.making == "packed":
+        return changed
+    if tensor.making == "copied":
+        same = _same_bytes(tensor.info, found[name])
+        return [] if same else [f"{name} differs from the source"]
+    same = torch.equal(open_tensors(found)(name), known.made(tensor.info.name))
+    return [] if same else [f"{name} differs from what surgery makes"]
+
+
+def _leading(problems: Sequence[str]) -> list[str]:
+    """The first LISTED_PROBLEMS, and how many more there are."""
+    more = len(problems) - LISTED_PROBLEMS
+    return [*problems[:LISTED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+
+
+def _not_compared(count: int) -> tuple[str, ...]:
+    """What the account cannot say of tensors without a digest."""
+    if not count:
+        return ()
+    return (f"not compared: {count} packed tensors, no digests of them were found",)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of the result beside what it was made from. `kind` is its projection; `cosine` is
+    None if it was zero and still is; `before` and `after` are Frobenius norms."""
+
+    name: str
+    layer: int | None
+    kind: str
+    cosine: float | None
+    spread: float
+    before: float
+    after: float
 
 
 def _weight_checks(
     changed: Iterable[TensorInfo], intended: Reader, read: Reader, rule: Validation
 ) -> tuple[Check, Check]:
-    """Every matrix that may have changed, beside what it was made from."""
-    least, where = 1.0, ""
+    """Every matrix that may have changed, beside what it was made from. One that was next to
+    nothing and still is has lost nothing, whatever its direction: the grid, whose least scale is
+    that of float16, may round it to zero."""
+    matrices = [
+        _compare_matrix(info, intended(info.name).float(), read(info.name).float())
+        for info in changed
+        if len(info.shape) == 2
+    ]
+    usual = _usual_norms(matrices)
+    judged = [m for m in matrices if max(m.before, m.after) > NEGLIGIBLE * usual[m.kind]]
+    cosines = [(m.cosine, m.name) for m in judged if m.cosine is not None]
+    least, name = min(cosines, key=lambda pair: _sortable(pair[0]), default=(1.0, ""))
     spreads = defaultdict[tuple[int | None, str], list[float]](list)
-    for info in changed:
-        if len(info.shape) != 2:
-            continue
-        before, after = intended(info.name).float(), read(info.name).float()
-        cosine = weight_cosine(before, after)
-        if cosine is None:
-            continue
-        if not cosine >= least:
-            least, where = cosine, f"least in {info.name}"
-        kind = info.name.removesuffix(".weight").rpartition(".")[2]
-        spreads[info.layer, kind].append(gain_spread(before, after))
+    for matrix in judged:
+        spreads[matrix.layer, matrix.kind].append(matrix.spread)
     of_kind = {key: median(values) for key, values in spreads.items()}
     worst = max(of_kind, key=lambda key: _sortable(of_kind[key], math.inf), default=None)
     most = of_kind[worst] if worst else 0.0
+    left_out = len([m for m in matrices if m.before > 0]) - len([m for m in judged if m.before > 0])
+    details = (f"least in {name}" if least < 1.0 or math.isnan(least) else "", _left_out(left_out))
     detail = f"most in {worst[1]} of layer {worst[0]}" if worst and most else ""
     return (
-        _at_least("weight_cosine", least, rule.weight_cosine, where),
+        _at_least("weight_cosine", least, rule.weight_cosine, "; ".join(filter(None, details))),
         _at_most("weight_gain", most, rule.weight_gain, detail),
     )
+
+
+def _compare_matrix(info: TensorInfo, before: Tensor, after: Tensor) -> _Matrix:
+    sizes = float(before.norm()), float(after.norm())
+    cosine = weight_cosine(before, after)
+    if cosine is None and sizes[1] > 0:
+        cosine = 0.0  # something came out of nothing
+    kind = info.name.removesuffix(".weight").rpartition(".")[2]
+    return _Matrix(info.name, info.layer, kind, cosine, gain_spread(before, after), *sizes)
+
+
+def _usual_norms(matrices: Iterable[_Matrix]) -> dict[str, float]:
+    """By kind, over all layers: the upper quartile, so that neither a few large ones nor a
+    majority that is next to nothing decide it."""
+    norms = defaultdict[str, list[float]](list)
+    for matrix in matrices:
+        norms[matrix.kind].append(matrix.before)
+    return {kind: sorted(sizes)[3 * (len(sizes) - 1) // 4] for kind, sizes in norms.items()}
+
+
+def _left_out(count: int) -> str:
+    return f"{count} of less than {NEGLIGIBLE:.0%} of the usual size are left out" if count else ""
 
 
 def _is_complete(blueprint: Blueprint, found: Mapping[str, TensorInfo]) -> bool:
@@ -462,11 +598,18 @@ class Original:
         self.model = _streamed(source, read, recipe, options)
         self.tokens = tokens
         self.batches = batches_of(tokens, options.batch_tokens)
-        self._seen: list[_Seen] | None = list(_walk(self.model, self.batches)) if keep else None
+        self._seen: list[_Seen] | None = list(self._walk()) if keep else None
         self._continuations: dict[int, list[list[int]]] = {}
 
     def walk(self) -> Iterable[_Seen]:
-        return self._seen if self._seen is not None else _walk(self.model, self.batches)
+        return self._seen if self._seen is not None else self._walk()
+
+    def _walk(self) -> Iterator[_Seen]:
+        for batch in self.batches:
+            check_states(self.model, -1, self.model.embed([batch]))
+        for layer, seen in enumerate(_walk(self.model, self.batches)):
+            check_states(self.model, layer, seen.states)
+            yield seen
 
     def generate(
         self, prompts: Tensor, count: int, on_token: Callable[[], None]
@@ -620,9 +763,10 @@ def _compare_predictions(
 ) -> _Predictions:
     sequences = [row[1:] for batch in original.batches for row in batch]
     pieces = [(i, part) for i, row in enumerate(sequences) for part in row.split(PIECE_TOKENS)]
+    ours = in_pieces([states[:, :-1] for states in old.states])
     predictions = zip(
         pieces,
-        original.model.logits(in_pieces([states[:, :-1] for states in old.states])),
+        (check_logits(original.model, logits) for logits in original.model.logits(ours)),
         result.logits(in_pieces([states[:, :-1] for states in new.states])),
         strict=True,
     )

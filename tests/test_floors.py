@@ -19,9 +19,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts",),
     ("recipe_file", "families", "headers", "memory", "limits", "knapsack", "quant"),
     ("recipe", "formats"),
-    ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
-    ("streaming", "splice", "structure", "blueprint"),
-    ("allocate", "solver", "early_warning", "export"),
+    ("source", "targets", "checkpoint", "digests", "measures", "page", "progress", "surgery"),
+    ("streaming", "splice", "structure", "blueprint", "serving"),
+    ("allocate", "solver", "early_warning", "overflow", "export"),
     (
         "calibrate",
         "profiler",
@@ -49,9 +49,9 @@ MODULES = {
 }  # fmt: skip
 TORCH_FREE = [
     *(module for floor in FLOORS[:4] for module in floor),
-    "source", "targets", "surgery", "structure", "blueprint", "allocate", "policy", "export",
-    "page", "report", "comparison", "comparison_page", "progress", "preflight", "overlap",
-    "pipeline", "screen", "cli", "",
+    "source", "targets", "surgery", "structure", "blueprint", "allocate", "serving", "policy",
+    "export", "page", "report", "comparison", "comparison_page", "progress", "preflight",
+    "overlap", "pipeline", "screen", "cli", "",
 ]  # fmt: skip
 
 

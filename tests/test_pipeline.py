@@ -36,10 +36,12 @@ from se_compress.artifacts import (
     to_json,
 )
 from se_compress.errors import RecipeError, ResourceError, SourceError
+from se_compress.headers import read_headers
 from se_compress.pipeline import (
     Outcome,
     Request,
     VariantsOutcome,
+    judge_existing,
     preview,
     preview_variants,
     run,
@@ -812,3 +814,77 @@ def test_a_run_that_has_lost_its_massive_activation_stops_and_keeps_what_it_has(
     assert [record.layer for record in outcome.validation.records] == [0, 1]
     assert (place.rejected / "se_compress" / "report.html").exists()
     assert not (place.rejected / "config.json").exists(), "half a checkpoint is not one"
+
+
+# ------------------------------------------------------------------------- damage, and who sees it
+
+
+def flip_a_byte(directory: Path, name: str) -> None:
+    info = read_headers(directory)[name]
+    with open(info.file, "r+b") as stream:
+        stream.seek(info.begin)
+        byte = stream.read(1)[0]
+        stream.seek(info.begin)
+        stream.write(bytes([byte ^ 1]))
+
+
+PACKED = "model.layers.1.mlp.experts.3.up_proj.qweight"
+
+
+def test_damage_done_while_a_run_was_stopped_is_seen_by_the_next(place: Workplace) -> None:
+    with pytest.raises(Stop):
+        place.run(options=stop_at("compress", 2))
+    flip_a_byte(place.partial / "checkpoint", PACKED)
+    outcome = place.run()
+    assert not outcome.published
+    check = outcome.validation.check("tensors_accounted")
+    assert check.passed is False
+    assert check.detail == f"{PACKED} differs from what was written"
+
+
+def test_damage_to_a_published_result_is_seen_by_validate(settled: Workplace) -> None:
+    request = settled.request()
+
+    def judged() -> Check:
+        report = judge_existing(request, settled.output, settled.directory / "report")
+        check = report.check("tensors_accounted")
+        assert report.passed is check.passed
+        return check
+
+    assert judged().passed
+    assert judged().detail == ""
+    flip_a_byte(settled.output, PACKED)
+    check = judged()
+    assert check.passed is False
+    assert check.detail == f"{PACKED} differs from what was written"
+    for text in (None, "{", '{"records": []}'):
+        file = settled.output / "se_compress" / "validation.json"
+        file.unlink(missing_ok=True)
+        if text is not None:
+            file.write_text(text, encoding="utf-8")
+        check = judged()
+        assert check.passed, "one bit of one code changes no other gate"
+        assert re.fullmatch(
+            r"not compared: \d+ packed tensors, validation\.json has no digests of them",
+            check.detail,
+        )
+
+
+def test_what_float16_does_not_hold_is_told_everywhere(
+    place: Workplace, tiny_model: TinyModel
+) -> None:
+    model = place.directory / "model"
+    shutil.copytree(tiny_model("qwen2_moe"), model)
+    weights = load_file(model / WEIGHTS)
+    loud = {n: t * 1e6 for n, t in weights.items() if "layers.1.mlp.experts.3.down" in n}
+    tiny.edit_weights(model, loud)
+    tiny.edit_config(model, dtype="float16")
+    place.settings["model"] = str(model)
+    place.settings["policy"]["protect"] = "none"
+    outcome = place.run("validation.early_stop=false")
+    told = [note for note in outcome.plan.notes if "65,504" in note]
+    assert len(told) == 1
+    assert told[0] in place.said
+    for page in ("README.md", "se_compress/report.html"):
+        text = (outcome.directory / page).read_text(encoding="utf-8")
+        assert "65,504" in text

@@ -603,7 +603,7 @@ def test_nothing_is_quantised_by_method_none() -> None:
         (
             "gptqmodel",
             {"group_size": 16},
-            "quantization.group_size is 16; target gptqmodel loads -1, 32, 64, 128, 256",
+            "target gptqmodel does not load quantization.group_size 16; accepted there: -1, 32",
         ),
         (
             "sglang",
@@ -678,13 +678,60 @@ def test_an_edited_plan_keeps_to_the_width_of_the_data_type() -> None:
     )
 
 
+NONE_FITS = (
+    "; no quantization.group_size changes that; quantization.method none with target sglang or "
+    "transformers or vllm leaves the experts as they are"
+)
+
+
 def test_a_matrix_that_cannot_be_packed_is_refused() -> None:
     odd = model(width=40)
     refuse(
         lambda: make_plan(odd, None, recipe(bits=4, quantization={"group_size": -1})),
         "model.layers.0.mlp.experts.0.gate_proj.weight is 40 x 64; target gptqmodel packs "
-        "multiples of 32 x 32",
+        "multiples of 32 x 32" + NONE_FITS,
     )
+
+
+@pytest.mark.parametrize("width", [40, 48, 72, 96, 160, 320])
+@pytest.mark.parametrize("target", ["gptqmodel", "vllm", "transformers"])
+@pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128, 256])
+def test_every_group_size_that_a_message_offers_is_taken(
+    target: str, width: int, group_size: int
+) -> None:
+    source = model(width=width)
+
+    def plan(size: int) -> CompressionPlan:
+        return make_plan(source, None, recipe(target, bits=4, quantization={"group_size": size}))
+
+    try:
+        assert plan(group_size).scheme.group_size == group_size
+        return
+    except RecipeError as error:
+        message = str(error)
+    offered = re.search("accepted there: (.+)$", message)
+    for size in offered[1].split(", ") if offered else ():
+        assert plan(int(size)).scheme.group_size == int(size)
+    if not offered:
+        assert message.endswith(NONE_FITS)
+        for size in (-1, 16, 32, 64, 128, 256):
+            refused(lambda size=size: plan(size))
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+def test_the_way_out_that_a_message_offers_is_open(target: str) -> None:
+    settings = tiny.recipe("m", target=target, quantization={"method": "none"})
+    assert make_plan(model(width=40), None, settings).scheme.format == "source"
+
+
+@pytest.mark.parametrize("width", [40, 48, 96])
+def test_blocks_that_a_message_offers_divide_every_matrix(width: int) -> None:
+    source = model(width=width)
+    message = refused(lambda: make_plan(source, None, bitsandbytes(block_size=64)))
+    offered = re.search("accepted there: (.+)$", message)
+    assert bool(offered) is (width == 96)
+    for size in offered[1].split(", ") if offered else ():
+        assert make_plan(source, None, bitsandbytes(block_size=int(size))).scheme.group_size
 
 
 # ---------------------------------------------------------------------------------- edited plans
@@ -752,7 +799,7 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
         ),
         (
             replace(PLAN, scheme=replace(PLAN.scheme, group_size=0)),
-            "quantization.group_size is 0; target gptqmodel loads -1, 32, 64, 128, 256",
+            "target gptqmodel does not load quantization.group_size 0; accepted there: -1, 32",
         ),
         (
             replace(PLAN, scheme=replace(PLAN.scheme, symmetric=False)),
@@ -922,8 +969,7 @@ def test_what_cannot_be_packed_keeps_its_bits_and_says_so() -> None:
     assert (shared.action, shared.bits) == ("keep", 16)
     assert shared.reason == (
         "shared expert, every token passes it: kept in 16 bits: quantization.group_size 64 does not"
-        " divide the 96 columns of model.layers.0.mlp.shared_expert.down_proj.weight; accepted "
-        "there: -1, 32"
+        " divide the 96 columns of model.layers.0.mlp.shared_expert.down_proj.weight"
     )
     assert {other.bits for other in plan.others} == {4}
     edited = replace(shared, action="quantize", bits=4)

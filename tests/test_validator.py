@@ -329,6 +329,27 @@ def test_without_a_plan_shapes_and_strangers_are_named(
     assert not report.passed
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.experts.1.down_proj.weight", "model.norm.weight"]
+)
+def test_what_is_no_number_in_a_result_is_not_the_source_s_fault(
+    name: str,
+    value: float,
+    judge_foreign: Callable[..., ValidationReport],
+    tiny_model: TinyModel,
+) -> None:
+    weight = load_file(tiny_model("olmoe") / "model.safetensors")[name]
+    weight.view(-1)[3] = value
+    report = judge_foreign("olmoe", **{name: weight})
+    check = report.check("tensors_accounted")
+    assert check.passed is False
+    assert f"{name}: 1 of {weight.numel()} values are NaN or infinite" in check.detail
+    assert {c.detail for c in report.checks if c is not check} == {
+        "not run: a tensor of the result cannot be used"
+    }
+
+
 def test_a_format_that_is_not_read_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     source = open_source(str(tiny_model("olmoe")))
     shutil.copytree(source.path, tmp_path / "other")

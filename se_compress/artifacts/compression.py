@@ -1,5 +1,6 @@
 """compression.json: how compressing went, layer by layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from se_compress.artifacts.checks import Check
@@ -18,7 +19,8 @@ class ExpertRecord:
     shrinkage   share of the layer's Hessian mixed in (0 = enough tokens of its own)
     damping     share of each column's mean square that was added to it (larger of the two Hessians)
     error_*     relative output error, sqrt(tr(dW H dW^T) / tr(W H W^T)), of gate and up, of down
-    fallback    "" or why another method had to be used; a part that keeps 16 bits has error 0
+    fallback    "", why another method had to be used, or that all is lost; a part that keeps 16
+                bits has error 0
     """
 
     layer: int
@@ -65,6 +67,7 @@ class LayerRecord:
     hidden_error   relative distance between the hidden states of the compressed stream and those of
                    the source after the layer
     failed         the gate that the compressed stream failed here: compressing stopped
+    digests        hashes of the tensors that were made and not copied, see digests.py
     """
 
     layer: int
@@ -73,6 +76,7 @@ class LayerRecord:
     experts: tuple[ExpertRecord, ...]
     linears: tuple[LinearRecord, ...] = ()
     failed: Check | None = field(default=None, metadata=UNLESS_NONE)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

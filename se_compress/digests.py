@@ -1,0 +1,64 @@
+"""What was written, known again: short hashes of the tensors that compression makes.
+
+A tensor that is copied can be compared with the source for ever. One that is made (packed parts,
+the rows and experts that surgery makes) has nothing to be compared with but its hash, taken from
+memory before it goes to disk. DIGITS hex digits of SHA-256 tell any accident.
+
+A model has tens of thousands of them and their names repeat themselves, so the hashes are kept by
+owner: of model.layers.3.mlp.experts.5.up_proj.scales that is model.layers.3.mlp.experts.5. An
+owner's are one string, in the order of the tensors' names.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from se_compress.artifacts import TensorInfo
+
+DIGITS = 12
+_READ_BYTES = 2**24
+
+
+def digest_of_tensor(tensor: Tensor) -> str:
+    """Of the bytes that the tensor has on disk."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()[:DIGITS]
+
+
+def digest_on_disk(info: TensorInfo) -> str:
+    """The same of a tensor in a file. A file that ends too early has another one."""
+    digest, remaining = hashlib.sha256(), info.size_bytes
+    with open(info.file, "rb") as stream:
+        stream.seek(info.begin)
+        while remaining and (data := stream.read(min(remaining, _READ_BYTES))):
+            digest.update(data)
+            remaining -= len(data)
+    return digest.hexdigest()[:DIGITS]
+
+
+def by_owner(digests: Mapping[str, str]) -> dict[str, str]:
+    """From the hash of every tensor by name, those of each owner as one string."""
+    owners = _owned(digests)
+    return {owner: "".join(digests[name] for name in names) for owner, names in owners.items()}
+
+
+def by_name(digests: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The inverse, for tensors whose names are known; those of an owner that has more or fewer
+    hashes than tensors are left out."""
+    found: dict[str, str] = {}
+    for owner, owned in _owned(names).items():
+        text = digests.get(owner, "")
+        if len(text) == DIGITS * len(owned):
+            parts = (text[at : at + DIGITS] for at in range(0, len(text), DIGITS))
+            found |= dict(zip(owned, parts, strict=True))
+    return found
+
+
+def _owned(names: Iterable[str]) -> dict[str, list[str]]:
+    owners = defaultdict[str, list[str]](list)
+    for name in sorted(names):
+        owners[name.rsplit(".", 2)[0]].append(name)
+    return dict(owners)

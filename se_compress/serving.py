@@ -1,0 +1,70 @@
+"""What a model's activations ask of the dtype that it is served in. No torch.
+
+Float16 ends at 65,504. An activation beyond it is infinite in float16, and NaN one layer later; a
+massive one is what the model's attention sinks hang on, and sits in every prompt. Nothing of this
+shows in a float32 or bfloat16 run.
+
+Read of the engines: GPTQModel 7.6 takes the config's dtype, float32 as bfloat16, but bfloat16 on
+every CPU and float16 on every Apple and Intel GPU (utils/model.py, auto_dtype); its Marlin, Triton
+and torch kernels compute in either (SUPPORTS_DTYPES). auto-round 0.15 turns the model to float16
+where a kernel has no bfloat16 (inference/convert_model.py). Scales stored in float16 are no
+obstacle: they multiply weights.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from se_compress.artifacts import CompressionPlan, ExpertProfile, ModelSource
+
+FLOAT16_LARGEST = 65504.0
+HEADROOM = 2.0
+_IN_BFLOAT16: Mapping[str, str] = {
+    "gptqmodel": "GPTQModel.load(..., dtype=torch.bfloat16)",
+    "transformers": "from_pretrained(..., dtype=torch.bfloat16)",
+    "vllm": "vllm serve --dtype bfloat16",
+    "sglang": "--dtype bfloat16",
+}
+# What an engine does of itself, whatever config.json says.
+_FALLS_BACK: Mapping[str, str] = {
+    "gptqmodel": "; GPTQModel 7.6 takes float16 on Apple's and Intel's GPUs",
+    "auto-round": "; auto-round 0.15 takes float16 where a kernel has no bfloat16",
+}
+
+
+def float16_notes(
+    source: ModelSource, plan: CompressionPlan, profile: ExpertProfile | None
+) -> tuple[str, ...]:
+    """A warning if an activation of the source is beyond float16; where config.json asks for that
+    dtype, also if one is within HEADROOM of it, as the calibration text is a sample. None without a
+    profile."""
+    size, where = max(_peaks(profile), default=(0.0, "")) if profile else (0.0, "")
+    found = f"activations reach {size:,.0f} ({where}), and float16 ends at 65,504"
+    if _dtype_of(source) == "float16" and size * HEADROOM > FLOAT16_LARGEST:
+        beyond = size > FLOAT16_LARGEST
+        becomes = "they are infinite" if beyond else "other text may take them beyond"
+        how = _IN_BFLOAT16[plan.target]
+        return (
+            f"{found}: in float16, the dtype in config.json, {becomes}; serve in bfloat16: {how}",
+        )
+    if size > FLOAT16_LARGEST:
+        falls_back = _FALLS_BACK.get(_engine(plan), "")
+        return (f"{found}: serve in bfloat16 or float32{falls_back}",)
+    return ()
+
+
+def _engine(plan: CompressionPlan) -> str:
+    return plan.scheme.format if plan.scheme.format == "auto-round" else plan.target
+
+
+def _peaks(profile: ExpertProfile) -> Iterator[tuple[float, str]]:
+    for layer in profile.layers:
+        yield layer.peak, f"after layer {layer.layer}"
+        if layer.mlp_peak is not None:
+            yield layer.mlp_peak, f"the dense MLP of layer {layer.layer}"
+    for expert in profile.experts:
+        yield expert.peak, f"the output of expert {expert.id}"
+
+
+def _dtype_of(source: ModelSource) -> str:
+    """What config.json says; older ones call it torch_dtype."""
+    found = source.config.get("dtype") or source.config.get("torch_dtype") or ""
+    return str(found).removeprefix("torch.")
