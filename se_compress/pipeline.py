@@ -170,7 +170,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     One of ours is judged by the plan in it, any other as `validator.validate` does without a plan.
     `output` gets validation.json, and of one of ours the report.
     """
-    from se_compress.calibrate import draw_sequences
+    from se_compress.calibrate import draw_sequences, vocabulary_of
     from se_compress.report import render_report
     from se_compress.validator import validate
 
@@ -181,7 +181,8 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     plan = _read_plan(plan_file) if plan_file.exists() else None
     if plan is not None:
         plan = check_plan(plan, source, str(plan_file))
-    held_out = draw_sequences(request.recipe.validation, source.path, "validation")
+    rows = vocabulary_of(source)
+    held_out = draw_sequences(request.recipe.validation, source.path, "validation", rows)
     report = validate(source, plan, directory, held_out, (), request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
     profile = load(ExpertProfile, profile_file)
@@ -252,11 +253,12 @@ def _naming(name: str) -> Iterator[None]:
 
 def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
     """`originals` is filled with the source's side of the validation, for the variants to share."""
-    from se_compress.calibrate import draw_sequences
+    from se_compress.calibrate import draw_sequences, vocabulary_of
 
     recipe, output = request.recipe, request.output
-    calibration = draw_sequences(recipe.calibration, source.path, "calibration")
-    held_out = draw_sequences(recipe.validation, source.path, "validation")
+    rows = vocabulary_of(source)
+    calibration = draw_sequences(recipe.calibration, source.path, "calibration", rows)
+    held_out = draw_sequences(recipe.validation, source.path, "validation", rows)
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(request, settings)):
         return finished
