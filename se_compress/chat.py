@@ -15,12 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from se_compress.errors import one_line
+from se_compress.errors import ResourceError, one_line
 
 Message = dict[str, Any]
 Render = Callable[[list[Message]], object]
 SECONDS = 10  # of computing time that a template may take for one row
 MEMORY = 1 << 30  # bytes that it may take beyond those of this process
+_TOO_MUCH = "it takes more than 1 GB of memory"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 _SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -49,7 +50,7 @@ def as_messages(value: object) -> list[Message]:
     if found is None:
         return [{"role": "user", "content": value}]
     if isinstance(found, Mapping):
-        found = next((found[key] for key in CHAT_COLUMNS if key in found), [found])
+        found = _inside(found)
     if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
         raise Unreadable("where text or a list of {role, content} messages is expected")
     if not found:
@@ -73,10 +74,16 @@ def _messages_in_json(text: str) -> object:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    items = found if isinstance(found, list) else [found]
-    known = {"role", "from", *CHAT_COLUMNS}
-    is_chat = items and all(isinstance(item, dict) and known & item.keys() for item in items)
+    items = _inside(found) if isinstance(found, dict) else found
+    first = items[0] if isinstance(items, list) and items else None
+    forms = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    is_chat = isinstance(first, dict) and any(form <= first.keys() for form in forms)
     return found if is_chat else None
+
+
+def _inside(row: Mapping[str, Any]) -> object:
+    """The messages of an object that has them under a key, or is one itself."""
+    return next((row[key] for key in CHAT_COLUMNS if row.get(key) is not None), [row])
 
 
 def _without_nulls(value: Any) -> Any:
@@ -147,7 +154,12 @@ class Template:
         self._process = context.Process(
             target=_serve, args=(render, there, self._here), daemon=True
         )
-        self._process.start()
+        try:
+            self._process.start()
+        except OSError as error:
+            raise ResourceError(
+                f"no process can be started for the chat template: {one_line(error)}"
+            ) from None
         there.close()
 
     def __enter__(self) -> Self:
@@ -179,6 +191,8 @@ class Template:
     def _end(self) -> str:
         self._process.join()
         code = self._process.exitcode
+        if code == 0:
+            return _TOO_MUCH
         if code == -signal.SIGPROF:
             return f"it computes for more than {SECONDS} s"
         return f"its process ended with {code}"
@@ -190,7 +204,7 @@ def _serve(render: Render, there: "Connection[Any, Any]", here: "Connection[Any,
     try:
         while True:
             there.send(_try(render, there.recv()))
-    except (EOFError, ConnectionError):  # the other process is gone
+    except (EOFError, ConnectionError, MemoryError):  # the other process is gone, or it is too much
         return
 
 
@@ -213,7 +227,7 @@ def _try(render: Render, messages: list[Message]) -> tuple[str, str]:
     try:
         return "", str(render(messages))
     except MemoryError:
-        return f"it takes more than {MEMORY >> 30} GB of memory", ""
+        return _TOO_MUCH, ""
     except Exception as error:  # a template may raise whatever Python raises
         return one_line(error), ""
     finally:

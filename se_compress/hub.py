@@ -192,13 +192,18 @@ def _part_that_suffices(name: str, snapshot: Path, error: Exception) -> Path:
 
 
 def _refusal(name: str, revision: str | None, error: Exception) -> SeCompressError:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_is_full(error):
         return ResourceError(f"{name}: cannot be fetched from the Hub: {one_line(error)}")
     at = f"@{revision}" if revision else ""
     answer = answer_of(error) or one_line(error)
     if answer in (_UNREACHED, _SILENT):
         answer += " and its local cache does not hold it"
     return SourceError(f"{name}{at}: there is no such directory, and as a Hub id: {answer}")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return any(isinstance(cause, OSError) and cause.errno in full for cause in _causes(error))
 
 
 def answer_of(error: BaseException) -> str | None:

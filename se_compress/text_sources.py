@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from se_compress.chat import CHAT_COLUMNS
-from se_compress.errors import SourceError, one_line
-from se_compress.hub import answer_of, bound_waiting
+from se_compress.errors import ResourceError, SeCompressError, SourceError, one_line
+from se_compress.hub import answer_of, bound_waiting, disk_is_full
 from se_compress.recipe import DataSource
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -161,7 +161,7 @@ def _local_rows(text: TextSource) -> Iterator[Mapping[str, Any]]:
     path = Path(text.source.data)
     builder = _BUILDERS[path.suffix.lower()]
     documents = {"sample_by": "paragraph" if text.chat else "document"}
-    with tempfile.TemporaryDirectory() as scratch:
+    with _scratch() as scratch:
         arguments: dict[str, Any] = {
             "path": builder,
             "data_files": [glob.escape(str(path))],
@@ -170,6 +170,13 @@ def _local_rows(text: TextSource) -> Iterator[Mapping[str, Any]]:
             **(documents if builder == "text" else {}),
         }
         yield from _streamed(text, arguments)
+
+
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise ResourceError(f"no temporary directory can be made: {one_line(error)}") from None
 
 
 def _hub_arguments(text: TextSource) -> dict[str, Any]:
@@ -187,7 +194,9 @@ def _streamed(text: TextSource, arguments: dict[str, Any]) -> Iterator[Mapping[s
         raise _unreadable(text, error) from None
 
 
-def _unreadable(text: TextSource, error: Exception) -> SourceError:
+def _unreadable(text: TextSource, error: Exception) -> SeCompressError:
+    if disk_is_full(error):
+        return ResourceError(str(text.error(f"cannot be read: {one_line(error)}")))
     path = Path(text.source.data)
     if path.suffix.lower() in _BUILDERS:
         return text.error(f"cannot be read as {path.suffix}: {one_line(error)}")

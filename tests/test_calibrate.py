@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer
 
 from se_compress.artifacts import digest_of
 from se_compress.calibrate import draw_sequences, vocabulary_of
-from se_compress.errors import RecipeError, SourceError
+from se_compress.errors import RecipeError, ResourceError, SourceError
 from se_compress.recipe import Calibration, Validation
 from se_compress.source import open_source
 
@@ -509,6 +510,17 @@ def outcome(model: Path, data: Path) -> str:
     except SourceError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet"])
+def test_a_place_for_temporary_files_that_is_gone_is_no_fault_of_the_text(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"text": NUMBERS}]), tmp_path / "a.parquet")
+    write(tmp_path / "a.txt", NUMBERS)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(ResourceError, match="no temporary directory can be made"):
+        draw(plain, tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])

@@ -306,6 +306,7 @@ def test_a_repository_of_the_cache_as_a_path(snapshot: Path) -> None:
     [
         ("short", "short"),
         ("two\n  lines", "two lines"),
+        ("\x1b[31mred\x00\u202e", "[31mred"),
         (ValueError(), "ValueError"),
         ("begin " + "x" * 400 + " end", "begin " + "x" * 91 + " ... " + "x" * 93 + " end"),
     ],
