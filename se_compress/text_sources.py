@@ -5,6 +5,7 @@ which makes dates of texts, one type of a column and null of a key that is not t
 """
 
 import glob
+import itertools
 import json
 import logging
 import re
@@ -108,12 +109,11 @@ def _is_local(text: TextSource) -> bool:
 def _json_rows(text: TextSource) -> Iterator[Mapping[str, Any]]:
     path = Path(text.source.data)
     try:
-        for value in _json_values(path):
-            items = value if isinstance(value, list) else [value]
-            for item in items:
-                if not isinstance(item, dict):
-                    raise ValueError(f"it holds a {type(item).__name__} where an object is needed")
-                yield item
+        found = (v if isinstance(v, list) else [v] for v in _json_values(path))
+        for number, row in enumerate(itertools.chain.from_iterable(found), start=1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is a {type(row).__name__}, not an object")
+            yield row
     except RecursionError:
         raise text.error("cannot be read as .jsonl: it is nested too deeply") from None
     except (OSError, ValueError) as error:
@@ -131,6 +131,8 @@ def _json_values(path: Path) -> Iterator[object]:
                 if count == 0 and path.stat().st_size <= _WHOLE:
                     break
                 raise ValueError(f"line {number} is not JSON ({error})") from None
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
             yield value
         else:
             return

@@ -458,11 +458,11 @@ def test_a_text_that_looks_like_a_date_is_a_text(plain: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"text": "a", "text": "b"}', "'text' stands twice in one object"),
+        ('{"text": "a", "text": "b"}', "line 1: 'text' stands twice in one object"),
         ('{"text": "a\\ud800"}', "has half a character (a lone surrogate) in column 'text', row 1"),
-        ("[1]\n[2]\n", "it holds a int where an object is needed"),
-        ('{"text": "a"}\n"abc"\n', "it holds a str where an object is needed"),
-        ('null\n{"text": "a"}\n', "it holds a NoneType where an object is needed"),
+        ("[1]\n[2]\n", "row 1 is a int, not an object"),
+        ('{"text": "a"}\n"abc"\n', "row 2 is a str, not an object"),
+        ('null\n{"text": "a"}\n', "row 1 is a NoneType, not an object"),
         ('{"text": "a"}\n{"text": 1}\n', "has a int in column 'text', row 2"),
         (
             '{"text": "a"}\n{"messages": []}\n',
