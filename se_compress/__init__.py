@@ -1,7 +1,8 @@
 """Compress Mixture-of-Experts checkpoints while their super experts stay provably intact.
 
-The Python API is five verbs: `open_source`, `profile_experts`, `make_plan`, `compress`, `validate`.
-They are loaded on first use, so that `import se_compress` needs neither torch nor transformers.
+The Python API is what `__all__` lists: a recipe, a source and tokens go in, and each of the verbs
+makes one artefact of those before it. They are loaded on first use, so that `import se_compress`
+needs neither torch nor transformers.
 
 With it imported, transformers' `from_pretrained` loads our bitsandbytes checkpoints (loading.py).
 """
@@ -12,10 +13,22 @@ from typing import Any
 from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
-__all__ = ["compress", "make_plan", "open_source", "profile_experts", "validate"]
+__all__ = [
+    "RunOptions",
+    "compress",
+    "draw_tokens",
+    "load_recipe",
+    "make_plan",
+    "open_source",
+    "profile_experts",
+    "validate",
+]
 
 _HOME = {
+    "RunOptions": "se_compress.artifacts",
+    "load_recipe": "se_compress.recipe",
     "open_source": "se_compress.source",
+    "draw_tokens": "se_compress.calibrate",
     "profile_experts": "se_compress.profiler",
     "make_plan": "se_compress.policy",
     "compress": "se_compress.execute",

@@ -15,44 +15,50 @@ Only the seed, the text and the tokenizer decide: `random.Random.random` is the 
 machine, sources are read in the recipe's order, and chat templates are shown a clock that stands.
 """
 
-import glob
 import itertools
-import logging
 import re
-import tempfile
-import textwrap
-import warnings
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from se_compress.errors import RecipeError, SourceError
-from se_compress.recipe import Calibration, DataSource, Validation
+from se_compress.artifacts import ModelSource
+from se_compress.chat import Template, Unreadable, as_messages, looks_like_chat
+from se_compress.errors import RecipeError, SourceError, one_line
+from se_compress.recipe import Calibration, Validation
+from se_compress.text_sources import TextSource, quiet_libraries, values
+from se_compress.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 READ_LIMIT = 64  # characters read of a data set per token wanted of it; text has 3 to 5 per token
 _WINDOW = 8  # characters tokenised at first per token of a sequence; doubled until they suffice
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-_ACCEPTED = "give a .txt, .jsonl or .parquet file, or the name of a data set on the Hub"
-_HUB_NAME = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?")
 _SPACE = re.compile(r"\s")
 _TODAY = date(2025, 1, 1)  # what a chat template that writes the date is told
 
 
+def draw_tokens(text: Calibration | Validation, source: ModelSource) -> tuple[tuple[int, ...], ...]:
+    """Sequences of token ids for a model, as a section of a recipe asks for them, see
+    `draw_sequences`."""
+    where = "calibration" if isinstance(text, Calibration) else "validation"
+    return draw_sequences(text, source.path, where, vocabulary_of(source))
+
+
 def draw_sequences(
-    text: Calibration | Validation, model_path: Path, where: str
+    text: Calibration | Validation, model_path: Path, where: str, vocabulary: int | None = None
 ) -> tuple[tuple[int, ...], ...]:
     """`text.samples` sequences of exactly `text.sequence_length` token ids, equal for equal input.
 
     model_path  directory with the model's tokenizer; no network and no remote code is used for it
     where       the recipe's section, "calibration" or "validation"; begins every message
+    vocabulary  rows of the model's embedding (see `vocabulary_of`): a text with a token beyond them
+                is refused. None takes any token, for a tokenizer without its model
 
     The sources take turns, the first one first, so any number of leading sequences is spread evenly
     over them. Documents of a source are joined by a blank line. A .txt file is one document and is
@@ -72,79 +78,68 @@ def draw_sequences(
             f"{where}.samples is {text.samples}, but {where}.data lists {sources} sources; "
             "ask for at least one sample of each"
         )
-    with _silence():
-        tokenizer = _load_tokenizer(model_path, text, where)
-        prefix = _prefix(tokenizer)
-        drawn = [_draw(_demand(text, i, where, tokenizer, prefix)) for i in range(sources)]
+    with quiet_libraries():
+        tokenizer = load_tokenizer(model_path)
+        if text.chat_template and not tokenizer.chat_template:
+            raise SourceError(
+                f"{where}.chat_template is true, but the tokenizer in {model_path} has no chat "
+                "template"
+            )
+        lexicon = _Lexicon(tokenizer, _prefix(tokenizer), vocabulary)
+        drawn = [_draw(_demand(text, i, where, lexicon)) for i in range(sources)]
     turns = itertools.zip_longest(*drawn)
     return tuple(sequence for turn in turns for sequence in turn if sequence is not None)
 
 
+def vocabulary_of(source: ModelSource) -> int:
+    """Rows of a model's embedding: how many token ids it knows, from 0 on."""
+    rows = [
+        info.shape[0]
+        for info in source.tensors.values()
+        if info.kind == "embedding" and info.name.endswith("embed_tokens.weight")
+    ]
+    return min(rows) if rows else int(source.config["vocab_size"])
+
+
+@dataclass(frozen=True)
+class _Lexicon:
+    """A tokenizer, the ids that it puts in front of a text, and the rows of the embedding."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    prefix: tuple[int, ...]
+    vocabulary: int | None
+
+
 @dataclass(frozen=True)
 class _Demand:
-    """What one source is asked for, and how messages name it.
+    """What one source is asked for; `seed` differs from source to source."""
 
-    key     "calibration.data", with an index if there are several sources
-    seed    differs from source to source
-    prefix  ids in front of every sequence
-    """
-
-    source: DataSource
-    key: str
-    where: str
+    text: TextSource
     count: int
     length: int
     seed: str
-    chat: bool
-    tokenizer: "PreTrainedTokenizerBase"
-    prefix: tuple[int, ...]
+    lexicon: _Lexicon
 
     def error(self, problem: str) -> SourceError:
-        return SourceError(f"{self.key}: {self.source.data} {problem}")
+        return self.text.error(problem)
 
 
 def _demand(
-    text: Calibration | Validation,
-    position: int,
-    where: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    prefix: tuple[int, ...],
+    text: Calibration | Validation, position: int, where: str, lexicon: _Lexicon
 ) -> _Demand:
     several = len(text.data) > 1
     return _Demand(
-        source=text.data[position],
-        key=f"{where}.data[{position}]" if several else f"{where}.data",
-        where=where,
+        text=TextSource(
+            source=text.data[position],
+            key=f"{where}.data[{position}]" if several else f"{where}.data",
+            where=where,
+            chat=text.chat_template,
+        ),
         count=len(range(position, text.samples, len(text.data))),
         length=text.sequence_length,
         seed=f"{text.seed}:{position}",
-        chat=text.chat_template,
-        tokenizer=tokenizer,
-        prefix=prefix,
+        lexicon=lexicon,
     )
-
-
-# ---------------------------------------------------------------------------------- the tokenizer
-
-
-def _load_tokenizer(
-    model_path: Path, text: Calibration | Validation, where: str
-) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the Rust library raises bare Exceptions
-        if not any(model_path.glob("tokenizer*")):
-            raise SourceError(f"{model_path}: there is no tokenizer.json in it") from None
-        raise SourceError(f"{model_path}: unusable tokenizer: {_cause(error)}") from None
-    if text.chat_template and not tokenizer.chat_template:
-        raise SourceError(
-            f"{where}.chat_template is true, but the tokenizer in {model_path} has no chat template"
-        )
-    return tokenizer
 
 
 def _prefix(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -185,9 +180,11 @@ class _Tokens:
 
 
 def _draw(demand: _Demand) -> list[tuple[int, ...]]:
-    corpus, length = _read(demand), demand.length - len(demand.prefix)
+    prefix = demand.lexicon.prefix
+    _check_known(demand, prefix)
+    corpus, length = _read(demand), demand.length - len(prefix)
     bodies = _from_strata(demand, corpus, length) or _from_whole(demand, corpus, length)
-    return [demand.prefix + body for body in bodies]
+    return [prefix + body for body in bodies]
 
 
 def _from_strata(demand: _Demand, corpus: _Corpus, length: int) -> list[tuple[int, ...]] | None:
@@ -231,7 +228,7 @@ def _from_whole(demand: _Demand, corpus: _Corpus, length: int) -> list[tuple[int
 
 
 def _too_short(demand: _Demand, size: int, length: int) -> SourceError:
-    key = f"{demand.where}.sequence_length"
+    key = f"{demand.text.where}.sequence_length"
     if size < length:
         return demand.error(
             f"has {size} tokens, shorter than one sequence of {demand.length}; "
@@ -239,21 +236,23 @@ def _too_short(demand: _Demand, size: int, length: int) -> SourceError:
         )
     return demand.error(
         f"has about {size} tokens, but {demand.count} sequences of {demand.length} take "
-        f"{demand.count * length} of it; lower {demand.where}.samples or {key}, or give more text"
+        f"{demand.count * length} of it; lower {demand.text.where}.samples or {key}, or give more "
+        "text"
     )
 
 
 def _encode(demand: _Demand, corpus: _Corpus, begin: int, end: int) -> _Tokens:
     """Tokens of `corpus.text[begin:end]`, none added. A tokenizer in pure Python has no offsets:
     then sequences begin where they were drawn."""
-    fast = demand.tokenizer.is_fast
-    encoding = demand.tokenizer(
+    fast = demand.lexicon.tokenizer.is_fast
+    encoding = demand.lexicon.tokenizer(
         corpus.text[begin:end],
         add_special_tokens=False,
         return_attention_mask=False,
         return_offsets_mapping=fast,
         verbose=False,  # else it warns of a text that is longer than the model's context
     )
+    _check_known(demand, encoding["input_ids"])
     places = [begin + offset for offset, _ in encoding["offset_mapping"]] if fast else []
     conversations = [i for i, place in enumerate(places) if place in corpus.conversations]
     words = [
@@ -262,6 +261,19 @@ def _encode(demand: _Demand, corpus: _Corpus, begin: int, end: int) -> _Tokens:
         if place != before and _is_word_start(corpus.text, place)
     ]
     return _Tokens(encoding["input_ids"], (conversations, words))
+
+
+def _check_known(demand: _Demand, ids: Sequence[int]) -> None:
+    """Refuse a token that the embedding has no row for: a tokenizer may have been added to."""
+    lexicon = demand.lexicon
+    most = max(ids, default=0)
+    if lexicon.vocabulary is None or most < lexicon.vocabulary:
+        return
+    token = one_line(repr(lexicon.tokenizer.convert_ids_to_tokens(most)), 60)
+    raise demand.error(
+        f"has the token {token} of id {most}, but the model's embedding has {lexicon.vocabulary} "
+        "rows; take it out of the text, or give a model that was resized for its tokenizer"
+    )
 
 
 def _is_word_start(text: str, place: int) -> bool:
@@ -275,153 +287,68 @@ def _read(demand: _Demand) -> _Corpus:
     """The documents of a source in order, joined; see `draw_sequences` for how many."""
     documents: list[str] = []
     wanted = READ_LIMIT * demand.count * demand.length
-    for number, value in enumerate(_values(demand), start=1):
-        document = _document(demand, value, f"in column {demand.source.column!r}, row {number}")
-        if document.strip():
-            documents.append(document)
-            wanted -= len(document)
-        if wanted <= 0:
-            break
+    with _reader(demand) as read:
+        for at, value in values(demand.text):
+            document = read(value, at)
+            if document.strip():
+                documents.append(document)
+                wanted -= len(document)
+            if wanted <= 0:
+                break
     if not documents:
-        raise demand.error(f"holds no text; {_ACCEPTED}")
-    if not demand.chat:
+        raise demand.text.nothing()
+    if not demand.text.chat:
         return _Corpus("\n\n".join(documents), frozenset())
     begins = itertools.accumulate((len(d) for d in documents), initial=0)
     return _Corpus("".join(documents), frozenset(begins))
 
 
+@contextmanager
+def _reader(demand: _Demand) -> Iterator[Callable[[object, str], str]]:
+    """Makes a document of a row's value; "" of one without any text."""
+    if not demand.text.chat:
+        yield partial(_document, demand)
+        return
+    tokenizer, prefix = demand.lexicon.tokenizer, list(demand.lexicon.prefix)
+    write = partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=_TODAY.strftime)
+    with Template(write) as template:
+        yield partial(_conversation, demand, template, str(tokenizer.decode(prefix)))
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _document(demand: _Demand, value: object, at: str) -> str:
-    """The text of one row; "" for a row without any."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if _is_blank(value):
         return ""
-    if demand.chat:
-        return _conversation(demand, value, at)
     if not isinstance(value, str):
-        hint = f"; for chat messages, set {demand.where}.chat_template: true"
+        hint = f"; for chat messages, set {demand.text.where}.chat_template: true"
         raise demand.error(
             f"has a {type(value).__name__} {at}, where text is expected"
-            + (hint if isinstance(value, list) else "")
+            + (hint if looks_like_chat(value) else "")
         )
-    return value.removeprefix("\ufeff")
+    return _checked(demand, value.removeprefix("\ufeff"), at)
 
 
-def _conversation(demand: _Demand, value: object, at: str) -> str:
+def _conversation(demand: _Demand, template: Template, prefix: str, value: object, at: str) -> str:
     """What the template makes of a row, less the prefix: every sequence begins with that anyway."""
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise demand.error(
-            f"has a {type(value).__name__} {at}, where text or a list of {{role, content}} "
-            "messages is expected"
-        )
-    present = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    if _is_blank(value):
+        return ""
     try:
-        rendered = demand.tokenizer.apply_chat_template(
-            present, tokenize=False, strftime_now=_TODAY.strftime
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        refusal = f"has messages {at}, that the chat template refuses: {_cause(error)}"
-        raise demand.error(refusal) from None
-    return str(rendered).removeprefix(str(demand.tokenizer.decode(list(demand.prefix))))
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, Mapping) and "role" in value and "content" in value
-
-
-def _values(demand: _Demand) -> Iterator[object]:
-    column = demand.source.column
-    for row in _rows(demand):
-        if column not in row:
-            raise demand.error(f"has no column {column!r}; it has {', '.join(row)}")
-        yield row[column]
-
-
-def _rows(demand: _Demand) -> Iterator[Mapping[str, Any]]:
-    """Rows as the `datasets` library streams them. Its lock file of a local source is kept out of
-    the user's cache; of a data set that the cache holds already, that copy serves without network.
-    """
-    from datasets import load_dataset
-
-    local = _is_local(demand)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = _local_arguments(demand, scratch) if local else _hub_arguments(demand)
-        try:
-            yield from load_dataset(**arguments, streaming=True)
-        except Exception as error:  # datasets, pyarrow, fsspec and httpx share no base class
-            raise _unreadable(demand, local, _cause(error)) from None
-
-
-def _unreadable(demand: _Demand, local: bool, cause: str) -> SourceError:
-    if local:
-        return demand.error(f"cannot be read as {Path(demand.source.data).suffix}: {cause}")
-    return demand.error(
-        f"is no file here and cannot be read as a data set on the Hub: {cause}; {_ACCEPTED}"
-    )
-
-
-def _is_local(demand: _Demand) -> bool:
-    """Whether it is a file to be read, and not a name on the Hub. Raises what makes it neither."""
-    path = Path(demand.source.data)
+        messages = as_messages(value)
+    except Unreadable as problem:
+        raise demand.error(f"has a {type(value).__name__} {at}, {problem}") from None
     try:
-        known = path.suffix.lower() in _BUILDERS
-        if path.is_dir():
-            raise demand.error(f"is a directory; {_ACCEPTED}")
-        if path.exists() and not known:
-            raise demand.error(f"is a file of another kind; {_ACCEPTED}")
-        if path.exists() and path.stat().st_size == 0:
-            raise demand.error(f"is empty; {_ACCEPTED}")
-        if not path.exists() and (known or not _HUB_NAME.fullmatch(demand.source.data)):
-            raise demand.error(f"does not exist; {_ACCEPTED}")
-    except OSError as error:
-        raise demand.error(f"cannot be read: {_cause(error)}") from None
-    return known
+        written = template.write(messages)
+    except Unreadable as problem:
+        raise demand.error(f"has messages {at}, {problem}") from None
+    return _checked(demand, written, at).removeprefix(prefix)
 
 
-def _local_arguments(demand: _Demand, scratch: str) -> dict[str, Any]:
-    path = Path(demand.source.data)
-    builder = _BUILDERS[path.suffix.lower()]
-    documents = {"sample_by": "paragraph" if demand.chat else "document"}
-    return {
-        "path": builder,
-        "data_files": [glob.escape(str(path))],
-        "split": "train",
-        "cache_dir": scratch,
-        **(documents if builder == "text" else {}),
-    }
-
-
-def _hub_arguments(demand: _Demand) -> dict[str, Any]:
-    source = demand.source
-    return {"path": source.data, "name": source.config, "split": source.split}
-
-
-# ------------------------------------------------------------------------------------ the manners
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Logs, warnings and progress bars of the libraries are off inside, afterwards as before."""
-    import datasets
-
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
-    bars_shown = not datasets.utils.are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        datasets.disable_progress_bars()
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if bars_shown:
-                datasets.enable_progress_bars()
-
-
-def _cause(error: Exception) -> str:
-    """The message of a library's error in one line of moderate length."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+def _checked(demand: _Demand, document: str, at: str) -> str:
+    try:
+        document.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair
+        raise demand.error(f"has half a character (a lone surrogate) {at}") from None
+    return document

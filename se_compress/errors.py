@@ -80,3 +80,14 @@ class ResourceError(SeCompressError):
 INTERRUPTED_EXIT_CODE = 130
 # Of `python -m se_compress.reload`: this machine cannot load the result, which says nothing of it.
 NOT_RUN_EXIT_CODE = 77
+
+
+def one_line(error: object, width: int = 200) -> str:
+    """What a library or a file says, in one line without control characters. Of a long text the
+    first and the last part are kept: the one says what it is about, the other often what to do."""
+    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    text = " ".join(printable.split()) or type(error).__name__
+    if len(text) <= width:
+        return text
+    half = (width - 5) // 2
+    return f"{text[:half].rstrip()} ... {text[-half:].lstrip()}"

@@ -186,7 +186,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     One of ours is judged by the plan in it, any other as `validator.validate` does without a plan.
     `output` gets validation.json, and of one of ours the report.
     """
-    from se_compress.calibrate import draw_sequences
+    from se_compress.calibrate import draw_tokens
     from se_compress.report import render_report
     from se_compress.validator import validate
 
@@ -202,7 +202,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
         plan = check_plan(from_json(CompressionPlan, text, str(plan_file)), source, str(plan_file))
     for note in notes_before(request.recipe):
         request.notice(note)
-    held_out = draw_sequences(request.recipe.validation, source.path, "validation")
+    held_out = draw_tokens(request.recipe.validation, source)
     report = validate(source, plan, directory, held_out, request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
     profile = load(ExpertProfile, profile_file)
@@ -274,11 +274,11 @@ def _naming(name: str) -> Iterator[None]:
 
 def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
     """`originals` is filled with the source's side of the validation, for the variants to share."""
-    from se_compress.calibrate import draw_sequences
+    from se_compress.calibrate import draw_tokens
 
     recipe, output = request.recipe, request.output
-    calibration = draw_sequences(recipe.calibration, source.path, "calibration")
-    held_out = draw_sequences(recipe.validation, source.path, "validation")
+    calibration = draw_tokens(recipe.calibration, source)
+    held_out = draw_tokens(recipe.validation, source)
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(request, settings)):
         return finished

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,9 @@ from se_compress import families
 from se_compress.artifacts import ModelSource, TensorInfo
 from se_compress.errors import SourceError
 from se_compress.headers import read_headers
+from se_compress.hub import locate
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-# What a loader may want beside the weights; pickles are left where they are.
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_source(model: str) -> ModelSource:
@@ -50,37 +46,6 @@ def open_source(model: str) -> ModelSource:
         top_k=int(config["num_experts_per_tok"]),
         digest=_digest(path, config, tensors.values()),
     )
-
-
-def locate(model: str) -> Path:
-    """The directory of a model; one of the Hub is fetched, or offline taken from its cache."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise SourceError(f"{model}: is a file; a model is a directory or a Hub id")
-    name, _, revision = model.partition("@")
-    if not _HUB_ID.fullmatch(name):
-        raise SourceError(f"{model}: there is no such directory, and a Hub id is owner/name")
-    return _from_hub(name, revision or None)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from httpx import HTTPError, TransportError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=list(HUB_PATTERNS))
-    try:
-        try:
-            return Path(fetch())
-        except (TransportError, ConnectionError):  # of itself it seeks no commit in the cache
-            return Path(fetch(local_files_only=True))
-    except LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached and its local cache does not hold it"
-    except (HTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-    raise SourceError(f"{name}: there is no such directory, and as a Hub id: {reason}")
 
 
 def read_config(path: Path) -> dict[str, Any]:

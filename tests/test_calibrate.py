@@ -6,9 +6,13 @@ are one token and the expected ids do not depend on how some library trains.
 
 import json
 import logging
+import os
 import re
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import datasets
 import huggingface_hub.constants
@@ -16,14 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets.arrow_writer import ArrowWriter
-from tiny import BOS, EOS, save_tokenizer
+from tiny import BOS, EOS, VOCABULARY, save_tokenizer
 from transformers import AutoTokenizer
 
 from se_compress.artifacts import digest_of
-from se_compress.calibrate import draw_sequences
-from se_compress.errors import RecipeError, SourceError
+from se_compress.calibrate import draw_sequences, vocabulary_of
+from se_compress.errors import RecipeError, ResourceError, SourceError
 from se_compress.recipe import Calibration, Validation
+from se_compress.source import open_source
 
+TinyModel = Callable[[str], Path]
 SPACES = 16  # characters of the longest token, a run of spaces
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
 NUMBERS = " ".join(f"{n:05d}" for n in range(2000))  # every piece stands in one place only
@@ -293,7 +299,7 @@ def test_messages_that_the_template_refuses(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_no_messages(chatty: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": [{"from": "user", "value": "Hello"}]}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": [{"speaker": "user", "line": "Hello"}]}])
     assert "has a list in column 'text', row 1, where text or a list of {role, content}" in refusal(
         chatty, path, chat_template=True
     )
@@ -302,6 +308,225 @@ def test_rows_that_are_no_messages(chatty: Path, tmp_path: Path) -> None:
 def test_messages_without_the_setting(chatty: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": CHAT}])
     assert refusal(chatty, path).endswith("set calibration.chat_template: true")
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Bern"}}}
+OTHER = {"type": "function", "function": {"name": "g", "arguments": {"day": "2026-11-27"}}}
+TALKS: list[list[dict[str, object]]] = [
+    [CHAT[0], {"role": "assistant", "tool_calls": [CALL]}],  # type: ignore[list-item]
+    [{"role": "assistant", "tool_calls": [OTHER]}, {"role": "tool", "content": "Rain"}],
+]
+CALLS = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ m.tool_calls|tojson if m.tool_calls }}"
+    "\n{% endfor %}"
+)
+
+
+def test_tool_calls_without_content_are_read_alike_from_every_format(tmp_path: Path) -> None:
+    """Arrow gives each call the arguments of the other one, as nulls."""
+    model = save_tokenizer(tmp_path / "model", template=CALLS)
+    rows: list[dict[str, object]] = [{"text": talk} for talk in TALKS]
+    lines = write_jsonl(tmp_path / "a.jsonl", rows)
+    table = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), table)
+    text = write_jsonl(tmp_path / "b.jsonl", [{"text": json.dumps(talk)} for talk in TALKS])
+    drawn = [
+        draw(model, path, samples=1, length=210, chat_template=True)
+        for path in (lines, table, text)
+    ]
+    assert drawn[0] == drawn[2]
+    (written,) = decoded(model, drawn[0])
+    assert written.startswith("<user> Hello there\n<assistant> ")
+    assert '"arguments": {"city": "Bern"}}}]' in written
+    (from_arrow,) = decoded(model, drawn[1])
+    assert "null" not in from_arrow
+    assert '"city": "Bern"' in from_arrow
+
+
+def test_sharegpt_and_parts_are_read_as_messages_are(chatty: Path, tmp_path: Path) -> None:
+    shared = [{"from": "human", "value": "Hello there"}, {"from": "gpt", "value": "Good day"}]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+    drawn = set()
+    for i, talk in enumerate((CHAT, shared, parts, {"messages": CHAT}, json.dumps(shared))):
+        path = write_jsonl(tmp_path / f"{i}.jsonl", [{"text": talk}] * 20)
+        drawn.add(draw(chatty, path, length=22, chat_template=True))
+        table = tmp_path / f"{i}.parquet"
+        pyarrow.parquet.write_table(pa.Table.from_pylist([{"text": talk}] * 20), table)
+        drawn.add(draw(chatty, table, length=22, chat_template=True))
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        ([], "has a list in column 'text', row 5, where at least one message is expected"),
+        ([{"role": "user"}], "row 5, whose message 1 (user) has no content"),
+        ([{"from": "martian", "value": "x"}], "row 5, whose message 1 is from 'martian'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "row 5, whose message 1 has a part"),
+        ([{"role": "odd", "content": "x"}], "row 5, that the chat template refuses: no odd here"),
+        (5, "has a int in column 'text', row 5, where text or a list of {role, content}"),
+    ],
+)
+def test_one_bad_row_among_many_is_told(tmp_path: Path, bad: object, problem: str) -> None:
+    template = "{% if messages[0].role == 'odd' %}{{ raise_exception('no odd here') }}{% endif %}"
+    model = save_tokenizer(tmp_path / "model", template=template + TEMPLATE)
+    rows: list[dict[str, object]] = [{"text": CHAT}] * 4 + [{"text": bad}] + [{"text": CHAT}] * 4
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert problem in refusal(model, path, samples=9, length=64, chat_template=True)
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_chat_in_another_column_is_pointed_at(chatty: Path, tmp_path: Path, name: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, name: CHAT}] * 20)
+    assert refusal(chatty, path).endswith(
+        f"has no column 'text'; it has id, {name}; set its column: {name} and "
+        "calibration.chat_template: true"
+    )
+    assert refusal(chatty, path, chat_template=True).endswith(f"; set its column: {name}")
+    source = {"data": str(path), "column": name}
+    assert draw(chatty, source, length=22, chat_template=True)
+
+
+# --------------------------------------------------------------------------------- unknown tokens
+
+
+def test_a_token_beyond_the_embedding(plain: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(plain, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<|x{i}|>" for i in range(60)])
+    tokenizer.save_pretrained(model)
+    identity = tokenizer.convert_tokens_to_ids("<|x59|>")
+    source = write(tmp_path / "a.txt", (NUMBERS[:40] + "<|x59|>") * 20)
+    text = Calibration(data=[str(source)], samples=2, sequence_length=64)  # type: ignore[arg-type]
+    for where in ("calibration", "validation"):
+        with pytest.raises(SourceError) as caught:
+            draw_sequences(text, model, where, identity)
+        assert f"{where}.data: {source} has the token '<|x59|>' of id {identity}, but the" in str(
+            caught.value
+        )
+        assert f"embedding has {identity} rows" in str(caught.value)
+    assert draw_sequences(text, model, "calibration", identity + 1)
+    unused = write(tmp_path / "b.txt", NUMBERS)
+    assert draw_sequences(text.model_copy(update={"data": draw_source(unused)}), model, "v", 288)
+
+
+def draw_source(path: Path) -> object:
+    return Calibration(data=[str(path)], samples=2, sequence_length=64).data  # type: ignore[arg-type]
+
+
+def test_a_bos_beyond_the_embedding(with_bos: Path, numbers: Path) -> None:
+    text = Calibration(data=[str(numbers)], samples=2, sequence_length=64)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match=r"has the token '<s>' of id 0, but .* has 0 rows"):
+        draw_sequences(text, with_bos, "calibration", 0)
+
+
+def test_the_vocabulary_is_the_rows_of_the_embedding(tiny_model: TinyModel) -> None:
+    for name in ("mixtral", "deepseek_v3-next-token"):
+        assert vocabulary_of(open_source(str(tiny_model(name)))) == VOCABULARY
+
+
+# ---------------------------------------------------------------------------------- JSON of rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"text": "A"}, {"text": "B"}]',
+        '[\n {"text": "A"},\n {"text": "B"}\n]\n',
+        '{\n "text": "A"\n}\n{\n "text": "B"\n}\n',
+        '{"text": "A"}{"text": "B"}\n',
+        '\ufeff{"text": "A"}\n\n  \n{"text": "B"}',
+        '{"text": "A"}\r\n{"text": "B"}\r\n',
+        '{"text": "A", "n": 1}\n{"text": "B", "n": "one", "m": [1, "x", null]}\n',
+        '{"text": "A", "n": NaN}\n{"text": "B", "n": 123456789012345678901234567890}\n',
+        '{"text": null}\n{"text": " "}\n{"text": "A"}\n{"text": "B"}\n',
+    ],
+)
+def test_json_as_people_write_it(plain: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text.replace("A", NUMBERS[:50]).replace("B", NUMBERS[50:99]).encode())
+    assert decoded(plain, draw(plain, path, samples=1, length=101)) == [
+        f"{NUMBERS[:50]}\n\n{NUMBERS[50:99]}"
+    ]
+
+
+def test_a_text_that_looks_like_a_date_is_a_text(plain: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "2026-11-27"}] * 20)
+    assert "2026-11-27" in decoded(plain, draw(plain, path, samples=1, length=40))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"text": "a", "text": "b"}', "line 1: 'text' stands twice in one object"),
+        ('{"text": "a\\ud800"}', "has half a character (a lone surrogate) in column 'text', row 1"),
+        ("[1]\n[2]\n", "row 1 is a int, not an object"),
+        ('{"text": "a"}\n"abc"\n', "row 2 is a str, not an object"),
+        ('null\n{"text": "a"}\n', "row 1 is a NoneType, not an object"),
+        ('{"text": "a"}\n{"text": 1}\n', "has a int in column 'text', row 2"),
+        (
+            '{"text": "a"}\n{"messages": []}\n',
+            "has no column 'text' in row 2; it has messages; set",
+        ),
+        ('{"text": "a"}\n{}\n', "has no column 'text' in row 2; it has nothing"),
+        ('{"text": "a"}\n{"text": "b"\n', "cannot be read as .jsonl: line 2 is not JSON"),
+        ("{" * 5000, "cannot be read as .jsonl: "),
+        ("[" * 500_000, "cannot be read as .jsonl: "),
+        ('{"text": ' + "9" * 5000 + "}", "cannot be read as .jsonl: "),
+        (
+            '{"text": {"a": 1}}',
+            "has a dict in column 'text', row 1, where text is expected; for chat",
+        ),
+        ('{"' + "k" * 9000 + '": 1}', "has no column 'text'; it has kkk"),
+        ("\0\0\0", "cannot be read as .jsonl: "),
+        ("PK\x03\x04", "cannot be read as .jsonl: "),
+    ],
+)
+def test_json_that_is_told(plain: Path, tmp_path: Path, text: str, problem: str) -> None:
+    message = refusal(plain, write(tmp_path / "a.jsonl", text))
+    assert problem in message
+    assert len(message) - len(str(tmp_path)) < 400
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+def test_hostile_bytes_end_in_one_line(plain: Path, tmp_path: Path, name: str) -> None:
+    good = tmp_path / "good.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"text": NUMBERS}]), good)
+    random, whole = Random(0), good.read_bytes()
+    for case in range(20):
+        content = bytearray(whole[: random.randrange(1, len(whole))] if case % 2 else whole)
+        for _ in range(random.randrange(1, 40)):
+            content[random.randrange(len(content))] = random.randrange(256)
+        (tmp_path / name).write_bytes(content)
+        message = outcome(plain, tmp_path / name)
+        assert "\n" not in message
+        assert len(message) - len(str(tmp_path)) < 400
+
+
+def outcome(model: Path, data: Path) -> str:
+    """How drawing ended: the message of a refusal, or nothing."""
+    try:
+        draw(model, data)
+    except SourceError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet"])
+def test_a_place_for_temporary_files_that_is_gone_is_no_fault_of_the_text(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"text": NUMBERS}]), tmp_path / "a.parquet")
+    write(tmp_path / "a.txt", NUMBERS)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(ResourceError, match="no temporary directory can be made"):
+        draw(plain, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_pipe_is_no_file(plain: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert " is no ordinary file; give" in refusal(plain, tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------- refusals

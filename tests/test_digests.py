@@ -295,7 +295,7 @@ def test_digests_are_kept_by_owner_and_found_by_name() -> None:
         torch.empty(0, 4),
         torch.tensor([True, False]),
     ],
-    ids=str,
+    ids=lambda tensor: f"{tensor.dtype} {list(tensor.shape)}",
 )
 def test_a_digest_is_that_of_the_bytes_on_disk(tensor: Tensor, tmp_path: Path) -> None:
     from safetensors.torch import save_file

@@ -17,9 +17,30 @@ PACKAGE = Path(se_compress.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("artifacts",),
-    ("recipe_file", "families", "headers", "memory", "limits", "knapsack", "quant"),
+    (
+        "recipe_file",
+        "families",
+        "headers",
+        "hub",
+        "chat",
+        "memory",
+        "limits",
+        "knapsack",
+        "quant",
+    ),
     ("recipe", "formats"),
-    ("source", "targets", "checkpoint", "digests", "measures", "page", "progress", "surgery"),
+    (
+        "source",
+        "text_sources",
+        "tokenizer",
+        "targets",
+        "checkpoint",
+        "digests",
+        "measures",
+        "page",
+        "progress",
+        "surgery",
+    ),
     ("streaming", "splice", "structure", "blueprint", "serving"),
     ("allocate", "solver", "early_warning", "overflow", "export"),
     (
@@ -119,10 +140,11 @@ def test_the_ground_needs_the_standard_library_only(module: str) -> None:
     assert foreign <= sys.stdlib_module_names
 
 
-def test_the_api_is_five_verbs() -> None:
-    verbs = ["compress", "make_plan", "open_source", "profile_experts", "validate"]
-    assert se_compress.__all__ == verbs
-    assert all(callable(getattr(se_compress, verb)) for verb in verbs)
+def test_the_api_is_what_the_package_lists() -> None:
+    words = "RunOptions compress draw_tokens load_recipe make_plan open_source profile_experts"
+    assert se_compress.__all__ == [*words.split(), "validate"]
+    assert all(callable(getattr(se_compress, name)) for name in se_compress.__all__)
+    assert (PACKAGE / "py.typed").exists()
     with pytest.raises(AttributeError, match="module 'se_compress' has no attribute 'quantise'"):
         _ = se_compress.quantise
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import build, edit_weights, random_tokens, recipe
 from torch import Tensor
 
-from se_compress.artifacts import ModelSource, RunOptions, ValidationReport
+from se_compress.artifacts import ModelSource, ValidationReport
 from se_compress.checkpoint import TORCH_DTYPES
 from se_compress.execute import compress
 from se_compress.headers import read_headers
@@ -147,9 +147,7 @@ def test_something_that_came_out_of_zeros_fails(model: Path, tmp_path: Path) -> 
         None,
         tmp_path / "out",
         HELD_OUT,
-        (),
         recipe(source.path, validation={"data": "unused.txt", "generation": {"tokens": 0}}),
-        RunOptions(),
         reload=False,
     )
     check = report.check("weight_cosine")
