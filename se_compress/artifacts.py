@@ -482,6 +482,7 @@ class Check:
     """One gate. `passed` is None when the check could not be run; `detail` then says why.
 
     low, high   95 % interval of the value over the held-out sequences, for the checks that have one
+    retry       true if it was the machine that kept it from running: the next run tries again
     """
 
     name: str
@@ -491,6 +492,7 @@ class Check:
     detail: str = ""
     low: float | None = field(default=None, metadata=UNLESS_NONE)
     high: float | None = field(default=None, metadata=UNLESS_NONE)
+    retry: bool | None = field(default=None, metadata=UNLESS_NONE)
 
 
 @dataclass(frozen=True)
@@ -624,6 +626,11 @@ class ValidationReport:
     continuations: tuple[Continuation, ...]
     records: tuple[LayerRecord, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another run of the same checks would say the same."""
+        return not any(check.retry for check in self.checks)
 
     def check(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)

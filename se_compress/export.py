@@ -1,47 +1,63 @@
 """All of the result that is not a tensor: config, the engine's settings, tokenizer, licence."""
 
-import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from se_compress.artifacts import CompressionPlan, ModelSource, TensorInfo, write_atomically
-from se_compress.headers import INDEX_FILE
-from se_compress.targets import planned_bits, result_name
+from se_compress.auxiliary import (
+    Auxiliary,
+    copied_text,
+    find_auxiliary,
+    pretty,
+    result_config,
+)
+from se_compress.engine_view import misread
+from se_compress.errors import ValidationFailed
+from se_compress.targets import planned_bits, result_name, result_slots
 
-# Weights in any format are not copied: the result has its own.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # All that is no routed expert. By full names: GPTQModel matches names within a layer as well, and
 # gives up what a "-:" pattern hits there.
 EVERYTHING_ELSE = r"-:^(model\.|lm_head)(?!.*\.experts\.\d+\.).*$"
-REPLACED_FILES = ("config.json", "quantize_config.json", "README.md", INDEX_FILE)
 
 
-def export_config(source: ModelSource, plan: CompressionPlan, directory: Path) -> None:
-    """Write config.json (and the engine's own settings) and copy every other file of the source
-    that a loader may want: tokenizer, generation config, licence."""
-    for file in sorted(source.path.iterdir()):
-        if file.is_file() and _is_auxiliary(file):
-            shutil.copyfile(file, directory / file.name)
-    config = dict(source.config)
+def export_config(
+    source: ModelSource, plan: CompressionPlan, directory: Path, keep_code: bool = False
+) -> None:
+    """Write config.json (and the engine's own settings) and copy what else of the source a loader
+    or a user may want: `auxiliary.find_auxiliary` tells it.
+
+    keep_code  `auto_map` stays in the configs, and the Python files that it names come along
+
+    Raises SourceError if such a file cannot be copied, ValidationFailed if the settings do not say
+    of every module what the file holds.
+    """
     settings = quantization_config(source, plan)
+    if problems := misread(settings, source, plan, result_slots(source, plan)):
+        raise ValidationFailed(
+            f"the exported settings would be read wrong by {plan.target}: {'; '.join(problems[:3])}"
+        )
+    _copy(find_auxiliary(source.path, source.config, keep_code), directory, keep_code)
+    config = result_config(source.config, keep_code)
     if settings:
         config["quantization_config"] = settings
         if settings["quant_method"] == "gptq":  # GPTQModel's own file
-            write_atomically(directory / "quantize_config.json", _pretty(settings))
-    write_atomically(directory / "config.json", _pretty(config))
+            write_atomically(directory / "quantize_config.json", pretty(settings))
+    write_atomically(directory / "config.json", pretty(config))
 
 
-def _is_auxiliary(file: Path) -> bool:
-    weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-    return not weights and file.name not in REPLACED_FILES and not file.name.startswith(".")
-
-
-def _pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _copy(found: Auxiliary, directory: Path, keep_code: bool) -> None:
+    for name, file in found.files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = copied_text(name, file, keep_code)
+        if text is None:
+            shutil.copyfile(file, target)
+        else:
+            write_atomically(target, text)
 
 
 def quantization_config(source: ModelSource, plan: CompressionPlan) -> dict[str, Any]:
@@ -109,7 +125,7 @@ def _dynamic(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str,
             experts.setdefault(module.rpartition(".")[0], {})[module] = bits
         else:
             others[module] = bits
-    rules: dict[str, dict[str, int]] = {}
+    rules = _plain_layers(others)
     for expert, modules in experts.items():
         widths = set(modules.values())
         if len(widths) == 1 and widths != {base}:
@@ -124,6 +140,25 @@ def _dynamic(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str,
     return rules
 
 
+def _plain_layers(others: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Rules for layers of multi-token prediction, whose modules are taken off `others`. No plan
+    quantises their experts, and EVERYTHING_ELSE spares all experts."""
+    layers: dict[str, list[str]] = {}
+    for module in others:
+        if match := re.match(r"(.*\.layers\.\d+\.).*\.experts\.\d+\.", module):
+            layers.setdefault(match[1], [])
+    for module in others:
+        if match := re.match(r".*\.layers\.\d+\.", module):
+            layers.get(match[0], []).append(module)
+    rules = {}
+    for stem, modules in layers.items():
+        if {others[module] for module in modules} == {16}:
+            rules[f"-:^{re.escape(stem)}"] = dict[str, int]()
+            for module in modules:
+                del others[module]
+    return rules
+
+
 def _rule(pattern: str, bits: int, plan: CompressionPlan) -> dict[str, dict[str, int]]:
     if bits == 16:
         return {f"-:^{pattern}": {}}
@@ -135,11 +170,13 @@ def _rule(pattern: str, bits: int, plan: CompressionPlan) -> dict[str, dict[str,
 
 def _auto_round_settings(source: ModelSource, plan: CompressionPlan, base: int) -> dict[str, Any]:
     """As auto-round 0.15 reads it (inference/convert_model.py): every linear below
-    `block_name_to_quantize` has the base width unless `extra_config` names it."""
+    `block_name_to_quantize` has the base width unless `extra_config` names it, behind the decoder
+    (multi-token prediction) too."""
+    blocks = "model.layers"
     differing = {
         _module(info): {"bits": bits}
         for info, bits in _matrices(source, plan)
-        if info.layer is not None and bits != base
+        if info.name.startswith(f"{blocks}.") and bits != base
     }
     return {
         "quant_method": "auto-round",
@@ -148,7 +185,7 @@ def _auto_round_settings(source: ModelSource, plan: CompressionPlan, base: int) 
         "group_size": plan.scheme.group_size,
         "sym": plan.scheme.symmetric,
         "data_type": "int",
-        "block_name_to_quantize": "model.layers",
+        "block_name_to_quantize": blocks,
         "extra_config": differing,
     }
 

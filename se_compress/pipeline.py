@@ -29,6 +29,7 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
+from se_compress.auxiliary import find_auxiliary
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.headers import lay_out
@@ -70,6 +71,7 @@ class Request:
     fresh         ignore saved progress and an existing result
     notice        called with a sentence when something is reused, redone or given up
     siblings      outputs of the other variants, whose profile may serve this one as well
+    keep_code     the result names the model's own code (auto_map), and has its files
     """
 
     recipe: Recipe
@@ -79,6 +81,7 @@ class Request:
     fresh: bool = False
     notice: Notice = lambda sentence: None
     siblings: tuple[Path, ...] = ()
+    keep_code: bool = False
 
     @property
     def output(self) -> Path:
@@ -127,7 +130,7 @@ class Preview:
 
 def preview(request: Request) -> Preview:
     """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     found = _preview(request, source)
     check_disk([found.plan], source, request.recipe)
     return found
@@ -135,7 +138,7 @@ def preview(request: Request) -> Preview:
 
 def preview_variants(request: Request) -> dict[str, Preview]:
     """The same for each variant, by name."""
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     found = {}
     for name, one in _requests(request).items():
         with _naming(name):
@@ -155,7 +158,7 @@ def _preview(request: Request, source: ModelSource) -> Preview:
 
 def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     check_output(request.output)
     # What can be refused without a profile is refused now, before the hours.
     plan = _plan(source, None, request)
@@ -176,7 +179,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
 
     if not directory.is_dir():
         raise SourceError(f"--validate {directory}: there is no such directory")
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     plan_file, profile_file = (directory / OURS / f"{name}.json" for name in ("plan", "profile"))
     plan = _read_plan(plan_file) if plan_file.exists() else None
     if plan is not None:
@@ -199,7 +202,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     One profile serves all variants that would measure the same. A rejected variant does not stop
     the others; what an error leaves behind is taken up by the next run.
     """
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     check_output_of_variants(request.output)
     requests = _requests(request)
     plans = []
@@ -259,12 +262,12 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     held_out = draw_sequences(recipe.validation, source.path, "validation")
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(request, settings)):
-        return finished
+        return _tried_again(request, source, held_out, settings, finished)
     check_memory(source, recipe, len(calibration) * len(calibration[0]))
     with locked(output) as work:
         prepare(output, settings, request.fresh, request.notice)
         profile = _profile(source, calibration, work, request)
-        plan = _plan(source, profile, request)
+        plan = _with_caution(_plan(source, profile, request), source)
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
         staged = work / "checkpoint"
@@ -276,6 +279,33 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         save_settings(staged / SETTINGS_FILE, settings)
         directory = output if validation.passed else rejected(output)
         publish(staged, directory, work)
+    return Outcome(directory, validation.passed, profile, plan, validation)
+
+
+def _tried_again(
+    request: Request,
+    source: ModelSource,
+    held_out: Tokens,
+    settings: Mapping[str, object],
+    finished: Outcome,
+) -> Outcome:
+    """A finished result; what kept a check from being run at the time may be gone by now. A result
+    that fails then is taken back."""
+    if finished.validation.is_final:
+        return finished
+    from se_compress.validator import try_again
+
+    directory, profile, plan = finished.directory, finished.profile, finished.plan
+    request.notice(f"{directory}: trying again what could not be run: reload")
+    validation = try_again(
+        source, plan, directory, held_out, request.recipe, request.options, finished.validation
+    )
+    with locked(request.output) as work:
+        _write_reports(source, directory, profile, plan, validation, request)
+        save_settings(directory / SETTINGS_FILE, settings)
+        if finished.published and not validation.passed:
+            publish(directory, rejected(request.output), work)
+            directory = rejected(request.output)
     return Outcome(directory, validation.passed, profile, plan, validation)
 
 
@@ -310,6 +340,14 @@ def _read_plan(file: Path) -> CompressionPlan:
 
 
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
+    notes = find_auxiliary(source.path, source.config, request.keep_code).notes
+    plan = _plan_of_experts(source, profile, request)
+    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
+
+
+def _plan_of_experts(
+    source: ModelSource, profile: ExpertProfile | None, request: Request
+) -> CompressionPlan:
     if request.plan_file is None:
         return make_plan(source, profile, request.recipe)
     plan = _read_plan(request.plan_file)
@@ -324,6 +362,14 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
                 f"{request.plan_file}: {key} is {planned[key]}, but the recipe says {value}"
             )
     return plan
+
+
+def _with_caution(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
+    """Told of a generation_config.json by the one who reads it; not needed to plan."""
+    from se_compress.generation import why_not_saved
+
+    reason = why_not_saved(source.path)
+    return replace(plan, notes=(*plan.notes, reason)) if reason else plan
 
 
 def _compress(
@@ -344,7 +390,7 @@ def _compress(
     records = compress(source, plan, tokens, request.recipe, layout, options)
     if not records[-1].failed:  # without a config, nobody takes half a checkpoint for a whole one
         small = shrink(source, plan)
-        export_config(small.source, small.plan, work / "checkpoint")
+        export_config(small.source, small.plan, work / "checkpoint", request.keep_code)
     return records
 
 
@@ -393,7 +439,7 @@ def _licence(source: ModelSource) -> str | None:
     import yaml
 
     card = source.path / "README.md"
-    if not card.exists():
+    if not card.is_file():
         return None
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
@@ -444,6 +490,7 @@ def _settings(
         "the calibration text": digest_of(calibration),
         "the validation text": digest_of(held_out),
         "the plan file": digest_of(plan),
+        "--keep-remote-code": request.keep_code,
     }
 
 

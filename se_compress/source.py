@@ -17,16 +17,18 @@ from se_compress.headers import read_headers
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 # What a loader may want beside the weights; pickles are left where they are.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+CODE_PATTERN = "*.py"  # of the Hub only where the user wants the model's own code in the result
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def open_source(model: str) -> ModelSource:
+def open_source(model: str, keep_code: bool = False) -> ModelSource:
     """Open a model directory, or a model of the Hub (`id` or `id@revision`).
 
+    `keep_code` has a model of the Hub fetched with its Python files, which nothing here runs.
     Every tensor is classified and the expert set is compared with what the config promises. Raises
     SourceError with the tensor, file or key that is wrong.
     """
-    path = locate(model)
+    path = locate(model, keep_code)
     config = read_config(path)
     family = families.family_of(config, str(path))
     if settings := config.get("quantization_config"):
@@ -52,8 +54,9 @@ def open_source(model: str) -> ModelSource:
     )
 
 
-def locate(model: str) -> Path:
-    """The directory of a model; one of the Hub is fetched, or offline taken from its cache."""
+def locate(model: str, keep_code: bool = False) -> Path:
+    """The directory of a model; one of the Hub is fetched, or offline taken from its cache, with
+    its Python files if they are wanted."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -62,15 +65,16 @@ def locate(model: str) -> Path:
     name, _, revision = model.partition("@")
     if not _HUB_ID.fullmatch(name):
         raise SourceError(f"{model}: there is no such directory, and a Hub id is owner/name")
-    return _from_hub(name, revision or None)
+    return _from_hub(name, revision or None, keep_code)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, keep_code: bool) -> Path:
     from httpx import HTTPError, TransportError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=list(HUB_PATTERNS))
+    patterns = [*HUB_PATTERNS, CODE_PATTERN] if keep_code else list(HUB_PATTERNS)
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=patterns)
     try:
         try:
             return Path(fetch())

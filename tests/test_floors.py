@@ -25,9 +25,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quant.gptq",
         "quant.bnb",
     ),
-    ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
-    ("streaming", "splice", "structure", "allocate"),
-    ("solver", "early_warning"),
+    ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery", "auxiliary"),
+    ("streaming", "splice", "structure", "allocate", "bare", "engine_view"),
+    ("solver", "early_warning", "reloading"),
     (
         "calibrate",
         "profiler",
@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "comparison_page",
         "preflight",
         "loading",
+        "generation",
     ),
     ("pipeline",),
     ("cli", "__main__", ""),
@@ -61,6 +62,7 @@ TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
     "source", "targets", "surgery", "structure", "allocate", "policy", "export", "page",
     "report", "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli", "",
+    "auxiliary", "bare", "engine_view",
 ]  # fmt: skip
 
 
