@@ -7,7 +7,7 @@ engines and read wrong by others, mostly without a word. No torch.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from se_compress.artifacts import CompressionPlan, ModelSource, TensorInfo
@@ -32,9 +32,19 @@ def misread(
     source    the model that the result is of, after surgery
     stored    every tensor of the result
     """
-    slots = {slot.name: slot for slot in stored}
+    try:
+        return list(_misread(settings, source, plan, {slot.name: slot for slot in stored}))
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        return [f"quantization_config cannot be read ({error!r})"[:200]]
+
+
+def _misread(
+    settings: Settings,
+    source: ModelSource,
+    plan: CompressionPlan,
+    slots: Mapping[str, Slot | TensorInfo],
+) -> Iterator[str]:
     view = ENGINES[settings["quant_method"]] if settings else _nothing
-    problems = []
     for info in source.tensors.values():
         module = result_name(source, plan, info.name).removesuffix(".weight")
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
@@ -42,8 +52,7 @@ def misread(
         held = stored_bits(module, info.shape[1], slots)
         claimed = view(settings, module, source)
         if held is not None and held != claimed:
-            problems.append(f"{module} has {held} bits in the file and {claimed} by its settings")
-    return problems
+            yield f"{module} has {held} bits in the file and {claimed} by its settings"
 
 
 def stored_bits(module: str, columns: int, slots: Mapping[str, Slot | TensorInfo]) -> int | None:

@@ -62,6 +62,7 @@ from se_compress.artifacts import (
     ValidationReport,
 )
 from se_compress.checkpoint import Reader, open_result, open_tensors
+from se_compress.engine_view import misread
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES, unfused_name
 from se_compress.headers import Slot, read_headers
@@ -157,7 +158,9 @@ def validate(
     if records and (stopped := records[-1].failed):
         reason = f"not run: compressing stopped after layer {records[-1].layer}"
         return _report(source, _alone(stopped, reason), None, (), records, found)
-    stored = _planned(source, plan, found) if plan else _foreign(source, directory, found)
+    stored = (
+        _planned(source, plan, directory, found) if plan else _foreign(source, directory, found)
+    )
     if not stored.complete:
         reason = "not run: a result with tensors missing cannot be run"
         return _report(source, _alone(stored.accounted, reason), None, (), records, found)
@@ -166,9 +169,7 @@ def validate(
     judged = _judge(original, result, stored.small, recipe.validation, options)
     reloaded = Check("reload", None, RELOAD_LIMIT, None, "not run: left out by the caller")
     if reload:
-        reloaded = check_reload(
-            result, stored.target, directory, found.values(), tokens[0], options
-        )
+        reloaded = _reload(result, stored.target, directory, found, tokens, options)
     weights = _weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
     return _report(source, checks, judged.compared, judged.continuations, records, found)
@@ -185,9 +186,9 @@ def try_again(
 ) -> ValidationReport:
     """The report on a result with its reload checked once more, and all else as it was."""
     found = read_headers(directory)
-    stored = _planned(source, plan, found)
+    stored = _planned(source, plan, directory, found)
     result = _streamed(stored.source, stored.read, recipe, options)
-    again = check_reload(result, stored.target, directory, found.values(), tokens[0], options)
+    again = _reload(result, stored.target, directory, found, tokens, options)
     checks = tuple(again if check.name == again.name else check for check in report.checks)
     return replace(
         report,
@@ -282,14 +283,14 @@ class _Stored:
 
 
 def _planned(
-    source: ModelSource, plan: CompressionPlan, found: Mapping[str, TensorInfo]
+    source: ModelSource, plan: CompressionPlan, directory: Path, found: Mapping[str, TensorInfo]
 ) -> _Stored:
     small = shrink(source, plan)
     return _Stored(
         source=small.source,
         small=small,
         target=plan.target,
-        accounted=_account(source, small, found),
+        accounted=_account_settings(small, directory, found, _account(source, small, found)),
         complete=_is_complete(small, found),
         read=open_result(
             found,
@@ -385,6 +386,20 @@ def _account(source: ModelSource, small: Shrunk, found: Mapping[str, TensorInfo]
     share = 1.0 - len(problems) / max(len(expected), 1)
     detail = "; ".join(problems[:3])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
+
+
+def _account_settings(
+    small: Shrunk, directory: Path, found: Mapping[str, TensorInfo], accounted: Check
+) -> Check:
+    """`tensors_accounted`, failed as well where the engine takes a matrix of the result for
+    something that it is not in the file."""
+    settings = read_config(directory).get("quantization_config") or {}
+    problems = misread(settings, small.source, small.plan, found.values())
+    if not problems:
+        return accounted
+    share = (accounted.value or 0.0) - len(problems) / max(len(found), 1)
+    detail = "; ".join(filter(None, [accounted.detail, *problems[:3]]))
+    return replace(accounted, value=max(share, 0.0), passed=False, detail=detail)
 
 
 def _weight_checks(
@@ -853,3 +868,17 @@ def _continuations(
         )
         for prompt, old, new in zip(prompts, source_ids, result_ids, strict=True)
     )
+
+
+# ------------------------------------------------------------------------------------------- reload
+
+
+def _reload(
+    result: StreamedModel,
+    target: str,
+    directory: Path,
+    found: Mapping[str, TensorInfo],
+    tokens: Sequence[Sequence[int]],
+    options: RunOptions,
+) -> Check:
+    return check_reload(result, target, directory, found.values(), tokens[0], options)
