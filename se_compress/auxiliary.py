@@ -115,12 +115,19 @@ def pretty(value: Mapping[str, Any]) -> str:
 
 
 def _wanted(path: Path) -> Iterator[str]:
-    for entry in path.iterdir():
+    for entry in _entries_of(path):
         if WANTED.fullmatch(entry.name) and entry.name not in REPLACED:
             yield entry.name
         elif entry.name in TEMPLATE_DIRECTORIES and entry.is_dir():
-            inner = (file for file in entry.iterdir() if file.suffix == ".jinja")
+            inner = (file for file in _entries_of(entry) if file.suffix == ".jinja")
             yield from (f"{entry.name}/{file.name}" for file in inner)
+
+
+def _entries_of(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise SourceError(f"{directory}: cannot be read ({error.strerror})") from None
 
 
 def _checked(path: Path, name: str) -> Path:
@@ -160,7 +167,7 @@ def is_of_model(path: Path, file: Path) -> bool:
 
 
 def _left_out(path: Path, copied: Mapping[str, Path]) -> Iterator[str]:
-    for entry in sorted(path.iterdir()):
+    for entry in _entries_of(path):
         weights = entry.suffix == ".safetensors" and not entry.is_dir()
         known = entry.name in (*REPLACED, *HOUSEKEEPING, *TEMPLATE_DIRECTORIES)
         if not weights and not known and entry.name not in copied:
@@ -182,23 +189,23 @@ def _read_json(file: Path) -> Any:
         return None
 
 
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
     """Every key of a JSON value and what it holds, at any depth."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield key, inner
-            yield from _entries(inner)
+            yield from _pairs(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _entries(inner)
+            yield from _pairs(inner)
 
 
 def _mapped(value: Any) -> Iterator[Any]:
-    return (inner for key, inner in _entries(value) if key in CODE_KEYS)
+    return (inner for key, inner in _pairs(value) if key in CODE_KEYS)
 
 
 def _unportable(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in _entries(config):
+    for key, value in _pairs(config):
         if _IMPLEMENTATIONS.fullmatch(key) and value is not None and value not in PORTABLE:
             yield key, value
 

@@ -162,6 +162,7 @@ def run(request: Request) -> Outcome:
     check_output(request.output)
     # What can be refused without a profile is refused now, before the hours.
     plan = _plan(source, None, request)
+    _tell_of_files(source, request)
     check_packages([plan])
     check_disk([plan], source, request.recipe)
     return _run(request, source, {})
@@ -209,6 +210,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     for name, one in requests.items():
         with _naming(name):
             plans.append(_plan(source, None, one))
+    _tell_of_files(source, request)
     check_packages(plans)
     check_disk(plans, source, request.recipe)
     outcomes: dict[str, Outcome] = {}
@@ -282,6 +284,11 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     return Outcome(directory, validation.passed, profile, plan, validation)
 
 
+def _tell_of_files(source: ModelSource, request: Request) -> None:
+    for note in find_auxiliary(source.path, source.config, request.keep_code).notes:
+        request.notice(note)
+
+
 def _tried_again(
     request: Request,
     source: ModelSource,
@@ -291,7 +298,7 @@ def _tried_again(
 ) -> Outcome:
     """A finished result; what kept a check from being run at the time may be gone by now. A result
     that fails then is taken back."""
-    if finished.validation.is_final:
+    if finished.validation.is_final or not finished.published:
         return finished
     from se_compress.validator import try_again
 
@@ -300,10 +307,12 @@ def _tried_again(
     validation = try_again(
         source, plan, directory, held_out, request.recipe, request.options, finished.validation
     )
+    if validation == finished.validation:
+        return finished
     with locked(request.output) as work:
         _write_reports(source, directory, profile, plan, validation, request)
         save_settings(directory / SETTINGS_FILE, settings)
-        if finished.published and not validation.passed:
+        if not validation.passed:
             publish(directory, rejected(request.output), work)
             directory = rejected(request.output)
     return Outcome(directory, validation.passed, profile, plan, validation)

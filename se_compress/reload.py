@@ -45,10 +45,17 @@ EXHAUSTED = re.compile(r"can't allocate memory|out of memory|Cannot allocate mem
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 
+def start() -> int:
+    """The whole life of the process."""
+    scratch = Path(sys.argv[2])
+    request = json.loads((scratch / "request.json").read_text())
+    end_with_parent(request.get("parent", os.getppid()), scratch)
+    return main()
+
+
 def main() -> int:
     directory, scratch = sys.argv[1:]
     request = json.loads((Path(scratch) / "request.json").read_text())
-    end_with_parent(request["parent"], Path(scratch))
     try:
         return _answer(directory, scratch, request)
     except Exception as error:
@@ -170,4 +177,4 @@ def _load_transformers(directory: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

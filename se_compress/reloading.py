@@ -27,7 +27,7 @@ RELOAD_TOKENS = 64
 # The package itself may be found through the current directory: it comes behind all others then.
 START = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
-    "from se_compress.reload import main; sys.exit(main())"
+    "from se_compress.reload import start; sys.exit(start())"
 )
 # What ends a process is the machine (memory first of all) or a person, but for these: a program
 # does them to itself, over a file that it cannot make sense of.
