@@ -44,6 +44,7 @@ CODE_KEYS = ("auto_map", "custom_pipelines")
 PORTABLE = ("eager", "sdpa", "grouped_mm", "batched_mm")
 _IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 LISTED, LONGEST_NAME = 4, 40
+LARGEST_CONFIG_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,19 @@ def find_auxiliary(path: Path, config: Mapping[str, Any], keep_code: bool = Fals
 
     Raises SourceError for a file that would be copied but is a link to nowhere or out of the model,
     a Git LFS pointer, no file at all, or unreadable; with `keep_code` also for code that is named
-    and not there.
+    and not there. What can be copied now can be copied after the hours.
     """
+    try:
+        found = _find(path, config, keep_code)
+        pretty(result_config(config, keep_code))
+        for name, file in found.files.items():
+            copied_text(name, file, keep_code)
+    except RecursionError:
+        raise SourceError(f"{path}: a config is nested too deep to be copied") from None
+    return found
+
+
+def _find(path: Path, config: Mapping[str, Any], keep_code: bool) -> Auxiliary:
     files = {name: _checked(path, name) for name in sorted(_wanted(path))}
     named = {"config.json": config, **_configs(files)}
     mapped = [name for name, value in named.items() if any(_mapped(value))]
@@ -108,7 +120,13 @@ def without(value: Any, keys: Iterable[str]) -> Any:
 
 
 def pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """JSON that UTF-8 can hold: half a surrogate pair stays escaped, and all else with it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    return text + "\n"
 
 
 # ---------------------------------------------------------------------------------------- the files
@@ -183,9 +201,11 @@ def _configs(files: Mapping[str, Path]) -> dict[str, Any]:
 
 def _read_json(file: Path) -> Any:
     """None for what is no JSON: whoever needs the file says so."""
+    if file.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise SourceError(f"{file}: is larger than any config ({LARGEST_CONFIG_BYTES} bytes)")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
 
 
@@ -306,7 +326,6 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def printable(name: str) -> str:
-    """A name of any length and any bytes, as it may stand in a message."""
-    plain = name.encode("utf-8", "backslashreplace").decode()
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in plain)
+    """A name of any length and any bytes, as it may stand in a message or a page."""
+    shown = re.sub(r"[^\w.+@=,~#/ -]", "?", name)
     return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 3] + "..."

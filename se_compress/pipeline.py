@@ -450,7 +450,11 @@ def _licence(source: ModelSource) -> str | None:
     card = source.path / "README.md"
     if not card.is_file():
         return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a card that cannot be read gives no licence; the weights could be
+        return None
+    parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return None
     try:

@@ -12,6 +12,7 @@ from se_compress.auxiliary import (
     Auxiliary,
     copied_text,
     find_auxiliary,
+    pretty,
     printable,
     result_config,
 )
@@ -101,10 +102,41 @@ def test_the_sentence_stays_short_whatever_the_names(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("plain.txt", "plain.txt"), ("a\x1b[31mb", "a\\x1b[31mb"), (os.fsdecode(b"\xff"), "\\udcff")],
+    [
+        ("plain-1.txt", "plain-1.txt"),
+        ("a\x1b[31mb", "a??31mb"),
+        (os.fsdecode(b"\xff"), "?"),
+        ("[x](http:y)<b>`", "?x??http?y??b??"),
+        ("größe.log", "größe.log"),
+    ],
 )
 def test_names_are_printable(name: str, shown: str) -> None:
     assert printable(name) == shown
+
+
+@pytest.mark.parametrize("depth", [400, 600, 900])
+def test_configs_that_cannot_be_copied_later_are_refused_now(model: Path, depth: int) -> None:
+    config = json.loads('{"a":' * depth + "1" + "}" * depth)
+    refusal = ""
+    try:
+        find(model, **config)
+    except SourceError as error:
+        refusal = str(error)
+    if not refusal:  # how deep is too deep is Python's affair
+        assert json.loads(pretty(result_config(config, keep_code=False))) == config
+    else:
+        assert "nested too deep" in refusal
+
+
+def test_half_a_surrogate_pair_is_written_as_it_came() -> None:
+    text = pretty({"a": "\ud800", "ä": 1})
+    assert json.loads(text.encode()) == {"a": "\ud800", "ä": 1}
+
+
+def test_a_config_of_gigabytes_is_not_read(model: Path) -> None:
+    with (model / "tokenizer_config.json").open("wb") as file:
+        file.truncate(2**40)
+    assert "tokenizer_config.json: is larger than any config" in refused(model)
 
 
 # ------------------------------------------------------------------------------------- refusals
