@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
 from se_compress.artifacts import CompressionPlan, ModelSource, RunOptions
 from se_compress.bare import lay_bare
 from se_compress.checkpoint import open_result
+from se_compress.cli import app
 from se_compress.errors import SourceError
 from se_compress.headers import read_headers
 from se_compress.pipeline import Request, judge_existing, run
@@ -172,6 +175,43 @@ def test_a_run_runs_nothing_even_if_the_result_keeps_the_code(
     assert any("kept on demand" in note for note in outcome.plan.notes)
     card = (outcome.directory / "README.md").read_text(encoding="utf-8")
     assert "kept on demand" in card
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [((), "names (auto_map) is not in the result"), (("--keep-remote-code",), "kept on demand")],
+)
+def test_what_becomes_of_the_code_is_told_before_it_is_done(
+    tmp_path: Path, mark: Path, text: Path, words: tuple[str, ...], told: str
+) -> None:
+    model = tiny.build(tmp_path / "model", "qwen3_moe")
+    booby_trap(model, mark)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {model}\noutput: {tmp_path / 'out'}\nquantization: {{method: none}}\n"
+        f"calibration: {{data: {text}}}\nvalidation: {{data: {text}, seed: 1}}\n",
+        encoding="utf-8",
+    )
+    shown = CliRunner().invoke(app, [str(file), "--dry-run", *words])
+    assert shown.exit_code == 0
+    assert told in shown.output
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("keep_code", [False, True])
+def test_code_is_fetched_from_the_hub_on_demand_only(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, keep_code: bool
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(*arguments: object, allow_patterns: list[str], **others: object) -> str:
+        asked.append(allow_patterns)
+        return str(tiny_model("qwen3_moe"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    open_source("owner/name", keep_code)
+    assert ["*.py" in patterns for patterns in asked] == [keep_code] * len(asked)
+    assert asked
 
 
 def test_validating_anybody_s_directory_runs_nothing(
