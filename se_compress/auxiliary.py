@@ -12,6 +12,7 @@ either, so that it opens with `trust_remote_code=True` as well as without.
 
 import ast
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -264,7 +265,7 @@ def _imports(path: Path, name: str) -> Iterator[str]:
     where = f"{path}: {printable(name)}"
     if ".." in Path(name).parts or name.startswith("/"):
         raise SourceError(f"{where} lies outside of the model's directory")
-    if not file.is_symlink() and not file.exists():
+    if not os.path.lexists(file):
         raise SourceError(
             f"{where} is named by auto_map and not there; --keep-remote-code needs it"
         )

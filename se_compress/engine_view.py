@@ -15,9 +15,11 @@ from se_compress.headers import Slot
 from se_compress.targets import result_name
 
 Settings = Mapping[str, Any]
+View = Callable[[str], int]  # the name of a module -> the width that the engine gives it
 WORD_BITS = 32  # codes are packed into words of this many bits
 PLAIN = 16
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def misread(
@@ -44,13 +46,13 @@ def _misread(
     plan: CompressionPlan,
     slots: Mapping[str, Slot | TensorInfo],
 ) -> Iterator[str]:
-    view = ENGINES[settings["quant_method"]] if settings else _nothing
+    view = ENGINES[settings["quant_method"]](settings, source) if settings else None
     for info in source.tensors.values():
         module = result_name(source, plan, info.name).removesuffix(".weight")
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
             continue
         held = stored_bits(module, info.shape[1], slots)
-        claimed = view(settings, module, source)
+        claimed = view(module) if view else PLAIN
         if held is not None and held != claimed:
             yield f"{module} has {held} bits in the file and {claimed} by its settings"
 
@@ -69,62 +71,119 @@ def stored_bits(module: str, columns: int, slots: Mapping[str, Slot | TensorInfo
     return PLAIN if f"{module}.weight" in slots else None
 
 
-def _nothing(settings: Settings, module: str, source: ModelSource) -> int:
-    return PLAIN
+# ------------------------------------------------------------------------------------------ engines
 
 
-def _gptq(settings: Settings, module: str, source: ModelSource) -> int:
+def _gptq(settings: Settings, source: ModelSource) -> View:
     """GPTQModel 7.6: linears of the layers, and the head if it says so; of the rules that match,
     the first "-:" decides, then the first other one (quantization/config.py, dynamic_get)."""
-    if not module.startswith("model.layers.") and not (module == "lm_head" and settings["lm_head"]):
-        return PLAIN
-    rules = {rule: how for rule, how in settings.get("dynamic", {}).items()}
-    matching = [rule for rule in rules if re.match(re.sub(r"^[+-]:", "", rule), module)]
-    if any(rule.startswith("-:") for rule in matching):
-        return PLAIN
-    return int(rules[matching[0]].get("bits", settings["bits"]) if matching else settings["bits"])
+    rules: Mapping[str, Mapping[str, int]] = settings.get("dynamic", {})
+    patterns = _Patterns([re.sub(r"^[+-]:", "", rule) for rule in rules])
+    overrides = list(rules.items())
+
+    def view(module: str) -> int:
+        head = module == "lm_head" and settings["lm_head"]
+        if not head and not module.startswith("model.layers."):
+            return PLAIN
+        matching = [overrides[place] for place in patterns.matching(module)]
+        if any(rule.startswith("-:") for rule, _ in matching):
+            return PLAIN
+        bits = matching[0][1].get("bits") if matching else None
+        return int(settings["bits"] if bits is None else bits)
+
+    return view
 
 
-def _auto_round(settings: Settings, module: str, source: ModelSource) -> int:
+def _auto_round(settings: Settings, source: ModelSource) -> View:
     """auto-round 0.15: linears below the named blocks, unless `extra_config` names them."""
-    blocks = str(settings["block_name_to_quantize"]).split(",")
-    if not any(module.startswith(f"{block}.") for block in blocks):
-        return PLAIN
-    return int(settings["extra_config"].get(module, {}).get("bits", settings["bits"]))
+    blocks = tuple(f"{block}." for block in settings["block_name_to_quantize"].split(","))
+    base, named = int(settings["bits"]), settings["extra_config"]
+
+    def view(module: str) -> int:
+        below = module.startswith(blocks)
+        return int(named.get(module, {}).get("bits", base)) if below else PLAIN
+
+    return view
 
 
-def _compressed_tensors(settings: Settings, module: str, source: ModelSource) -> int:
+def _compressed_tensors(settings: Settings, source: ModelSource) -> View:
     """compressed-tensors 0.19: every Linear that `ignore` does not match; an exact name comes
     before a pattern, and a pattern before the class (utils/match.py)."""
-    if module == "model.embed_tokens" or _matching(settings["ignore"], module):
-        return PLAIN
-    targets = {
-        target: int(group["weights"]["num_bits"])
-        for group in settings["config_groups"].values()
-        for target in group["targets"]
-    }
-    found = _matching(list(targets), module) or [t for t in targets if t == "Linear"]
-    return targets[found[0]] if found else PLAIN
+    ignored = _Targets(settings["ignore"])
+    groups = settings["config_groups"].values()
+    widths = {t: int(group["weights"]["num_bits"]) for group in groups for t in group["targets"]}
+    targets = _Targets(list(widths))
+
+    def view(module: str) -> int:
+        if module == "model.embed_tokens" or ignored.find(module):
+            return PLAIN
+        return widths.get(targets.find(module) or "Linear", PLAIN)
+
+    return view
 
 
-def _matching(targets: Sequence[str], module: str) -> list[str]:
-    patterns = [t for t in targets if t.startswith("re:") and re.match(t[3:], module)]
-    return [*(t for t in targets if t == module), *patterns]
-
-
-def _bitsandbytes(settings: Settings, module: str, source: ModelSource) -> int:
+def _bitsandbytes(settings: Settings, source: ModelSource) -> View:
     """Our own `loading`: experts of the decoder's layers unless listed, other linears if listed."""
     bits = 8 if settings["data_type"] == "int8" else 4
-    layer = _LAYER.search(module)
-    within = layer is not None and int(layer[1]) < source.layer_count
-    expert = within and re.search(r"\.experts\.\d+\.", module) is not None
-    packed = module not in settings["in_16_bit"] if expert else module in settings["others"]
-    return bits if packed else PLAIN
+    in_16_bit, others = set(settings["in_16_bit"]), set(settings["others"])
+
+    def view(module: str) -> int:
+        layer = _LAYER.search(module)
+        within = layer is not None and int(layer[1]) < source.layer_count
+        expert = within and _EXPERT.search(module) is not None
+        return bits if (module not in in_16_bit if expert else module in others) else PLAIN
+
+    return view
 
 
-ENGINES: Mapping[str, Callable[[Settings, str, ModelSource], int]] = {
+ENGINES: Mapping[str, Callable[[Settings, ModelSource], View]] = {
     "gptq": _gptq,
     "auto-round": _auto_round,
     "compressed-tensors": _compressed_tensors,
     "se-compress": _bitsandbytes,
 }
+
+
+# ----------------------------------------------------------------------------------------- patterns
+
+
+class _Targets:
+    """Names and "re:" patterns of compressed-tensors."""
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self._names = set(targets)
+        self._patterns = [(t, re.compile(t[3:])) for t in targets if t.startswith("re:")]
+
+    def find(self, module: str) -> str:
+        """The first that matches, names before patterns; "" if none does."""
+        if module in self._names:
+            return module
+        return next((target for target, p in self._patterns if p.match(module)), "")
+
+
+class _Patterns:
+    """Thousands of patterns, one or more for each expert, looked up by what they begin with."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._by_start: dict[str, list[tuple[int, re.Pattern[str]]]] = {}
+        for place, pattern in enumerate(patterns):
+            start = literal_start(pattern)
+            self._by_start.setdefault(start, []).append((place, re.compile(pattern)))
+
+    def matching(self, text: str) -> list[int]:
+        """Places of the patterns that match at the start of a text, in order."""
+        starts = (text[:end] for end in range(len(text) + 1))
+        likely = (pair for start in starts for pair in self._by_start.get(start, ()))
+        return sorted(place for place, pattern in likely if pattern.match(text))
+
+
+def literal_start(pattern: str) -> str:
+    """Characters that every match of a pattern begins with; perhaps not all of them."""
+    text = pattern.removeprefix("^")
+    if "|" in text:
+        return ""
+    literal = re.match(r"(?:[\w ]|\\[^\w])*", text)
+    found = literal[0] if literal else ""
+    if text[len(found) : len(found) + 1] in tuple("*?{"):  # the last one may be missing
+        found = re.sub(r"\\?.$", "", found)
+    return re.sub(r"\\(.)", r"\1", found)

@@ -264,7 +264,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     held_out = draw_sequences(recipe.validation, source.path, "validation")
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(request, settings)):
-        return _tried_again(request, source, held_out, settings, finished)
+        return _tried_again(request, source, held_out, finished)
     check_memory(source, recipe, len(calibration) * len(calibration[0]))
     with locked(output) as work:
         prepare(output, settings, request.fresh, request.notice)
@@ -293,7 +293,6 @@ def _tried_again(
     request: Request,
     source: ModelSource,
     held_out: Tokens,
-    settings: Mapping[str, object],
     finished: Outcome,
 ) -> Outcome:
     """A finished result; what kept a check from being run at the time may be gone by now. A result
@@ -309,12 +308,11 @@ def _tried_again(
     )
     if validation == finished.validation:
         return finished
-    with locked(request.output) as work:
-        _write_reports(source, directory, profile, plan, validation, request)
-        save_settings(directory / SETTINGS_FILE, settings)
-        if not validation.passed:
+    _write_reports(source, directory, profile, plan, validation, request)
+    if not validation.passed:
+        with locked(request.output) as work:
             publish(directory, rejected(request.output), work)
-            directory = rejected(request.output)
+        directory = rejected(request.output)
     return Outcome(directory, validation.passed, profile, plan, validation)
 
 

@@ -881,4 +881,5 @@ def _reload(
     tokens: Sequence[Sequence[int]],
     options: RunOptions,
 ) -> Check:
+    """On the first held-out sequence, in a process of its own: engines patch what they import."""
     return check_reload(result, target, directory, found.values(), tokens[0], options)

@@ -1,6 +1,8 @@
 """Engines take every module of a result for what it is in the file, by the exported settings."""
 
 import copy
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import tiny
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
-from se_compress.engine_view import misread, stored_bits
+from se_compress.engine_view import _Patterns, literal_start, misread, stored_bits
 from se_compress.export import quantization_config
 from se_compress.families import FAMILIES
 from se_compress.headers import Slot
@@ -191,3 +193,24 @@ def test_the_width_is_read_off_the_shape(bits: int, part: str) -> None:
     words = 64 * bits // 32
     shape = (words, 96) if part == "qweight" else (96, words)
     assert stored_bits("x", 64, {f"x.{part}": Slot(f"x.{part}", "I32", shape)}) == bits
+
+
+@pytest.mark.parametrize(
+    ("pattern", "start"),
+    [(r"^model\.layers\.1\.mlp\.experts\.2\.", "model.layers.1.mlp.experts.2."),
+     (r"model\.layers\.1\.x$", "model.layers.1.x"), (r"^a|b", ""), (r"^(model\.|lm_head).*$", ""),
+     (r"^ab*", "a"), (r"^a\.?b", "a"), (r"^a\.+b", "a."), (r"^a\d", "a"), (r"^ab{2}", "a"),
+     ("", "")],
+)  # fmt: skip
+def test_what_every_match_begins_with(pattern: str, start: str) -> None:
+    assert literal_start(pattern) == start
+
+
+def test_a_pattern_for_each_of_many_experts_is_looked_up_fast() -> None:
+    stems = [f"model.layers.{layer}.mlp.experts.{e}" for layer in range(48) for e in range(128)]
+    patterns = _Patterns([r"^nothing$", *(f"^{re.escape(stem)}\\." for stem in stems), r"^.*gate"])
+    started = time.perf_counter()
+    for place, stem in enumerate(stems, start=1):
+        assert patterns.matching(f"{stem}.up_proj") == [place]
+        assert patterns.matching(f"{stem}.gate_proj") == [place, len(stems) + 1]
+    assert time.perf_counter() - started < 5
