@@ -42,6 +42,7 @@ PACKAGES = {
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 EXHAUSTED = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
+FILLED = re.compile(r"No space left on device|Disk quota exceeded")
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -89,7 +90,7 @@ def fault_of_machine(error: BaseException) -> str:
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or EXHAUSTED.search(text):
             return "memory is exhausted"
         rust = re.search(r"\(os error (\d+)\)", text)  # safetensors' and tokenizers' errors
-        if number in FULL or (rust and int(rust[1]) in FULL):
+        if number in FULL or (rust and int(rust[1]) in FULL) or FILLED.search(text):
             return f"the disk is full ({' '.join(text.split())[:150]})"
     return ""
 

@@ -53,7 +53,8 @@ def check_reload(
         with tempfile.TemporaryDirectory(prefix="se-compress-reload-") as scratch:
             found = _ask_engine(target, directory, tensors, tokens, Path(scratch))
     except OSError as error:
-        found = _not_run(f"{error.filename or 'the temporary directory'}: {error.strerror}")
+        where = error.filename or tempfile.tempdir or "the temporary directory"
+        found = _not_run(f"{where}: {error.strerror}")
     options.progress("reload", 1, 1)
     return found if isinstance(found, Check) else _compare(result, target, tokens, found)
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import tiny
 
+from se_compress import validator
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
 from se_compress.engine_view import _Patterns, literal_start, misread, stored_bits
 from se_compress.export import quantization_config
 from se_compress.families import FAMILIES
-from se_compress.headers import Slot
+from se_compress.headers import Slot, read_headers
 from se_compress.policy import check_plan, make_plan
 from se_compress.source import open_source
 from se_compress.surgery import shrink
@@ -161,6 +162,26 @@ def test_a_width_that_belongs_to_layer_11_and_not_to_layer_1_is_found(
     found = problems(source, plan, settings)
     assert len(found) == 3 * source.expert_count
     assert all(text.startswith("model.layers.11.mlp.experts.") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("engine", "key", "value"),
+    [("gptqmodel", "bits", 8), ("gptqmodel", "dynamic", {}), ("vllm", "ignore", []),
+     ("auto-round", "extra_config", {})],
+)  # fmt: skip
+def test_the_account_of_a_result_fails_with_its_settings(
+    tiny_model: TinyModel, tmp_path: Path, engine: str, key: str, value: object
+) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    plan = uniform(source, engine)
+    directory = tiny.write_result(source, plan, tmp_path / "out")
+    found = read_headers(directory)
+    assert validator._planned(source, plan, directory, found).accounted.passed
+    settings = {**quantization_config(source, plan), key: value}
+    tiny.edit_config(directory, quantization_config=settings)
+    check = validator._planned(source, plan, directory, found).accounted
+    assert check.passed is False
+    assert "bits in the file and" in check.detail
 
 
 @pytest.mark.parametrize("module", ["model.layers.1.mlp.gate", "model.layers.2.self_attn.o_proj"])

@@ -55,6 +55,7 @@ def wrapped(error: Exception, cause: BaseException) -> Exception:
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
         (ValueError("Error while serializing: I/O error: No space left (os error 28)"),
          "the disk is full"),
+        (RuntimeError("c++: error: /tmp/x.o: No space left on device"), "the disk is full"),
         (wrapped(ValueError("loading failed"), MemoryError()), "memory is exhausted"),
         (ImportError("FlashAttention2 has been toggled on, but\n the package"),
          "FlashAttention2 has been toggled on, but the package"),
