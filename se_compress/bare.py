@@ -43,13 +43,15 @@ def lay_bare(directory: Path, tensors: Iterable[TensorInfo], bare: Path) -> None
     files |= {"tokenizer_config.json": TOKENIZER_CONFIG}
     if (directory / SETTINGS_FILE).is_file():
         files[SETTINGS_FILE] = _settings(_read(directory / SETTINGS_FILE))
-    weight_map = {info.name: Path(info.file).name for info in tensors}
-    if set(weight_map.values()) != {"model.safetensors"}:
+    file_of = {info.name: Path(info.file) for info in tensors}
+    shards = {file.name: file for file in file_of.values()}
+    if set(shards) != {"model.safetensors"}:
+        weight_map = {name: file.name for name, file in file_of.items()}
         files[INDEX_FILE] = {"metadata": {}, "weight_map": weight_map}
     for name, value in files.items():
         (bare / name).write_text(pretty(value), encoding="utf-8")
-    for shard in sorted(set(weight_map.values())):
-        (bare / shard).symlink_to((directory / shard).resolve())
+    for name, shard in shards.items():
+        (bare / name).symlink_to(shard.resolve())
 
 
 def _read(file: Path) -> Mapping[str, Any]:
