@@ -91,9 +91,10 @@ def _find(path: Path, config: Mapping[str, Any], keep_code: bool) -> Auxiliary:
     left_out = tuple(_left_out(path, files))
     notes = [*_code_notes(mapped, code, keep_code), *_implementation_notes(config)]
     if left_out:
+        count = f" ({len(left_out)} entries)" if left_out[1:] else ""
         notes.append(
-            f"beside the weights {_count(left_out, 'entry', 'entries')} of the model not copied "
-            f"into the result: {_listed(left_out)}"
+            f"what lies beside the weights and no loader wants stays out of the result{count}: "
+            f"{_listed(left_out)}"
         )
     return Auxiliary(files, code, left_out, tuple(notes))
 
@@ -313,11 +314,6 @@ def _implementation_notes(config: Mapping[str, Any]) -> Iterator[str]:
             f"config.json: {key} {printable(str(value))} is not in the result, as another machine "
             "may not have it"
         )
-
-
-def _count(names: Iterable[str], one: str, several: str) -> str:
-    count = len(list(names))
-    return f"1 {one} is" if count == 1 else f"{count} {several} are"
 
 
 def _listed(names: Iterable[str]) -> str:

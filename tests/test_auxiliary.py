@@ -63,7 +63,7 @@ def test_anything_else_is_left_out_and_named(model: Path, name: str) -> None:
     assert found.files == {}
     assert found.left_out == (name,)
     assert found.notes == (
-        f"beside the weights 1 entry is of the model not copied into the result: {name}",
+        f"what lies beside the weights and no loader wants stays out of the result: {name}",
     )
 
 
@@ -96,6 +96,7 @@ def test_the_sentence_stays_short_whatever_the_names(model: Path) -> None:
     (note,) = found.notes
     assert len(note) < 300
     assert "\n" not in note
+    assert "stays out of the result (8 entries): " in note
     assert note.endswith("and 4 more")
     note.encode()
 

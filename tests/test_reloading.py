@@ -274,5 +274,5 @@ def test_plans_name_what_is_left_out(request_of: Request, tmp_path: Path) -> Non
     (model / "old.zip").write_bytes(b"x")
     recipe = request_of.recipe.model_copy(update={"model": str(model)})
     plan: CompressionPlan = pipeline.preview(replace(request_of, recipe=recipe)).plan
-    assert plan.notes[-1].endswith("not copied into the result: old.zip")
+    assert plan.notes[-1].endswith("no loader wants stays out of the result: old.zip")
     assert make_plan(open_source(str(model)), None, recipe).notes == plan.notes[:-1]
