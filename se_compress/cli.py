@@ -91,6 +91,10 @@ def _command(
         bool, typer.Option("--dry-run", help="Sizes, budget and loadability; reads no weights.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore saved progress.")] = False,
+    keep_remote_code: Annotated[
+        bool,
+        typer.Option("--keep-remote-code", help="The result keeps auto_map and the code it names."),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result line only.")] = False,
     verbose: Annotated[
@@ -125,6 +129,7 @@ def _command(
         plan_file=None if plan is None else _path("--plan", plan),
         fresh=fresh,
         notice=screen.notice,
+        keep_code=keep_remote_code,
     )
     if validate is not None and (plan is not None or dry_run):
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")

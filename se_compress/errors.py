@@ -78,8 +78,10 @@ class ResourceError(SeCompressError):
 
 
 INTERRUPTED_EXIT_CODE = 130
-# Of `python -m se_compress.reload`: this machine cannot load the result, which says nothing of it.
+# Of `python -m se_compress.reload`: this machine cannot load the result, which says nothing of it;
+# another time it may, or nothing here ever will.
 NOT_RUN_EXIT_CODE = 77
+CANNOT_RUN_EXIT_CODE = 78
 
 
 def one_line(error: object, width: int = 200) -> str:

@@ -93,7 +93,7 @@ def compress(
     allocate(layout)
     made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
     if made.stopped is None:
-        export_config(blueprint, directory)
+        export_config(blueprint, directory, options.keep_code)
     write_atomically(directory / COMPRESSION_FILE, to_json(made))
     return made
 

@@ -1,44 +1,56 @@
 """All of the result that is not a tensor: config, the engine's settings, tokenizer, licence."""
 
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from se_compress.artifacts import write_atomically
+from se_compress.auxiliary import (
+    Auxiliary,
+    copied_text,
+    find_auxiliary,
+    pretty,
+    result_config,
+)
 from se_compress.blueprint import Blueprint
+from se_compress.engine_view import misread
+from se_compress.errors import ValidationFailed
 from se_compress.formats import FORMATS
-from se_compress.headers import INDEX_FILE
-
-# Weights in any format are not copied: the result has its own.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-REPLACED_FILES = ("config.json", "quantize_config.json", "README.md", INDEX_FILE)
 
 
-def export_config(blueprint: Blueprint, directory: Path) -> None:
-    """Write config.json (and the engine's own settings) and copy every other file of the source
-    that a loader may want: tokenizer, generation config, licence."""
-    source = blueprint.source
-    for file in sorted(source.path.iterdir()):
-        if file.is_file() and _is_auxiliary(file):
-            shutil.copyfile(file, directory / file.name)
-    config = dict(source.config)
-    settings = quantization_config(blueprint)
+def export_config(blueprint: Blueprint, directory: Path, keep_code: bool = False) -> None:
+    """Write config.json (and the engine's own settings) and copy what else of the source a loader
+    or a user may want: `auxiliary.find_auxiliary` tells it.
+
+    keep_code  `auto_map` stays in the configs, and the Python files that it names come along
+
+    Raises SourceError if such a file cannot be copied, ValidationFailed if the settings do not say
+    of every module what the file holds.
+    """
+    source, settings = blueprint.source, quantization_config(blueprint)
+    if problems := misread(settings, blueprint, blueprint.slots.values()):
+        raise ValidationFailed(
+            f"the exported settings would be read wrong by {blueprint.plan.target}: "
+            f"{'; '.join(problems[:3])}"
+        )
+    _copy(find_auxiliary(source.path, source.config, keep_code), directory, keep_code)
+    config = result_config(source.config, keep_code)
     if settings:
         config["quantization_config"] = settings
         if settings["quant_method"] == "gptq":  # GPTQModel's own file
-            write_atomically(directory / "quantize_config.json", _pretty(settings))
-    write_atomically(directory / "config.json", _pretty(config))
+            write_atomically(directory / "quantize_config.json", pretty(settings))
+    write_atomically(directory / "config.json", pretty(config))
 
 
-def _is_auxiliary(file: Path) -> bool:
-    weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-    return not weights and file.name not in REPLACED_FILES and not file.name.startswith(".")
-
-
-def _pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _copy(found: Auxiliary, directory: Path, keep_code: bool) -> None:
+    for name, file in found.files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = copied_text(name, file, keep_code)
+        if text is None:
+            shutil.copyfile(file, target)
+        else:
+            write_atomically(target, text)
 
 
 def quantization_config(blueprint: Blueprint) -> dict[str, Any]:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 # What a loader may want beside the weights; pickles are left where they are.
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+HUB_PATTERNS = (
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "README.md"),
+    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
+)
+CODE_PATTERN = "*.py"  # only where the user wants the model's own code in the result
 # Without these the model cannot be read, or would be another one; all others may lack.
 _NEEDED = (
     "config.json",
@@ -53,8 +57,9 @@ _MEANING = {
 }
 
 
-def locate(model: str) -> Path:
-    """The directory of a model; one of the Hub is fetched, or offline taken from its cache.
+def locate(model: str, keep_code: bool = False) -> Path:
+    """The directory of a model; one of the Hub is fetched, or offline taken from its cache, with
+    its Python files if they are wanted: nothing here runs them.
 
     Raises SourceError if there is none, with what the Hub answered; ResourceError if the disk is
     full.
@@ -71,7 +76,7 @@ def locate(model: str) -> Path:
                 f"{one_line(model)}: there is no such directory, and {one_line(repr(revision))} is "
                 "no revision of a Hub id; after the @ stands a branch, a tag or a commit"
             )
-        path = _from_hub(name, revision or None)
+        path = _from_hub(name, revision or None, keep_code)
     _check_links(path)
     return path
 
@@ -130,13 +135,13 @@ def _check_links(path: Path) -> None:
 # ----------------------------------------------------------------------------------------- the Hub
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, keep_code: bool) -> Path:
     from httpx import HTTPError
     from huggingface_hub.errors import IncompleteSnapshotError
 
     bound_waiting()
     try:
-        return _snapshot(name, revision)
+        return _snapshot(name, revision, keep_code)
     except IncompleteSnapshotError as error:
         return _part_that_suffices(name, Path(error.snapshot_path), error)
     except (HTTPError, OSError, ValueError) as error:
@@ -149,7 +154,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, keep_code: bool) -> Path:
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -158,7 +163,8 @@ def _snapshot(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=list(HUB_PATTERNS))
+    patterns = [*HUB_PATTERNS, *([CODE_PATTERN] if keep_code else [])]
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=patterns)
     try:
         return Path(fetch())
     except RevisionNotFoundError:

@@ -30,6 +30,7 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
+from se_compress.auxiliary import find_auxiliary
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.overlap import CAUTION, notes_before, notes_on
@@ -76,6 +77,7 @@ class Request:
     fresh         ignore saved progress and an existing result
     notice        called with a sentence when something is reused, redone or given up
     siblings      outputs of the other variants, whose profile may serve this one as well
+    keep_code     the result names the model's own code (auto_map), and has its files
     """
 
     recipe: Recipe
@@ -85,6 +87,7 @@ class Request:
     fresh: bool = False
     notice: Notice = lambda sentence: None
     siblings: tuple[Path, ...] = ()
+    keep_code: bool = False
 
     @property
     def output(self) -> Path:
@@ -142,14 +145,14 @@ class Preview:
 
 def preview(request: Request) -> Preview:
     """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     found = _preview(request, source)
     return replace(found, shortage=disk_shortage([found.plan], source, request.recipe))
 
 
 def preview_variants(request: Request) -> dict[str, Preview]:
     """The same for each variant, by name."""
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     found = {}
     for name, one in _requests(request).items():
         with _naming(name):
@@ -170,11 +173,12 @@ def _preview(request: Request, source: ModelSource) -> Preview:
 
 def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     check_output(request.output)
     check_positions(source, request.recipe)
     # What can be refused without a profile is refused now, before the hours.
     plan = _plan(source, None, request)
+    _tell_of_files(source, request)
     check_packages([plan])
     check_disk([plan], source, request.recipe)
     return _run(request, source, {})
@@ -193,7 +197,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     if not os.path.isdir(directory):
         raise SourceError(f"--validate {directory}: there is no such directory")
     check_place(output)
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     check_positions(source, request.recipe)
     plan_file, profile_file = (directory / OURS / f"{name}.json" for name in ("plan", "profile"))
     plan = None
@@ -220,7 +224,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     One profile serves all variants that would measure the same. A rejected variant does not stop
     the others; what an error leaves behind is taken up by the next run.
     """
-    source = open_source(request.recipe.model)
+    source = open_source(request.recipe.model, request.keep_code)
     check_output_of_variants(request.output)
     requests = _requests(request)
     plans = []
@@ -228,6 +232,7 @@ def run_variants(request: Request) -> VariantsOutcome:
         with _naming(name):
             check_positions(source, one.recipe)
             plans.append(_plan(source, None, one))
+    _tell_of_files(source, request)
     check_packages(plans)
     check_disk(plans, source, request.recipe)
     outcomes: dict[str, Outcome] = {}
@@ -281,7 +286,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     held_out = draw_tokens(recipe.validation, source)
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(request, settings)):
-        return finished
+        return _tried_again(request, source, held_out, finished)
     notes = notes_on(recipe, calibration, held_out)
     for note in notes:
         if note.startswith(CAUTION):
@@ -290,7 +295,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     with locked(output) as work:
         prepare(output, settings, request.fresh, request.notice)
         profile = _profile(source, calibration, work, request)
-        plan = _noting(_plan(source, profile, request), notes)
+        plan = _noting(_with_caution(_plan(source, profile, request), source), notes)
         for caution in cautions_of(plan, source, profile):
             request.notice(caution)
         write_atomically(work / "plan.json", to_json(plan))
@@ -302,6 +307,38 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         save_settings(staged / SETTINGS_FILE, settings)
         directory = output if validation.passed else rejected(output)
         publish(staged, directory, work)
+    return Outcome(directory, validation.passed, profile, plan, validation)
+
+
+def _tell_of_files(source: ModelSource, request: Request) -> None:
+    for note in find_auxiliary(source.path, source.config, request.keep_code).notes:
+        request.notice(note)
+
+
+def _tried_again(
+    request: Request,
+    source: ModelSource,
+    held_out: Tokens,
+    finished: Outcome,
+) -> Outcome:
+    """A finished result; what kept a check from being run at the time may be gone by now. A result
+    that fails then is taken back."""
+    if finished.validation.is_final or not finished.published:
+        return finished
+    from se_compress.validator import try_again
+
+    directory, profile, plan = finished.directory, finished.profile, finished.plan
+    request.notice(f"{directory}: trying again what could not be run: reload")
+    validation = try_again(
+        source, plan, directory, held_out, request.recipe, request.options, finished.validation
+    )
+    if validation == finished.validation:
+        return finished
+    _write_reports(source, directory, profile, plan, validation, request)
+    if not validation.passed:
+        with locked(request.output) as work:
+            publish(directory, rejected(request.output), work)
+        directory = rejected(request.output)
     return Outcome(directory, validation.passed, profile, plan, validation)
 
 
@@ -327,6 +364,14 @@ def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) 
 
 
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
+    notes = find_auxiliary(source.path, source.config, request.keep_code).notes
+    plan = _plan_of_experts(source, profile, request)
+    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
+
+
+def _plan_of_experts(
+    source: ModelSource, profile: ExpertProfile | None, request: Request
+) -> CompressionPlan:
     if request.plan_file is None:
         return make_plan(source, profile, request.recipe)
     plan = from_json(CompressionPlan, request.plan_text, str(request.plan_file))
@@ -348,6 +393,14 @@ def _noting(plan: CompressionPlan, notes: Sequence[str]) -> CompressionPlan:
     return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
 
 
+def _with_caution(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
+    """Told of a generation_config.json by the one who reads it; not needed to plan."""
+    from se_compress.generation import why_not_saved
+
+    reason = why_not_saved(source.path)
+    return replace(plan, notes=(*plan.notes, reason)) if reason else plan
+
+
 def _compress(
     source: ModelSource,
     plan: CompressionPlan,
@@ -357,7 +410,7 @@ def _compress(
 ) -> None:
     from se_compress.execute import compress
 
-    options = replace(request.options, work=staged.parent)
+    options = replace(request.options, work=staged.parent, keep_code=request.keep_code)
     compress(source, plan, tokens, request.recipe, staged, options)
 
 
@@ -405,9 +458,13 @@ def _licence(source: ModelSource) -> str | None:
     import yaml
 
     card = source.path / "README.md"
-    if not card.exists():
+    if not card.is_file():
         return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a card that cannot be read gives no licence; the weights could be
+        return None
+    parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
@@ -455,6 +512,7 @@ def _settings(
         "the calibration text": digest_of(calibration),
         "the validation text": digest_of(held_out),
         "the plan file": digest_of(request.plan_text),
+        "--keep-remote-code": request.keep_code,
     }
 
 

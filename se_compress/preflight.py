@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from se_compress.artifacts import CompressionPlan, ModelSource
+from se_compress.auxiliary import find_auxiliary
 from se_compress.errors import RecipeError, ResourceError
 from se_compress.memory import MACHINE, available_memory
 from se_compress.progress import partial
@@ -76,7 +77,8 @@ def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe:
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length
     # Two streams of hidden states, the last ones and those that are being written.
     states = 4 * tokens * int(source.config["hidden_size"]) * _item_bytes(recipe)
-    results = sum(plan.size_bytes for plan in plans)
+    copied = find_auxiliary(source.path, source.config).size_bytes
+    results = sum(plan.size_bytes + copied for plan in plans)
     ours = output if recipe.variants else partial(output)
     there = sum(file.stat().st_size for file in ours.glob("**/*.safetensors"))
     free = shutil.disk_usage(parent).free + there

@@ -2,33 +2,101 @@
 se_compress.reload DIRECTORY SCRATCH`. A process of its own, as GPTQModel patches torch,
 transformers and safetensors when it is imported, and as whatever it allocates is gone afterwards.
 
+DIRECTORY is laid bare (bare.py): nothing in it can run. Whatever keeps this machine from loading it
+says nothing of the checkpoint: memory, disk, a package. Then the process ends with
+NOT_RUN_EXIT_CODE and the reason; with CANNOT_RUN_EXIT_CODE where no other try could tell more.
+
 vLLM and SGLang are not loaded here. transformers reads their unquantised files, and those of one
 width, and stands in for them: what it says is no proof of the engine, but a file that it cannot
 load, or loads otherwise, is broken.
 
-SCRATCH holds request.json ({"tokens": [...], "target": ...}); logits.safetensors is written beside
-it.
+SCRATCH holds request.json ({"tokens": [...], "target": ..., "parent": process id});
+logits.safetensors is written beside it. When the parent ends, however it does, this process ends
+too, and takes SCRATCH with it.
 """
 
+import ctypes
+import errno
 import importlib.util
 import json
 import os
+import re
+import shutil
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
-from se_compress.errors import NOT_RUN_EXIT_CODE
+from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.formats import FORMATS
 from se_compress.memory import available_memory
 
 # By what config.json calls it.
 BY_METHOD = {form.quant_method: form for form in FORMATS.values()}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+EXHAUSTED = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
+FILLED = re.compile(r"No space left on device|Disk quota exceeded")
+_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def start() -> int:
+    """The whole life of the process."""
+    scratch = Path(sys.argv[2])
+    request = json.loads((scratch / "request.json").read_text())
+    end_with_parent(request.get("parent", os.getppid()), scratch)
+    return main()
 
 
 def main() -> int:
     directory, scratch = sys.argv[1:]
     request = json.loads((Path(scratch) / "request.json").read_text())
+    try:
+        return _answer(directory, scratch, request)
+    except Exception as error:
+        if reason := fault_of_machine(error):
+            return _not_run(reason)
+        raise
+
+
+def end_with_parent(parent: int, scratch: Path) -> None:
+    """End when the parent does, SIGKILL included, and remove what it cannot remove any more."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before it was asked
+            end(signal.SIGTERM, None)
+
+
+def fault_of_machine(error: BaseException) -> str:
+    """Why an error says nothing of the checkpoint; "" if it does."""
+    if isinstance(error, ImportError):
+        return " ".join(str(error).split())[:200]
+    for cause in _causes(error):
+        text = str(cause)
+        number = cause.errno if isinstance(cause, OSError) else None
+        if isinstance(cause, MemoryError) or number == errno.ENOMEM or EXHAUSTED.search(text):
+            return "memory is exhausted"
+        rust = re.search(r"\(os error (\d+)\)", text)  # safetensors' and tokenizers' errors
+        if number in FULL or (rust and int(rust[1]) in FULL) or FILLED.search(text):
+            return f"the disk is full ({' '.join(text.split())[:150]})"
+    return ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
     needed = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     available = available_memory()
     if 2 * needed > available.size_bytes:
@@ -38,8 +106,12 @@ def main() -> int:
         )
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     settings = config.get("quantization_config", {})
-    if reason := _obstacle(request["target"], settings):
+    if reason := _missing_package(request["target"], settings):
         return _not_run(reason)
+    if _of_several_widths(settings):
+        reason = "is not installed, and transformers would read layers of several widths wrong"
+        print(f"{request['target']} {reason}", file=sys.stderr)
+        return CANNOT_RUN_EXIT_CODE
     load = _load_gptqmodel if request["target"] == "gptqmodel" else _load_transformers
     model = load(directory)
 
@@ -52,21 +124,21 @@ def main() -> int:
     return 0
 
 
-def _obstacle(target: str, settings: Mapping[str, Any]) -> str:
-    """Why this machine cannot say anything of the result; "" if it can."""
+def _missing_package(target: str, settings: Mapping[str, Any]) -> str:
+    """What has to be installed before this machine can tell anything; "" if it all is."""
     form = BY_METHOD.get(settings.get("quant_method", ""))
     package, extra = (form.package, form.extra) if form else ("transformers", "")
     if target == "gptqmodel":
         package, extra = "gptqmodel", "gptq"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed (pip install 'se-compress[{extra}]')"
+    return ""
+
+
+def _of_several_widths(settings: Mapping[str, Any]) -> bool:
     groups = settings.get("config_groups", {}).values()
     patterns = [*settings.get("ignore", ()), *(t for group in groups for t in group["targets"])]
-    if any(pattern.startswith("re:") for pattern in patterns):
-        return (
-            f"{target} is not installed, and transformers would read layers of several widths wrong"
-        )
-    return ""
+    return any(pattern.startswith("re:") for pattern in patterns)
 
 
 def _not_run(reason: str) -> int:
@@ -92,7 +164,10 @@ def _load_transformers(directory: str) -> Any:
     form = BY_METHOD.get(config.get("quantization_config", {}).get("quant_method", ""))
     as_stored = form is not None and not form.has_float32
     loaded = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto" if as_stored else torch.float32, output_loading_info=True
+        directory,
+        dtype="auto" if as_stored else torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     model, info = cast(tuple[Any, dict[str, Any]], loaded)
     # transformers re-initialises what it does not find, and only this tells. Tensors that it does
@@ -104,4 +179,4 @@ def _load_transformers(directory: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

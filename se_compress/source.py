@@ -16,13 +16,14 @@ from se_compress.hub import locate
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
-def open_source(model: str) -> ModelSource:
+def open_source(model: str, keep_code: bool = False) -> ModelSource:
     """Open a model directory, or a model of the Hub (`id` or `id@revision`).
 
+    `keep_code` has a model of the Hub fetched with its Python files, which nothing here runs.
     Every tensor is classified and the expert set is compared with what the config promises. Raises
     SourceError with the tensor, file or key that is wrong.
     """
-    path = locate(model)
+    path = locate(model, keep_code)
     config = read_config(path)
     family = families.family_of(config, str(path))
     if settings := config.get("quantization_config"):

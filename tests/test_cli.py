@@ -441,7 +441,7 @@ def test_a_file_system_that_is_too_small_is_found_before_the_work(
     script = f"{mount} && {COMMAND} r.yaml --device cpu --output small/out; echo $?; find small/*"
     done = run(script, cwd=tmp_path, command=namespace)
     pattern = (
-        r"se-compress: .*/small: the result takes 0\.4 MB and saved progress 0\.3 MB, but only "
+        r"se-compress: .*/small: the result takes 0\.5 MB and saved progress 0\.3 MB, but only "
     )
     assert re.match(pattern + r"0\.2 MB are free\n", done.stderr), done.stderr
     assert done.stdout == "5\n"

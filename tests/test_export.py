@@ -13,6 +13,7 @@ import tiny
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
 from se_compress.blueprint import draw_blueprint
+from se_compress.errors import ValidationFailed
 from se_compress.export import export_config, quantization_config
 from se_compress.families import FAMILIES
 from se_compress.policy import make_plan
@@ -49,7 +50,7 @@ def bits_by_config(config: dict[str, Any], module: str) -> int:
 def test_the_settings_are_those_of_gptq_v1(tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model("qwen3_moe")))
     protect = [{"layer": 1, "expert": 2}]
-    assert quantization_config(source, plan_for(source, protect=protect)) == {
+    assert quantization_config(draw_blueprint(source, plan_for(source, protect=protect))) == {
         "quant_method": "gptq",
         "format": "gptq",
         "checkpoint_format": "gptq",
@@ -69,7 +70,7 @@ def test_the_settings_are_those_of_gptq_v1(tiny_model: TinyModel) -> None:
 
 def test_an_unquantised_model_has_no_settings(tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model("qwen3_moe")))
-    assert quantization_config(source, unquantised(source)) == {}
+    assert quantization_config(draw_blueprint(source, unquantised(source))) == {}
 
 
 def mixed(decision: ExpertDecision) -> ExpertDecision:
@@ -99,7 +100,9 @@ def test_the_patterns_give_every_module_what_the_plan_says(
 def test_expert_1_is_not_taken_for_expert_10(tmp_path: Path) -> None:
     tiny.build(tmp_path, "qwen3_moe", num_experts=12)
     source = open_source(str(tmp_path))
-    config = quantization_config(source, plan_for(source, protect=[{"layer": 1, "expert": 1}]))
+    config = quantization_config(
+        draw_blueprint(source, plan_for(source, protect=[{"layer": 1, "expert": 1}]))
+    )
     kept = [
         (layer, expert)
         for layer in range(3)
@@ -114,7 +117,7 @@ def test_equally_common_widths_are_settled_alike(tiny_model: TinyModel) -> None:
     plan = plan_for(source)
     halves = [replace(d, bits=2 if i % 2 else 8) for i, d in enumerate(plan.experts)]
     configs = [
-        quantization_config(source, replace(plan, experts=tuple(rows)))["bits"]
+        quantization_config(draw_blueprint(source, replace(plan, experts=tuple(rows))))["bits"]
         for rows in (halves, halves[::-1])
     ]
     assert configs == [8, 8]
@@ -132,7 +135,7 @@ def test_bitsandbytes_settings_name_what_is_not_packed(
         quantization={"method": "bitsandbytes", "data_type": data_type, **blocks},
     )
     expert = "model.layers.1.block_sparse_moe.experts.2"
-    assert quantization_config(source, make_plan(source, None, recipe)) == {
+    assert quantization_config(draw_blueprint(source, make_plan(source, None, recipe))) == {
         "quant_method": "se-compress",
         "format": "bitsandbytes",
         "version": 1,
@@ -156,19 +159,19 @@ def source(tiny_model: TinyModel, tmp_path: Path) -> ModelSource:
                  "quantize_config.json", "model.safetensors.index.json.bak"):  # fmt: skip
         (directory / name).write_text(name, encoding="utf-8")
     (directory / "onnx").mkdir()
-    (directory / "linked.txt").symlink_to(directory / "vocab.txt")
+    (directory / "merges.txt").symlink_to(directory / "vocab.txt")
     return open_source(str(directory))
 
 
 def export(source: ModelSource, plan: CompressionPlan, directory: Path) -> set[str]:
     directory.mkdir()
-    export_config(source, plan, directory)
+    export_config(draw_blueprint(source, plan), directory)
     return {entry.name for entry in directory.iterdir()}
 
 
 KEPT = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE",
-    "chat_template.jinja", "vocab.txt", "linked.txt", "model.safetensors.index.json.bak",
+    "chat_template.jinja", "vocab.txt", "merges.txt",
 }  # fmt: skip
 
 
@@ -178,7 +181,7 @@ def test_what_a_loader_may_want_is_copied_and_no_weights(
     assert export(source, unquantised(source), tmp_path / "out") == KEPT
     copy = tmp_path / "out" / "tokenizer.json"
     assert copy.read_bytes() == (source.path / "tokenizer.json").read_bytes()
-    assert not (tmp_path / "out" / "linked.txt").is_symlink()
+    assert not (tmp_path / "out" / "merges.txt").is_symlink()
 
 
 def test_the_config_of_an_unquantised_model_is_the_source_s(
@@ -197,4 +200,42 @@ def test_the_settings_stand_in_both_files_that_loaders_read(
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text(encoding="utf-8"))
     assert config == {**source.config, "quantization_config": settings}
-    assert settings == quantization_config(source, plan)
+    assert settings == quantization_config(draw_blueprint(source, plan))
+
+
+def test_configs_lose_code_that_nobody_asked_for(source: ModelSource, tmp_path: Path) -> None:
+    mapped = {"auto_map": {"AutoConfig": "configuration_x.X"}}
+    tiny.edit_config(source.path, **mapped)
+    (source.path / "configuration_x.py").write_text("from .part import X\n", encoding="utf-8")
+    (source.path / "part.py").write_text("class X: pass\n", encoding="utf-8")
+    source = open_source(str(source.path))
+    assert export(source, unquantised(source), tmp_path / "out") == KEPT
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config == {k: v for k, v in source.config.items() if k != "auto_map"}
+    (tmp_path / "kept").mkdir()
+    export_config(draw_blueprint(source, unquantised(source)), tmp_path / "kept", keep_code=True)
+    kept = {entry.name for entry in (tmp_path / "kept").iterdir()}
+    assert kept == KEPT | {"configuration_x.py", "part.py"}
+    config = json.loads((tmp_path / "kept" / "config.json").read_text(encoding="utf-8"))
+    assert config == dict(source.config)
+
+
+def test_settings_that_an_engine_would_read_wrong_are_not_written(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("se_compress.formats.gptq._dynamic", lambda *arguments: {})
+    with pytest.raises(ValidationFailed, match=r"read wrong by gptqmodel: model\.layers\.0\.mlp"):
+        export(source, plan_for(source), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_of_multi_token_prediction_are_left_alone_by_one_rule(
+    tmp_path: Path, layers: int
+) -> None:
+    tiny.build(tmp_path, "deepseek_v3", num_nextn_predict_layers=layers)
+    source = open_source(str(tmp_path))
+    for policy in ({}, {"other_bits": 8}):
+        dynamic = quantization_config(draw_blueprint(source, plan_for(source, **policy)))["dynamic"]
+        of_them = [rule for rule in dynamic if r"layers\.3" in rule or r"layers\.4" in rule]
+        assert of_them == [rf"-:^model\.layers\.{3 + n}\." for n in range(layers)]

@@ -40,9 +40,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "page",
         "progress",
         "surgery",
+        "auxiliary",
     ),
-    ("streaming", "splice", "structure", "blueprint", "serving"),
-    ("allocate", "solver", "early_warning", "overflow", "export"),
+    ("streaming", "splice", "structure", "blueprint", "serving", "bare"),
+    ("allocate", "solver", "early_warning", "overflow", "engine_view", "reloading"),
+    ("export",),
     (
         "calibrate",
         "profiler",
@@ -56,6 +58,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "preflight",
         "overlap",
         "loading",
+        "generation",
     ),
     ("pipeline",),
     ("screen",),
@@ -72,7 +75,7 @@ TORCH_FREE = [
     *(module for floor in FLOORS[:4] for module in floor),
     "source", "targets", "surgery", "structure", "blueprint", "allocate", "serving", "policy",
     "export", "page", "report", "comparison", "comparison_page", "progress", "preflight",
-    "overlap", "pipeline", "screen", "cli", "",
+    "overlap", "pipeline", "screen", "cli", "", "auxiliary", "bare", "engine_view",
 ]  # fmt: skip
 
 

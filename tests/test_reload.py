@@ -247,7 +247,7 @@ def test_layers_of_several_widths_are_not_shown_to_transformers(
     config = json.dumps({"quantization_config": settings})
     (scratch.parent / "result" / "config.json").write_text(config, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ask(scratch, "vllm"))
-    assert reload.main() == 77
+    assert reload.main() == 78
     assert "vllm is not installed, and transformers would read" in capsys.readouterr().err
 
 

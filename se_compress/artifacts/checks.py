@@ -15,6 +15,7 @@ class Check:
     passed      None when the check could not be run
     detail      where the value was found, or why the check was not run
     low, high   95 % interval of the value over the held-out sequences, for the checks that have one
+    retry       true if it was the machine that kept it from running: the next run tries again
     """
 
     name: str
@@ -24,3 +25,4 @@ class Check:
     detail: str = ""
     low: float | None = field(default=None, metadata=UNLESS_NONE)
     high: float | None = field(default=None, metadata=UNLESS_NONE)
+    retry: bool | None = field(default=None, metadata=UNLESS_NONE)

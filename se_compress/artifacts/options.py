@@ -12,10 +12,12 @@ class RunOptions:
     device        "cpu", "cuda" or "cuda:N"
     work          directory for saved progress; None: nothing is saved
     batch_tokens  tokens that go through a layer at once
+    keep_code     the result keeps `auto_map` and the Python files that it names
     progress      called with stage, steps done, steps in all
     """
 
     device: str = "cpu"
     work: Path | None = None
     batch_tokens: int = 4096
+    keep_code: bool = False
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None

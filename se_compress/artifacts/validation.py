@@ -142,5 +142,10 @@ class ValidationReport:
     records: tuple[LayerRecord, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_final(self) -> bool:
+        """Whether another run of the same checks would say the same."""
+        return not any(check.retry for check in self.checks)
+
     def check(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)

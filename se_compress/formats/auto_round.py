@@ -42,11 +42,13 @@ def _unpack(stored: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Sche
 
 def _settings(linears: Sequence[PlannedTensor], scheme: Scheme, base: int) -> dict[str, Any]:
     """As auto-round 0.15 reads it (inference/convert_model.py): every linear below
-    `block_name_to_quantize` has the base width unless `extra_config` names it."""
+    `block_name_to_quantize` has the base width unless `extra_config` names it, behind the decoder
+    (multi-token prediction) too."""
+    blocks = "model.layers"
     differing = {
         tensor.module: {"bits": tensor.bits}
         for tensor in linears
-        if tensor.info.layer is not None and tensor.bits != base
+        if tensor.name.startswith(f"{blocks}.") and tensor.bits != base
     }
     return {
         "quant_method": "auto-round",
@@ -55,7 +57,7 @@ def _settings(linears: Sequence[PlannedTensor], scheme: Scheme, base: int) -> di
         "group_size": scheme.group_size,
         "sym": scheme.symmetric,
         "data_type": "int",
-        "block_name_to_quantize": "model.layers",
+        "block_name_to_quantize": blocks,
         "extra_config": differing,
     }
 

@@ -88,7 +88,7 @@ def _dynamic(
             experts.setdefault(expert, {})[tensor.module] = tensor.bits
         else:
             others[tensor.module] = tensor.bits
-    rules: dict[str, dict[str, int]] = {}
+    rules = _plain_layers(others)
     for expert, modules in experts.items():
         widths = set(modules.values())
         if len(widths) == 1 and widths != {base}:
@@ -100,6 +100,25 @@ def _dynamic(
         return rules | {EVERYTHING_ELSE: {}}
     for module, bits in others.items():
         rules |= _rule(re.escape(module) + "$", bits, scheme)
+    return rules
+
+
+def _plain_layers(others: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Rules for layers of multi-token prediction, whose modules are taken off `others`. No plan
+    quantises their experts, and EVERYTHING_ELSE spares all experts."""
+    layers: dict[str, list[str]] = {}
+    for module in others:
+        if match := re.match(r"(.*\.layers\.\d+\.).*\.experts\.\d+\.", module):
+            layers.setdefault(match[1], [])
+    for module in others:
+        if match := re.match(r".*\.layers\.\d+\.", module):
+            layers.get(match[0], []).append(module)
+    rules = {}
+    for stem, modules in layers.items():
+        if {others[module] for module in modules} == {SOURCE_BITS}:
+            rules[f"-:^{re.escape(stem)}"] = dict[str, int]()
+            for module in modules:
+                del others[module]
     return rules
 
 
