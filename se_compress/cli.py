@@ -28,11 +28,13 @@ from se_compress.artifacts import (
 )
 from se_compress.errors import (
     INTERRUPTED_EXIT_CODE,
+    MESSAGE_LENGTH,
     RecipeError,
     ResourceError,
     SeCompressError,
     ValidationFailed,
     printable,
+    shorten,
 )
 from se_compress.pipeline import (
     Outcome,
@@ -121,7 +123,7 @@ def _command(
     """
     recipe_file = _path("RECIPE", recipe)
     text = read_recipe(recipe_file)
-    checked = recipe_of(text, recipe, settings or (), output)
+    checked = recipe_of(text, recipe, settings or (), output if validate is None else None)
     screen = Screen.of(quiet, json)
     request = Request(
         recipe=checked,
@@ -138,7 +140,7 @@ def _command(
         result, show = _planned(previews), partial(screen.show_previews, previews)
     elif validate is not None:
         judged = _path("--validate", validate)
-        place = Path(output) if output else _beside(judged)
+        place = _beside(judged) if output is None else _path("--output", output)
         with _hushed(verbose), screen.progress(_interrupted) as progress:
             options = RunOptions(device=_device(device), progress=progress)
             report = judge_existing(replace(request, options=options), judged, place)
@@ -277,7 +279,7 @@ def main() -> None:
 
 
 def _exit_with(message: str, code: int, result: RunResult | None = None) -> None:
-    message = printable(" ".join(message.split()))
+    message = shorten(printable(" ".join(message.split())), 4 * MESSAGE_LENGTH)
     surviving(sys.stderr, lambda: print(f"se-compress: {message}", file=sys.stderr))
     if _wants_json(sys.argv[1:]):
         line = to_json_line(result or RunResult("failed", code, message))

@@ -1,7 +1,6 @@
 """Several results of one model side by side: who passed, what each cost, and which one to ship."""
 
 import json
-import math
 from collections.abc import Sequence
 
 from se_compress.artifacts import (
@@ -14,7 +13,7 @@ from se_compress.artifacts import (
     ExpertProfile,
     ValidationReport,
 )
-from se_compress.limits import contested, missed, undecided
+from se_compress.limits import distance, missed, undecided
 from se_compress.recipe import Recipe, flatten
 
 # Sizes that differ by less are the same to whoever has to choose.
@@ -118,27 +117,18 @@ def closest(variants: Sequence[ComparedVariant]) -> str | None:
 def _nearest(
     candidates: Sequence[ComparedVariant], variants: Sequence[ComparedVariant]
 ) -> str | None:
-    strictest = contested([variant.checkpoint for variant in variants])
+    everything = [variant.checkpoint for variant in variants]
     found = min(
-        candidates,
-        key=lambda v: (*_distance(v.checkpoint), undecided(v.checkpoint, strictest)),
+        (variant.checkpoint for variant in candidates),
+        key=lambda one: (distance(one), one.size_bytes, undecided(one, everything)),
         default=None,
     )
     return found.name if found else None
 
 
 def _candidates(variants: Sequence[ComparedVariant]) -> list[ComparedVariant]:
-    """What could be shipped: experts are set to zero to learn something, not to ship it. All are
-    held to the strictest limits of any variant, unless none meets those."""
-    passed = [
-        variant for variant in variants if variant.checkpoint.published and not variant.zeroed
-    ]
-    strictest = contested([variant.checkpoint for variant in variants])
-    strict = [variant for variant in passed if not missed(variant.checkpoint, strictest)]
-    return strict or passed
-
-
-def _distance(checkpoint: CheckpointSummary) -> tuple[float, int]:
-    check = checkpoint.by_name.get("kl_divergence")
-    value = check.value if check else None
-    return (math.inf if value is None else value, checkpoint.size_bytes)
+    """What could be shipped: experts are set to zero to learn something, not to ship it. Nothing
+    that passed by looser limits than a result at least as good was held to, unless all did."""
+    passed = [one for one in variants if one.checkpoint.published and not one.zeroed]
+    everything = [variant.checkpoint for variant in variants]
+    return [one for one in passed if not missed(one.checkpoint, everything)] or passed

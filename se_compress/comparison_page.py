@@ -4,7 +4,7 @@ Everything on it comes from one `Comparison`; the words are in the template, but
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from se_compress.artifacts import CheckpointSummary, ComparedVariant, Comparison, ExpertId
-from se_compress.limits import contested, missed
+from se_compress.limits import missed
 from se_compress.page import (
     WORDINGS,
     WORDS,
@@ -114,6 +114,13 @@ class Row:
         return [gate.title for gate in self.gates.values() if gate.state == "not-run"]
 
     @property
+    def shippable(self) -> bool:
+        return self.checkpoint.published and not self.variant.zeroed
+
+    def missed(self, rows: Sequence["Row"]) -> list[str]:
+        return missed(self.checkpoint, [row.checkpoint for row in rows])
+
+    @property
     def no_limit(self) -> list[str]:
         return [gate.title for gate in self.gates.values() if gate.state == "no-limit"]
 
@@ -192,8 +199,7 @@ def advise(comparison: Comparison, rows: Sequence[Row]) -> Verdict:
             ("Every variant missed a gate of its recipe.", *map(_blame, rejected)),
         )
     best = by_name[comparison.recommended]
-    strictest = contested([row.checkpoint for row in rows])
-    sentences = [_praise(best, rows, strictest), *_limits(best, rows, strictest)]
+    sentences = [_praise(best, rows), *_limits(best, rows)]
     nearest = by_name[comparison.closest or best.name]
     if nearest is not best and nearest.share < 1:
         sentences.append(_alternative(nearest))
@@ -209,20 +215,19 @@ def advise(comparison: Comparison, rows: Sequence[Row]) -> Verdict:
     return Verdict(state, WORDS[state][0], f"Ship {best.name}", tuple(sentences))
 
 
-def _limits(best: Row, rows: Sequence[Row], strictest: Mapping[str, float]) -> Iterator[str]:
-    """What is to be said where the limits of the variants differ."""
-    if over := missed(best.checkpoint, strictest):
+def _limits(best: Row, rows: Sequence[Row]) -> Iterator[str]:
+    """What is to be said where a variant has looser limits than another."""
+    if best.missed(rows):
         yield (
-            f"No variant meets the strictest limits of all; {best.name} is held to its own, which "
-            f"are looser for {_titles(over)}."
+            f"{best.name} passed by looser limits than a result at least as good was held to, in "
+            f"{_titles(best.missed(rows))}; no other passed by stricter ones."
         )
         return
     for row in rows:
-        over = missed(row.checkpoint, strictest)
-        if over and row.checkpoint.published and not row.variant.zeroed:
+        if row.shippable and row.missed(rows):
             yield (
-                f"{row.name} passed by looser limits only: for {_titles(over)} another variant "
-                "has a stricter one, which counts for all."
+                f"{row.name} passed by looser limits only: a result at least as good is held to a "
+                f"stricter one in {_titles(row.missed(rows))}."
             )
 
 
@@ -230,16 +235,9 @@ def _titles(names: Sequence[str]) -> str:
     return ", ".join(WORDINGS[name].title for name in names).lower()
 
 
-def _praise(row: Row, rows: Sequence[Row], strictest: Mapping[str, float]) -> str:
+def _praise(row: Row, rows: Sequence[Row]) -> str:
     one = row.checkpoint
-    over = missed(one, strictest)
-    published = [
-        r
-        for r in rows
-        if r.checkpoint.published
-        and not r.variant.zeroed
-        and (over or not missed(r.checkpoint, strictest))
-    ]
+    published = [r for r in rows if r.shippable and (row.missed(rows) or not r.missed(rows))]
     smaller = [other.name for other in published if other.share < row.share]
     why = "the only one that" if len(published) == 1 else "the smallest that"
     sentences = [

@@ -41,33 +41,49 @@ def unlimited(check: Check) -> bool:
     return check.limit >= bound.harmless if bound.upper else check.limit <= bound.harmless
 
 
-def contested(checkpoints: Sequence[CheckpointSummary]) -> dict[str, float]:
-    """The strictest limit of each gate whose limit is not the same for all of them."""
-    found: dict[str, float] = {}
-    for name, bound in BOUNDS.items():
-        checks = (one.by_name.get(name) for one in checkpoints)
-        limits = {check.limit for check in checks if check is not None and check.limit is not None}
-        if len(limits) > 1:
-            found[name] = min(limits) if bound.upper else max(limits)
-    return found
+def distance(checkpoint: CheckpointSummary) -> float:
+    """From the source, in nats; infinite where it is not known."""
+    check = checkpoint.by_name.get("kl_divergence")
+    return math.inf if check is None or check.value is None else check.value
 
 
-def missed(checkpoint: CheckpointSummary, strictest: Mapping[str, float]) -> tuple[str, ...]:
-    """The gates that it did not pass, or would not have passed under these limits."""
-    return tuple(name for name, limit in strictest.items() if not _meets(checkpoint, name, limit))
+def missed(checkpoint: CheckpointSummary, all_of_them: Sequence[CheckpointSummary]) -> list[str]:
+    """The gates that it passed by looser limits than a result was held to that is at least as near
+    to the source, and would not have passed under those."""
+    judges = [one for one in all_of_them if distance(one) <= distance(checkpoint)]
+    return [
+        check.name
+        for check in checkpoint.checks
+        if any(_stricter(one, check) and not _meets(check, one) for one in judges)
+    ]
 
 
-def _meets(checkpoint: CheckpointSummary, name: str, limit: float) -> bool:
-    check = checkpoint.by_name.get(name)
-    if check is None or check.value is None or check.limit is None:
-        return False
-    return check.value <= limit if BOUNDS[name].upper else check.value >= limit
-
-
-def undecided(checkpoint: CheckpointSummary, strictest: Mapping[str, float]) -> int:
+def undecided(checkpoint: CheckpointSummary, all_of_them: Sequence[CheckpointSummary]) -> int:
     """How many gates say less of it than they could: not run, without a limit, or with a looser
-    limit than the strictest."""
+    limit than elsewhere."""
     return sum(
-        check.passed is None or unlimited(check) or check.limit != strictest.get(name, check.limit)
-        for name, check in checkpoint.by_name.items()
+        check.passed is None
+        or unlimited(check)
+        or any(_stricter(one, check) for one in all_of_them)
+        for check in checkpoint.checks
     )
+
+
+def _stricter(one: CheckpointSummary, check: Check) -> bool:
+    """Whether `one` was held to a stricter limit of the gate."""
+    limit, bound = _limit(one, check.name), BOUNDS.get(check.name)
+    if limit is None or check.limit is None or bound is None:
+        return False
+    return limit < check.limit if bound.upper else limit > check.limit
+
+
+def _meets(check: Check, one: CheckpointSummary) -> bool:
+    """Whether it would pass with the limit of `one`."""
+    limit = _limit(one, check.name)
+    if limit is None or check.value is None:
+        return False
+    return check.value <= limit if BOUNDS[check.name].upper else check.value >= limit
+
+
+def _limit(one: CheckpointSummary, name: str) -> float | None:
+    return one.by_name[name].limit if name in one.by_name else None

@@ -12,7 +12,6 @@ from pathlib import Path
 from se_compress.recipe import DataSource, Recipe
 
 RUN = 16  # tokens; shorter runs are phrases that any two texts share
-CAUTION = "caution: "  # begins what a user should hear at once, and not read later
 Tokens = Sequence[Sequence[int]]
 
 
@@ -50,7 +49,7 @@ def _runs(sequences: Tokens, step: int) -> Iterator[tuple[int, ...]]:
             yield tuple(sequence[begin : begin + RUN])
 
 
-def notes_before(recipe: Recipe) -> tuple[str, ...]:
+def cautions_before(recipe: Recipe) -> tuple[str, ...]:
     """What the recipe alone tells, before any text is drawn."""
     if names := common_sources(recipe):
         return (
@@ -60,21 +59,16 @@ def notes_before(recipe: Recipe) -> tuple[str, ...]:
     return ()
 
 
-def notes_on(recipe: Recipe, calibration: Tokens, held_out: Tokens) -> tuple[str, ...]:
+def cautions(calibration: Tokens, held_out: Tokens) -> tuple[str, ...]:
     """What is to be told of the text that was drawn; nothing if calibration saw none of it."""
-    share, names = share_seen(calibration, held_out), common_sources(recipe)
-    if share > 0:
-        return (
-            f"{CAUTION}calibration saw {_percent(share)} of the held-out text (runs of {RUN} "
-            "tokens), so the gates judge the result in part on what it was made from; give "
-            "validation.data other text",
-        )
-    if names:
-        return (
-            f"calibration and held-out text come from one source, {', '.join(names)}, but from "
-            f"different places: no run of {RUN} tokens is in both",
-        )
-    return ()
+    share = share_seen(calibration, held_out)
+    if share == 0:
+        return ()
+    return (
+        f"caution: calibration saw {_percent(share)} of the held-out text (runs of {RUN} tokens), "
+        "so the gates judge the result in part on what it was made from; give validation.data "
+        "other text",
+    )
 
 
 def _percent(share: float) -> str:

@@ -33,7 +33,7 @@ from se_compress.artifacts import (
 from se_compress.auxiliary import find_auxiliary
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, SeCompressError, SourceError
-from se_compress.overlap import CAUTION, notes_before, notes_on
+from se_compress.overlap import cautions, cautions_before
 from se_compress.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
 from se_compress.preflight import (
     check_disk,
@@ -134,13 +134,14 @@ class VariantsOutcome:
 @dataclass(frozen=True)
 class Preview:
     """What a dry run can tell without reading a weight; `curve` is what other budgets would buy,
-    `shortage` what the disk here lacks for the run."""
+    `shortage` what the disk here lacks for the run, `cautions` what is doubtful in the recipe."""
 
     source: ModelSource
     plan: CompressionPlan
     profile: ExpertProfile | None
     curve: tuple[CurvePoint, ...]
     shortage: str = ""
+    cautions: tuple[str, ...] = ()
 
 
 def preview(request: Request) -> Preview:
@@ -166,9 +167,9 @@ def _preview(request: Request, source: ModelSource) -> Preview:
     check_positions(source, request.recipe)
     profiles = filter(None, (load(ExpertProfile, file) for file in request.profile_files))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
-    plan = _noting(_plan(source, profile, request), notes_before(request.recipe))
+    plan = _plan(source, profile, request)
     curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
-    return Preview(source, plan, profile, curve)
+    return Preview(source, plan, profile, curve, cautions=cautions_before(request.recipe))
 
 
 def run(request: Request) -> Outcome:
@@ -204,8 +205,8 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     if plan_file.exists():
         text = read_text(plan_file, PLAN_BYTES, "a plan")
         plan = check_plan(from_json(CompressionPlan, text, str(plan_file)), source, str(plan_file))
-    for note in notes_before(request.recipe):
-        request.notice(note)
+    for caution in cautions_before(request.recipe):
+        request.notice(caution)
     held_out = draw_tokens(request.recipe.validation, source)
     report = validate(source, plan, directory, held_out, request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
@@ -287,15 +288,14 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     settings = _settings(request, source, calibration, held_out)
     if not request.fresh and (finished := _finished(request, settings)):
         return _tried_again(request, source, held_out, finished)
-    notes = notes_on(recipe, calibration, held_out)
-    for note in notes:
-        if note.startswith(CAUTION):
-            request.notice(note)
+    told = cautions(calibration, held_out)
+    for caution in told:
+        request.notice(caution)
     check_memory(source, recipe, len(calibration) * len(calibration[0]))
     with locked(output) as work:
         prepare(output, settings, request.fresh, request.notice)
         profile = _profile(source, calibration, work, request)
-        plan = _noting(_with_caution(_plan(source, profile, request), source), notes)
+        plan = _noting(_with_caution(_plan(source, profile, request), source), told)
         for caution in cautions_of(plan, source, profile):
             request.notice(caution)
         write_atomically(work / "plan.json", to_json(plan))

@@ -72,11 +72,14 @@ def _place(text: str) -> str:
 
 
 def _output(text: str) -> str:
-    if Path(text).name in ("", ".."):
+    """We append to the name, and write below it."""
+    name, most = Path(text).name, NAME_BYTES - len(LONGEST_SUFFIX)
+    if name in ("", ".."):
         raise ValueError(f"{brief(text)} is no name for a new directory")
-    if len(Path(text).name.encode()) > NAME_BYTES - len(LONGEST_SUFFIX):
-        most = NAME_BYTES - len(LONGEST_SUFFIX)
-        raise ValueError(f"{brief(text)} is longer than {most} bytes; we append to it")
+    if len(name.encode()) > most:
+        raise ValueError(f"{brief(text)} is a name of more than {most} bytes")
+    if len(text.encode()) > PATH_BYTES - NAME_BYTES:
+        raise ValueError(f"{brief(text)} is longer than {PATH_BYTES - NAME_BYTES} bytes")
     return text
 
 

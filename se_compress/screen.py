@@ -27,7 +27,7 @@ from rich.text import Text
 
 from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
 from se_compress.errors import printable
-from se_compress.limits import contested, missed, unlimited
+from se_compress.limits import missed, unlimited
 from se_compress.pipeline import Outcome, Preview, VariantsOutcome
 from se_compress.preflight import in_units
 
@@ -160,7 +160,7 @@ class Screen:
             self.out.print(table)
             if found.curve:
                 self.out.print(_curve(found.curve))
-            for note in plan.notes:
+            for note in (*plan.notes, *found.cautions):
                 self.out.print(f"note: {note}", soft_wrap=True)
         self.out.print(
             f"{name or 'dry run'}: {in_units(source.size_bytes)} -> {in_units(plan.size_bytes)}, "
@@ -269,14 +269,14 @@ def _comparison(comparison: Comparison) -> Table:
 
 
 def _by_which_limits(comparison: Comparison) -> str:
-    """Where the variants have different limits: by which of them one is recommended."""
-    strictest = contested([variant.checkpoint for variant in comparison.variants])
-    if not strictest or comparison.recommended is None:
+    """What passed by looser limits only than others, if anything did."""
+    everything = [variant.checkpoint for variant in comparison.variants]
+    loose = [one.name for one in everything if one.published and missed(one, everything)]
+    if not loose:
         return ""
-    chosen = comparison.by_name[comparison.recommended].checkpoint
-    if over := missed(chosen, strictest):
-        return f" (by looser limits than other variants have: {', '.join(over)})"
-    return f" (by the strictest limits of all variants: {', '.join(strictest)})"
+    if comparison.recommended in loose:
+        return " (which passed by looser limits than a result at least as good)"
+    return f" ({', '.join(loose)} passed by looser limits only)"
 
 
 def _curve(points: Sequence[CurvePoint]) -> Table:

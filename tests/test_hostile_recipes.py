@@ -18,6 +18,7 @@ import yaml
 
 from se_compress import cli
 from se_compress.errors import MESSAGE_LENGTH, RecipeError, SeCompressError, brief, printable
+from se_compress.pipeline import Preview, Request
 from se_compress.recipe import Recipe, load_recipe, parse_recipe, recipe_of
 from se_compress.recipe_file import RECIPE_BYTES, parse_yaml
 
@@ -235,6 +236,36 @@ def test_a_recipe_comes_from_a_pipe(tmp_path: Path) -> None:
     os.close(reader)
 
 
+def test_what_was_read_is_what_the_result_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe can be read only once, and the recipe lies verbatim in the result."""
+    kept: list[str] = []
+
+    def stop(request: Request) -> Preview:
+        kept.append(request.recipe_text)
+        raise RecipeError("far enough")
+
+    reader, writer = os.pipe()
+    os.write(writer, LEAST.encode())
+    os.close(writer)
+    monkeypatch.setattr(cli, "preview", stop)
+    with pytest.raises(RecipeError, match="far enough"):
+        cli.typer.main.get_command(cli.app).main(
+            [f"/dev/fd/{reader}", "--dry-run"], standalone_mode=False
+        )
+    assert kept == [LEAST]
+
+
+def test_a_plan_comes_from_a_pipe_once() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"{}")
+    os.close(writer)
+    request = Request(recipe_of(LEAST, "r.yaml"), LEAST, plan_file=Path(f"/dev/fd/{reader}"))
+    assert (request.plan_text, request.plan_text) == ("{}", "{}")
+    assert Request(request.recipe, LEAST).plan_text == ""
+
+
 # ----------------------------------------------------------------------------------- command lines
 
 
@@ -322,6 +353,8 @@ def test_a_flag_takes_its_word_as_it_is(name: str) -> None:
         (("r.yaml", "--output", "."), "r.yaml: output: '.' is no name for a new directory"),
         (("r.yaml", "--output", "/"), "r.yaml: output: '/' is no name for a new directory"),
         (("r.yaml", "--output", "a/.."), "r.yaml: output: 'a/..' is no name for a new directory"),
+        (("r.yaml", "--output", "a" * 250), "r.yaml: output: 'aaa"),
+        (("r.yaml", "--output", "a/" * 2000), "r.yaml: output: 'a/a"),
         (("r.yaml", "--output", "a" * 300), "r.yaml: output: 'aaa"),
         (
             ("r.yaml", "--output", "a\udcff"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from se_compress.overlap import RUN, common_sources, notes_before, notes_on, share_seen
+from se_compress.overlap import RUN, cautions, cautions_before, common_sources, share_seen
 from se_compress.recipe import Recipe
 
 
@@ -49,7 +49,7 @@ def test_one_source_under_two_names(
 ) -> None:
     found = recipe(calibration, validation)
     assert common_sources(found) == common
-    assert bool(notes_before(found)) == bool(common)
+    assert bool(cautions_before(found)) == bool(common)
 
 
 def test_what_is_drawn_twice_is_measured() -> None:
@@ -64,9 +64,8 @@ def test_what_is_drawn_twice_is_measured() -> None:
 
 def test_it_is_told_with_its_share() -> None:
     seen, held_out = text(8, 64, 0), text(3, 64, 1)
-    apart = recipe("a/b", "c/d")
-    assert notes_on(apart, seen, held_out) == ()
-    (note,) = notes_on(apart, seen, [*held_out, seen[3]])
-    assert note.startswith("caution: calibration saw 25 % of the held-out text")
-    (mild,) = notes_on(recipe("a/b", "a/b"), seen, held_out)
-    assert "from one source, a/b, but from different places" in mild
+    assert cautions(seen, held_out) == ()
+    (told,) = cautions(seen, [*held_out, seen[3]])
+    assert told.startswith("caution: calibration saw 25 % of the held-out text")
+    (little,) = cautions(seen, [*text(400, 64, 2), seen[3]])
+    assert "less than 1 %" in little

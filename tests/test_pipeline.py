@@ -476,7 +476,7 @@ def test_held_out_text_that_calibration_saw_is_told_everywhere(place: Workplace)
     assert any(note.startswith(said) for note in place.plan().notes)
     assert said in (outcome.directory / "README.md").read_text("utf-8")
     assert said in (outcome.directory / "se_compress" / "report.html").read_text("utf-8")
-    assert "come from one source" in preview(place.request()).plan.notes[-1]
+    assert "come from one source" in preview(place.request()).cautions[0]
 
 
 def test_too_little_memory_is_found_before_the_work(
@@ -617,7 +617,7 @@ def test_the_progress_of_a_changed_model_is_dropped(place: Workplace) -> None:
 def test_ctrl_c_ends_with_130_and_what_can_be_continued(place: Workplace, published: Path) -> None:
     place.request()
     started = subprocess.Popen(
-        [COMMAND, str(place.recipe), "--device", "cpu"],
+        [COMMAND, str(place.recipe), "--device", "cpu", "--quiet"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -101,8 +101,8 @@ class Comparison:
     passed        at least one variant passed, and so did each of `required`
     recommended   of those that passed and have no expert set to zero: the smallest, or one at most
                   2 % larger that is nearer to the source (least KL divergence); None if there is
-                  none. Where limits differ between variants, the strictest count for all, unless
-                  no variant meets them
+                  none. One that passed by looser limits only than a result at least as near to
+                  the source was held to is left out, unless all did
     closest       of the same: the nearest to the source
     size_bytes, perplexity   of the source; None if no result could be run
     tokens        held-out tokens
