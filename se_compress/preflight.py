@@ -62,9 +62,28 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
         raise ResourceError(
             f"the largest layer takes {layer / 1e9:.1f} GB and the hidden states of {tokens} "
             f"calibration tokens {hidden / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory are "
-            "available; lower calibration.samples or set compute_dtype: bfloat16"
+            f"available; {memory_advice(recipe, layer, hidden / tokens, available)}"
         )
 
 
 def _item_bytes(recipe: Recipe) -> int:
     return 4 if recipe.compute_dtype == "float32" else 2
+
+
+def memory_advice(recipe: Recipe, layer: float, token: float, available: int) -> str:
+    """Settings with which a layer and the hidden states fit into the memory that there is; both
+    sizes, that of all hidden states of one token too, are in bytes as the recipe stands."""
+    calibration, advice = recipe.calibration, []
+    half = 0.5 if recipe.compute_dtype == "float32" else 1.0
+    as_it_is, in_bfloat16 = (
+        int((available - share * layer) // (share * token * calibration.sequence_length))
+        for share in (1.0, half)
+    )
+    if as_it_is >= 1:
+        advice.append(f"lower calibration.samples to {as_it_is}")
+    if half < 1 and in_bfloat16 >= calibration.samples:
+        advice.append("set compute_dtype: bfloat16")
+    elif half < 1 and in_bfloat16 > max(as_it_is, 0):
+        lowered = f"set compute_dtype: bfloat16 and lower calibration.samples to {in_bfloat16}"
+        advice.append(lowered)
+    return " or ".join(advice) or "no setting of the recipe makes it fit"
