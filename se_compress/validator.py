@@ -19,14 +19,16 @@ The measures are defined in `measures.py`; these are the gates:
                               result - source, mean over prompts
     loops                     share of the continuations that end in a loop, result - source
     weight_cosine             least cosine between a quantised matrix and what it was made from:
-                              experts, layers or files that took each other's place
+                              experts, layers or files that took each other's place. One that is
+                              next to nothing in both is left out
     weight_gain               spread of the gains of a matrix's rows (`measures.gain_spread`),
                               median over the matrices of one kind in a layer, worst layer: scales
                               that belong to other rows
     tensors_accounted         share of the planned tensors that are in the result as planned,
-                              unchanged ones byte for byte, those that surgery makes (router rows
-                              of the experts that are left, merged and zeroed weights) value for
-                              value, with nothing else beside them
+                              unchanged ones byte for byte, packed ones by the hash of what was
+                              written, those that surgery makes (router rows of the experts that
+                              are left, merged and zeroed weights) value for value, with nothing
+                              else beside them; and all of them numbers
     reload                    relative error of the logits after loading the result with its target
                               engine, against those that were validated here; median over positions,
                               as round-off that sends a few tokens to another expert is no fault
@@ -51,6 +53,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from se_compress.accounting import account, is_complete, leading, same_bytes
 from se_compress.artifacts import (
     Check,
     CompressionPlan,
@@ -65,10 +68,9 @@ from se_compress.artifacts import (
     ValidationReport,
 )
 from se_compress.checkpoint import Reader, check_finite, open_result, open_tensors
-from se_compress.digests import by_name, digest_on_disk
 from se_compress.errors import NOT_RUN_EXIT_CODE, SourceError
 from se_compress.families import FAMILIES, unfused_name
-from se_compress.headers import Slot, read_headers
+from se_compress.headers import read_headers
 from se_compress.measures import (
     COMMON_SHARE,
     SINK_HEAD_FLOOR,
@@ -102,8 +104,8 @@ from se_compress.streaming import (
     batches_of,
     in_pieces,
 )
-from se_compress.surgery import Shrunk, is_made, shrink
-from se_compress.targets import planned_bits, result_name, result_slots
+from se_compress.surgery import Shrunk, shrink
+from se_compress.targets import planned_bits, result_name
 
 # The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
 RELOAD_LIMIT = 0.10
@@ -111,7 +113,7 @@ RELOAD_TOKENS = 64
 LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
 # A matrix below this share of its kind's usual norm is judged by what the model does alone.
 NEGLIGIBLE = 0.01
-LISTED_ELEMENTS, LISTED_SINKS, LISTED_PROBLEMS = 8, 4, 3
+LISTED_ELEMENTS, LISTED_SINKS = 8, 4
 GATES = (
     "perplexity_increase",
     "kl_divergence",
@@ -332,8 +334,8 @@ def _planned(
         source=small.source,
         small=small,
         target=plan.target,
-        accounted=_account(source, small, found, records),
-        complete=_is_complete(small, found),
+        accounted=account(source, small, found, records),
+        complete=is_complete(small, found),
         read=_usable(
             open_result(found, small.source.tensors, stored_name, plan.scheme), stored_name
         ),
@@ -360,11 +362,11 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         elif whole is None and len(parts) < LEAST_PARTS:
             problems.append(f"{names[name]} is missing")
         elif whole is not None and whole.dtype == info.dtype:
-            same += _same_bytes(info, whole)
+            same += same_bytes(info, whole)
     complete = not problems
     problems += [f"{name} is not in the source" for name in found if name not in known]
-    same_bytes = f"{same} of {len(names)} are the source's own bytes"
-    detail = "; ".join([same_bytes, *_leading(problems)])
+    copied = f"{same} of {len(names)} are the source's own bytes"
+    detail = "; ".join([copied, *leading(problems)])
     share = max(0.0, 1.0 - len(problems) / len(names))
     return _Stored(
         source=source,
@@ -398,60 +400,6 @@ def _form_of(directory: Path) -> tuple[str, str]:
         "accepted are unquantised checkpoints, gptq, gptq_v2, and pack-quantized "
         "compressed-tensors"
     )
-
-
-def _account(
-    source: ModelSource,
-    small: Shrunk,
-    found: Mapping[str, TensorInfo],
-    records: Sequence[LayerRecord],
-) -> Check:
-    """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
-    own bytes, packed ones are what was written, made ones have the values that surgery gives them,
-    and there is nothing else."""
-    expected = {slot.name: slot for slot in result_slots(small.source, small.plan)}
-    kept = {
-        result_name(small.source, small.plan, name): info
-        for name, info in small.source.tensors.items()
-        if planned_bits(small.plan, info) == 16
-    }
-    new = [name for name in expected if name not in kept or is_made(kept[name])]
-    digests = {owner: text for record in records for owner, text in record.digests.items()}
-    written = by_name(digests, new)
-    made, stored = open_shrunk(source, small), open_tensors(found)
-    problems = [f"{name} is not planned" for name in found if name not in expected]
-    for name, slot in expected.items():
-        info = found.get(name)
-        if info is None:
-            problems.append(f"{name} is missing")
-        elif Slot(name, info.dtype, info.shape) != slot:
-            problems.append(f"{name} is {info.dtype} {list(info.shape)}")
-        elif name in written and digest_on_disk(info) != written[name]:
-            problems.append(f"{name} differs from what was written")
-        elif name not in kept:
-            continue  # a part of a packed weight
-        elif is_made(kept[name]):
-            if not torch.equal(stored(name), made(kept[name].name)):
-                problems.append(f"{name} differs from what surgery makes")
-        elif not _same_bytes(kept[name], info):
-            problems.append(f"{name} differs from the source")
-    share = 1.0 - len(problems) / max(len(expected), 1)
-    unknown = sum(name not in kept and name not in written for name in expected)
-    detail = "; ".join([*_leading(problems), *_not_compared(unknown)])
-    return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
-
-
-def _leading(problems: Sequence[str]) -> list[str]:
-    """The first LISTED_PROBLEMS, and how many more there are."""
-    more = len(problems) - LISTED_PROBLEMS
-    return [*problems[:LISTED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-
-
-def _not_compared(count: int) -> tuple[str, ...]:
-    """What the account cannot say of tensors without a digest."""
-    if not count:
-        return ()
-    return (f"not compared: {count} packed tensors, validation.json has no digests of them",)
 
 
 @dataclass(frozen=True)
@@ -518,25 +466,6 @@ def _usual_norms(matrices: Iterable[_Matrix]) -> dict[str, float]:
 
 def _left_out(count: int) -> str:
     return f"{count} of less than {NEGLIGIBLE:.0%} of the usual size are left out" if count else ""
-
-
-def _is_complete(small: Shrunk, found: Mapping[str, TensorInfo]) -> bool:
-    """Every slot of the plan is there with its dtype and shape."""
-    there = {Slot(info.name, info.dtype, info.shape) for info in found.values()}
-    return there.issuperset(result_slots(small.source, small.plan))
-
-
-def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
-    with open(first.file, "rb") as one, open(second.file, "rb") as other:
-        one.seek(first.begin)
-        other.seek(second.begin)
-        remaining = first.size_bytes
-        while remaining:
-            count = min(remaining, 2**24)
-            if one.read(count) != other.read(count):
-                return False
-            remaining -= count
-    return True
 
 
 # ---------------------------------------------------------------------------------------- comparing

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("source", "targets", "checkpoint", "digests", "measures", "page", "progress", "surgery"),
     ("streaming", "splice", "structure", "allocate", "serving"),
-    ("solver", "early_warning", "overflow"),
+    ("solver", "early_warning", "overflow", "accounting"),
     (
         "calibrate",
         "profiler",
