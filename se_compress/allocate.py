@@ -169,13 +169,14 @@ def _lifted(
         scheme = scheme_of(recipe)
         parts = _parts(whole)
         more = _cost(source, scheme, parts, bits) - _cost(source, scheme, parts, least)
+        alike = "policy.protected_bits: 8, " if set(recipe.policy.bits) == {8} else ""
         raise RecipeError(
             f"target {rules.target} loads one width per layer: for the protected "
             f"{', '.join(map(str, first.values()))} all experts of layer "
             f"{', '.join(map(str, layers))} would have to be lifted from {least} to {bits} bits, "
             f"{more / 1e6:.1f} MB or {8 * more / _weights(source, _routed(source)):.3f} bits per "
-            "expert weight; accepted are policy.lift_layers: true, another policy.protected_bits, "
-            "policy.protect: none, and a target with a width per expert"
+            f"expert weight; accepted are policy.lift_layers: true, {alike}policy.protect: none, "
+            "and a target with a width per expert"
         )
     return lifted
 

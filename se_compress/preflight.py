@@ -105,7 +105,7 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
     hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
     available = available_memory()
     if layer + hidden > available.size_bytes:
-        advice = "lower calibration.samples or set compute_dtype: bfloat16"
+        advice = memory_advice(recipe, layer, hidden / tokens, available.size_bytes)
         if available.limit != MACHINE:
             advice += ", or raise that limit"
         raise ResourceError(
@@ -122,3 +122,22 @@ def in_units(size_bytes: int) -> str:
 
 def _item_bytes(recipe: Recipe) -> int:
     return 4 if recipe.compute_dtype == "float32" else 2
+
+
+def memory_advice(recipe: Recipe, layer: float, token: float, available: int) -> str:
+    """Settings with which a layer and the hidden states fit into the memory that there is; both
+    sizes, that of all hidden states of one token too, are in bytes as the recipe stands."""
+    calibration, advice = recipe.calibration, []
+    half = 0.5 if recipe.compute_dtype == "float32" else 1.0
+    as_it_is, in_bfloat16 = (
+        int((available - share * layer) // (share * token * calibration.sequence_length))
+        for share in (1.0, half)
+    )
+    if as_it_is >= 1:
+        advice.append(f"lower calibration.samples to {as_it_is}")
+    if half < 1 and in_bfloat16 >= calibration.samples:
+        advice.append("set compute_dtype: bfloat16")
+    elif half < 1 and in_bfloat16 > max(as_it_is, 0):
+        lowered = f"set compute_dtype: bfloat16 and lower calibration.samples to {in_bfloat16}"
+        advice.append(lowered)
+    return " or ".join(advice) or "no setting of the recipe makes it fit"

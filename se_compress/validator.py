@@ -19,14 +19,16 @@ The measures are defined in `measures.py`; these are the gates:
                               result - source, mean over prompts
     loops                     share of the continuations that end in a loop, result - source
     weight_cosine             least cosine between a quantised matrix and what it was made from:
-                              experts, layers or files that took each other's place
+                              experts, layers or files that took each other's place. One that is
+                              next to nothing in both is left out
     weight_gain               spread of the gains of a matrix's rows (`measures.gain_spread`),
                               median over the matrices of one kind in a layer, worst layer: scales
                               that belong to other rows
     tensors_accounted         share of the planned tensors that are in the result as planned,
-                              unchanged ones byte for byte, those that surgery makes (router rows
-                              of the experts that are left, merged and zeroed weights) value for
-                              value, with nothing else beside them
+                              unchanged ones byte for byte, packed ones by the hash of what was
+                              written, those that surgery makes (router rows of the experts that
+                              are left, merged and zeroed weights) value for value, with nothing
+                              else beside them; and all of them numbers
     reload                    relative error of the logits after loading the result with its target
                               engine, against those that were validated here; median over positions,
                               as round-off that sends a few tokens to another expert is no fault
@@ -48,6 +50,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from se_compress.accounting import account, is_complete, leading, same_bytes
 from se_compress.artifacts import (
     COMPRESSION_FILE,
     Check,
@@ -64,14 +67,12 @@ from se_compress.artifacts import (
     ValidationReport,
     from_json,
 )
-from se_compress.blueprint import Blueprint, draw_blueprint
+from se_compress.blueprint import draw_blueprint
 from se_compress.checkpoint import Reader, check_finite, open_result, open_tensors
-from se_compress.digests import by_name, digest_on_disk
-from se_compress.engine_view import misread
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES, unfused_name
-from se_compress.formats import FORMATS, UNQUANTISED, PlannedTensor
-from se_compress.headers import Slot, read_headers
+from se_compress.formats import FORMATS, UNQUANTISED
+from se_compress.headers import read_headers
 from se_compress.measures import (
     COMMON_SHARE,
     SINK_HEAD_FLOOR,
@@ -110,7 +111,7 @@ from se_compress.surgery import Shrunk
 LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
 # A matrix below this share of its kind's usual norm is judged by what the model does alone.
 NEGLIGIBLE = 0.01
-LISTED_ELEMENTS, LISTED_SINKS, LISTED_PROBLEMS = 8, 4, 3
+LISTED_ELEMENTS, LISTED_SINKS = 8, 4
 GATES = (
     "perplexity_increase",
     "kl_divergence",
@@ -362,8 +363,8 @@ def _planned(
         source=model,
         small=blueprint.shrunk,
         target=plan.target,
-        accounted=_account_settings(blueprint, directory, found, records),
-        complete=_is_complete(blueprint, found),
+        accounted=account(blueprint, directory, found, records),
+        complete=is_complete(blueprint, found),
         read=_usable(read, blueprint.names),
         intended=open_shrunk(blueprint.shrunk),
         changed=tuple(tensor.info for tensor in blueprint.packed()),
@@ -387,11 +388,11 @@ def _foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInf
         elif whole is None and len(parts) < LEAST_PARTS:
             problems.append(f"{names[name]} is missing")
         elif whole is not None and whole.dtype == info.dtype:
-            same += _same_bytes(info, whole)
+            same += same_bytes(info, whole)
     complete = not problems
     problems += [f"{name} is not in the source" for name in found if name not in known]
-    same_bytes = f"{same} of {len(names)} are the source's own bytes"
-    detail = "; ".join([same_bytes, *_leading(problems)])
+    copied = f"{same} of {len(names)} are the source's own bytes"
+    detail = "; ".join([copied, *leading(problems)])
     share = max(0.0, 1.0 - len(problems) / len(names))
     return _Stored(
         source=source,
@@ -422,99 +423,6 @@ def _form_of(directory: Path) -> tuple[str, str]:
         f"{directory}: quant_method {method} (format {layout}) is not read without a plan of ours; "
         f"accepted are unquantised checkpoints, {accepted}"
     )
-
-
-def _account(
-    blueprint: Blueprint, found: Mapping[str, TensorInfo], records: Sequence[LayerRecord]
-) -> Check:
-    """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
-    own bytes, packed ones are what was written, made ones have the values that surgery gives them,
-    and there is nothing else."""
-    tensors = blueprint.tensors.values()
-    new = [slot.name for tensor in tensors if tensor.making != "copied" for slot in tensor.stored]
-    digests = {owner: text for record in records for owner, text in record.digests.items()}
-    known = _Known(found, by_name(digests, new), open_shrunk(blueprint.shrunk))
-    problems = [f"{name} is not planned" for name in found if name not in blueprint.slots]
-    for tensor in tensors:
-        misfits = [*filter(None, (_misfit(slot, found.get(slot.name)) for slot in tensor.stored))]
-        problems += misfits or _changes(tensor, known)
-    share = 1.0 - len(problems) / max(len(blueprint.slots), 1)
-    packed = [slot.name for tensor in blueprint.packed() for slot in tensor.stored]
-    unknown = sum(name not in known.written for name in packed)
-    detail = "; ".join([*_leading(problems), *_not_compared(unknown)])
-    return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
-
-
-def _account_settings(
-    blueprint: Blueprint,
-    directory: Path,
-    found: Mapping[str, TensorInfo],
-    records: Sequence[LayerRecord],
-) -> Check:
-    """`tensors_accounted`, failed as well where the engine takes a matrix of the result for
-    something that it is not in the file."""
-    accounted = _account(blueprint, found, records)
-    settings = read_config(directory).get("quantization_config") or {}
-    problems = misread(settings, blueprint, found.values())
-    if not problems:
-        return accounted
-    share = (accounted.value or 0.0) - len(problems) / max(len(found), 1)
-    detail = "; ".join(filter(None, [accounted.detail, *problems[:3]]))
-    return replace(accounted, value=max(share, 0.0), passed=False, detail=detail)
-
-
-def _misfit(slot: Slot, info: TensorInfo | None) -> str:
-    """What is wrong with the form of a stored tensor; "" if nothing is."""
-    if info is None:
-        return f"{slot.name} is missing"
-    if Slot(slot.name, info.dtype, info.shape) != slot:
-        return f"{slot.name} is {info.dtype} {list(info.shape)}"
-    return ""
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What the account compares a result with.
-
-    found    headers of the result
-    written  stored tensor -> its digest, taken when it was made
-    made     reader of what surgery makes, by the names of the smaller model
-    """
-
-    found: Mapping[str, TensorInfo]
-    written: Mapping[str, str]
-    made: Reader
-
-
-def _changes(tensor: PlannedTensor, known: _Known) -> list[str]:
-    """What changed in a tensor whose stored parts are all there; nothing if it is as it was made
-    or copied."""
-    found, written, name = known.found, known.written, tensor.name
-    changed = [
-        f"{slot.name} differs from what was written"
-        for slot in tensor.stored
-        if slot.name in written and digest_on_disk(found[slot.name]) != written[slot.name]
-    ]
-    if changed or tensor.making == "packed":
-        return changed
-    if tensor.making == "copied":
-        same = _same_bytes(tensor.info, found[name])
-        return [] if same else [f"{name} differs from the source"]
-    same = torch.equal(open_tensors(found)(name), known.made(tensor.info.name))
-    return [] if same else [f"{name} differs from what surgery makes"]
-
-
-def _leading(problems: Sequence[str]) -> list[str]:
-    """The first LISTED_PROBLEMS, and how many more there are."""
-    more = len(problems) - LISTED_PROBLEMS
-    return [*problems[:LISTED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-
-
-def _not_compared(count: int) -> tuple[str, ...]:
-    """What the account cannot say of tensors without a digest."""
-    if not count:
-        return ()
-    return (f"not compared: {count} packed tensors, no digests of them were found",)
 
 
 @dataclass(frozen=True)
@@ -581,25 +489,6 @@ def _usual_norms(matrices: Iterable[_Matrix]) -> dict[str, float]:
 
 def _left_out(count: int) -> str:
     return f"{count} of less than {NEGLIGIBLE:.0%} of the usual size are left out" if count else ""
-
-
-def _is_complete(blueprint: Blueprint, found: Mapping[str, TensorInfo]) -> bool:
-    """Every slot of the plan is there with its dtype and shape."""
-    there = {Slot(info.name, info.dtype, info.shape) for info in found.values()}
-    return there.issuperset(blueprint.slots.values())
-
-
-def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
-    with open(first.file, "rb") as one, open(second.file, "rb") as other:
-        one.seek(first.begin)
-        other.seek(second.begin)
-        remaining = first.size_bytes
-        while remaining:
-            count = min(remaining, 2**24)
-            if one.read(count) != other.read(count):
-                return False
-            remaining -= count
-    return True
 
 
 # ---------------------------------------------------------------------------------------- comparing

@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("streaming", "splice", "structure", "blueprint", "serving", "bare"),
     ("allocate", "solver", "early_warning", "overflow", "engine_view", "reloading"),
-    ("export",),
+    ("export", "accounting"),
     (
         "calibrate",
         "profiler",

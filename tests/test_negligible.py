@@ -206,6 +206,6 @@ def test_the_dtype_of_a_merged_expert_is_that_of_the_largest_share(
         small = shrink(source, replace(plan, experts=experts))
         info = small.source.tensors["model.layers.1.mlp.experts.0.up_proj.weight"]
         assert info.dtype == dtype
-        made = open_shrunk(source, small)(info.name)
+        made = open_shrunk(small)(info.name)
         assert made.dtype == TORCH_DTYPES[dtype]
         assert info.size_bytes == made.numel() * made.element_size()

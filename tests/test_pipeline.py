@@ -48,6 +48,7 @@ from se_compress.pipeline import (
     run_variants,
 )
 from se_compress.recipe import load_recipe
+from se_compress.source import open_source
 
 TinyModel = Callable[[str], Path]
 NUMBERS = " ".join(f"{n:05d}" for n in range(4000))
@@ -483,9 +484,40 @@ def test_too_little_memory_is_found_before_the_work(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=300_000))
-    with pytest.raises(ResourceError, match=r"lower calibration\.samples or set compute_dtype"):
+    with pytest.raises(ResourceError, match=r"lower calibration\.samples to \d|set compute_dtype"):
         place.run()
     assert place.listing() == set()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("available", [50_000, 160_000, 250_000, 300_000, 400_000, 550_000])
+def test_what_the_message_about_memory_advises_makes_room(
+    available: int, dtype: str, place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+
+    def shortage(*overrides: str) -> str:
+        recipe = place.request(f"compute_dtype={dtype}", *overrides).recipe
+        tokens = recipe.calibration.samples * recipe.calibration.sequence_length
+        try:
+            preflight.check_memory(open_source(recipe.model), recipe, tokens)
+        except ResourceError as error:
+            return str(error).rpartition("; ")[2]
+        return ""
+
+    advice = shortage()
+    if advice == "no setting of the recipe makes it fit":
+        assert shortage("calibration.samples=1", "compute_dtype=bfloat16")
+        return
+    for option in advice.split(" or ") if advice else ():
+        samples = re.search(r"samples to (\d+)", option)
+        changes = [f"calibration.samples={samples[1]}"] if samples else []
+        assert changes or "bfloat16" in option
+        changes += ["compute_dtype=bfloat16"] if "bfloat16" in option else []
+        assert shortage(*changes) == ""
+        if samples:
+            changes[0] = f"calibration.samples={int(samples[1]) + 1}"
+            assert shortage(*changes)
 
 
 def test_too_little_disk_is_found_before_the_work(

@@ -410,9 +410,11 @@ def test_a_layer_is_lifted_with_leave_only_and_the_cost_is_named() -> None:
         "target gptqmodel loads one width per layer: for the protected (1, 2) all experts of layer "
         f"1 would have to be lifted from 4 to 16 bits, {more / 1e6:.1f} MB or "
         f"{8 * more / (ROUTED * WEIGHTS):.3f} bits per expert weight; accepted are "
-        "policy.lift_layers: true, another policy.protected_bits, policy.protect: none, and a "
-        "target with a width per expert",
+        "policy.lift_layers: true, policy.protect: none, and a target with a width per expert",
     )
+    assert "policy.protected_bits: 8, policy.protect: none" in refused(lambda: make(bits=8))
+    assert make(bits=8, protected_bits=8).protected == (SUPER,)
+    assert make(bits=4, protect="none").protected == ()
     plan = make(bits=4, lift_layers=True)
     assert {d.id: d.bits for d in plan.experts if d.expert != "shared"} == {
         ExpertId(layer, expert): 16 if layer == 1 else 4

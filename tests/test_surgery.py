@@ -553,7 +553,7 @@ def test_a_pruned_checkpoint_is_accounted_for_to_the_last_tensor(
             save_file({**tensors, name: edit}, file, metadata={"format": "pt"})
     check = judge(broken).check("tensors_accounted")
     assert not check.passed
-    assert check.detail == f"{name} differs from what surgery makes"
+    assert check.detail == f"{name} differs from what was written"
 
 
 def test_routing_is_compared_by_what_experts_are_in_the_source(
