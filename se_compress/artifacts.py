@@ -67,12 +67,14 @@ class RunOptions:
     work          directory for saved progress; None: nothing is saved
     batch_tokens  tokens that go through a layer at once
     progress      called with stage, steps done, steps in all
+    notice        called with a sentence when saved progress cannot be used
     """
 
     device: str = "cpu"
     work: Path | None = None
     batch_tokens: int = 4096
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    notice: Callable[[str], None] = lambda sentence: None
 
 
 # ------------------------------------------------------------------------------- the source model

@@ -3,15 +3,12 @@
 import errno
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -27,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from se_compress import __version__
+from se_compress import __version__, signals
 from se_compress.artifacts import (
     Check,
     Comparison,
@@ -58,7 +55,6 @@ from se_compress.pipeline import (
 )
 from se_compress.recipe import load_recipe
 
-_interrupted = threading.Event()
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -105,7 +101,7 @@ def _command(
 
     Exit codes: 0 exported, all gates passed; 2 bad command line or recipe; 3 model or data cannot
     be read; 4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted,
-    progress is kept.
+    143 terminated (SIGTERM), 129 hung up (SIGHUP): progress is kept.
     """
     overrides = [*(settings or []), *([f"output={output}"] if output else [])]
     checked = load_recipe(recipe, overrides)
@@ -116,6 +112,7 @@ def _command(
         plan_file=plan,
         fresh=fresh,
         notice=screen.notice,
+        recipe_file=recipe,
     )
     if validate is not None and (plan is not None or dry_run):
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")
@@ -203,22 +200,9 @@ def _finish_validation(
     )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Python drops an exception that is raised in a destructor or a callback, wherever the signal
-    # happens to arrive: the next report of progress raises it again.
-    _interrupted.set()
-    raise KeyboardInterrupt
-
-
-def _hide_interrupt(lost: "sys.UnraisableHookArgs") -> None:
-    if lost.exc_type is not KeyboardInterrupt:
-        sys.__unraisablehook__(lost)
-
-
 def main() -> None:
     """Run the command and exit with the contract's code; every foreseen error is one line."""
-    signal.signal(signal.SIGINT, _interrupt)
-    sys.unraisablehook = _hide_interrupt
+    signals.listen()
     # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
     # has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -227,23 +211,23 @@ def main() -> None:
         code = command.main(standalone_mode=False)
         if code == INTERRUPTED_EXIT_CODE:  # what typer makes of it
             raise KeyboardInterrupt
+        signals.ignore()  # it is done
         sys.exit(code or 0)
     except _Rejected as error:
         _exit_with(str(error), error.exit_code, error.result)
-    except SeCompressError as error:
-        _exit_with(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _exit_with(
-            "interrupted; the same command continues where it stopped", INTERRUPTED_EXIT_CODE
-        )
+        _exit_with(*signals.reason())
     except Exception as error:
-        foreseen = _foreseen(error)
+        if signals.stopped.is_set():  # and what it raised was taken for something else
+            _exit_with(*signals.reason())
+        foreseen = error if isinstance(error, SeCompressError) else _foreseen(error)
         if foreseen is None:
             raise
         _exit_with(str(foreseen), foreseen.exit_code)
 
 
 def _exit_with(message: str, code: int, result: RunResult | None = None) -> None:
+    signals.ignore()
     message = " ".join(message.split())
     print(f"se-compress: {message}", file=sys.stderr)
     if "--json" in sys.argv[1:]:  # also where the command line itself could not be read
@@ -326,7 +310,7 @@ class _Screen:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            if _interrupted.is_set():
+            if signals.stopped.is_set():
                 raise KeyboardInterrupt
             bars.start()  # not before: it leaves an empty line behind if nothing was ever shown
             if stage not in tasks:

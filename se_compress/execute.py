@@ -29,14 +29,12 @@ from se_compress.artifacts import (
     RunOptions,
     Scheme,
     TensorInfo,
-    from_json,
-    to_json,
-    write_atomically,
 )
 from se_compress.checkpoint import Reader, copy_tensor, open_tensors, write_tensors
 from se_compress.early_warning import Side, early_warning
 from se_compress.families import FAMILIES
 from se_compress.measures import relative_distance
+from se_compress.progress import load_layers, save
 from se_compress.recipe import Recipe
 from se_compress.solver import (
     SolvedLinear,
@@ -60,6 +58,7 @@ from se_compress.targets import planned_bits, result_name
 
 # Tokens of the source's own stream that are kept to compare with: its leading sequences.
 WITNESS_TOKENS = 1024
+STATES_FILE = "compress-states.safetensors"
 
 
 def compress(
@@ -86,22 +85,19 @@ def compress(
     original = model
     if not untouched:
         original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
-    done, streams = _resume(options, model)
-    if not streams:
+    records, streams = _resume(options, model)
+    if not records:
         embedded = model.embed(batches_of(tokens, options.batch_tokens))
         streams = {"source": embedded, "result": embedded}
-    records = []
     for layer in range(source.layer_count):
         options.progress("compress", layer, source.layer_count)
-        if layer > done:
+        if layer == len(records):
             record, streams = _compress_layer(
                 original, model, small, layer, streams, recipe, layout
             )
             _save(options, record, streams)
-        else:
-            record = _load_record(options, layer)
-        records.append(record)
-        if record.failed:
+            records.append(record)
+        if records[layer].failed:
             return tuple(records)
     options.progress("compress", source.layer_count, source.layer_count)
     return tuple(records)
@@ -114,23 +110,24 @@ def _record_file(work: Path, layer: int) -> Path:
     return work / f"compress-layer-{layer:05}.json"
 
 
-def _resume(options: RunOptions, model: StreamedModel) -> tuple[int, dict[str, list[Tensor]]]:
+def _resume(
+    options: RunOptions, model: StreamedModel
+) -> tuple[list[LayerRecord], dict[str, list[Tensor]]]:
+    """Records of the layers that are done, and the streams behind them; neither without progress
+    that can be read."""
     if options.work is None:
-        return -1, {}
-    return load_states(options.work / "compress-states.safetensors", model.device)
+        return [], {}
+    file = options.work / STATES_FILE
+    done, streams = load_states(file, model.device, options.notice)
+    files = [_record_file(options.work, layer) for layer in range(done + 1)]
+    return load_layers(LayerRecord, files, options.notice), streams
 
 
 def _save(options: RunOptions, record: LayerRecord, streams: dict[str, list[Tensor]]) -> None:
     """The record first: a layer counts as done once the states behind it are on disk."""
     if options.work is not None:
-        write_atomically(_record_file(options.work, record.layer), to_json(record))
-        save_states(options.work / "compress-states.safetensors", record.layer, streams)
-
-
-def _load_record(options: RunOptions, layer: int) -> LayerRecord:
-    assert options.work is not None
-    file = _record_file(options.work, layer)
-    return from_json(LayerRecord, file.read_text(encoding="utf-8"), str(file))
+        save(record, _record_file(options.work, record.layer))
+        save_states(options.work / STATES_FILE, record.layer, streams)
 
 
 # ------------------------------------------------------------------------------------------ copying

@@ -5,12 +5,13 @@ of everything that went in; a changed setting or source is named, and what depen
 anew. Where it all lies is in progress.py.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from se_compress.allocate import scheme_of
 from se_compress.artifacts import (
@@ -30,25 +31,26 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.comparison import compare, describe_variant, summarize
-from se_compress.errors import RecipeError, SeCompressError, SourceError
+from se_compress.errors import RecipeError, ResourceError, SeCompressError, SourceError
 from se_compress.headers import lay_out
+from se_compress.manifest import OURS, SETTINGS_FILE, damages, is_intact, write_list
+from se_compress.places import check_apart, expand, output_of, partial, rejected
 from se_compress.policy import check_plan, curve_of, make_plan
 from se_compress.preflight import check_disk, check_memory, check_packages
 from se_compress.progress import (
-    OURS,
-    SETTINGS_FILE,
     check_output,
     check_output_of_variants,
+    check_replaceable,
     load,
     load_settings,
     locked,
     prepare,
     profile_files,
-    publish,
-    rejected,
+    save,
     save_settings,
 )
-from se_compress.recipe import Recipe, flatten
+from se_compress.publishing import publish, recover
+from se_compress.recipe import Calibration, Recipe, Validation, flatten
 from se_compress.source import open_source
 from se_compress.surgery import shrink
 from se_compress.targets import result_slots
@@ -56,7 +58,9 @@ from se_compress.targets import result_slots
 if TYPE_CHECKING:
     from se_compress.validator import Original
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: these have a message of their own
 Notice = Callable[[str], None]
+Text = TypeVar("Text", Calibration, Validation)
 Tokens = Sequence[Sequence[int]]
 Originals = dict[object, "Original"]
 
@@ -66,6 +70,7 @@ class Request:
     """What the command line asks for.
 
     recipe_text   the recipe file, verbatim
+    recipe_file   where it lies, if it is a file
     plan_file     a plan to use in place of a fresh one
     fresh         ignore saved progress and an existing result
     notice        called with a sentence when something is reused, redone or given up
@@ -79,10 +84,11 @@ class Request:
     fresh: bool = False
     notice: Notice = lambda sentence: None
     siblings: tuple[Path, ...] = ()
+    recipe_file: Path | None = None
 
     @property
     def output(self) -> Path:
-        return Path(self.recipe.output)
+        return output_of(self.recipe.output)
 
     @property
     def profile_files(self) -> Iterator[Path]:
@@ -145,8 +151,8 @@ def preview_variants(request: Request) -> dict[str, Preview]:
 
 
 def _preview(request: Request, source: ModelSource) -> Preview:
-    check_output(request.output)
-    profiles = filter(None, (load(ExpertProfile, file) for file in request.profile_files))
+    _check_places(request, source)
+    profiles = filter(None, map(_load_profile, request.profile_files))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
     plan = _plan(source, profile, request)
     curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
@@ -156,12 +162,13 @@ def _preview(request: Request, source: ModelSource) -> Preview:
 def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
     source = open_source(request.recipe.model)
-    check_output(request.output)
+    _check_places(request, source)
     # What can be refused without a profile is refused now, before the hours.
     plan = _plan(source, None, request)
     check_packages([plan])
     check_disk([plan], source, request.recipe)
-    return _run(request, source, {})
+    with _told(source, request.output):
+        return _run(request, source, {})
 
 
 def judge_existing(request: Request, directory: Path, output: Path) -> ValidationReport:
@@ -181,7 +188,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     plan = _read_plan(plan_file) if plan_file.exists() else None
     if plan is not None:
         plan = check_plan(plan, source, str(plan_file))
-    held_out = draw_sequences(request.recipe.validation, source.path, "validation")
+    held_out = draw_sequences(_at_home(request.recipe.validation), source.path, "validation")
     report = validate(source, plan, directory, held_out, (), request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
     profile = load(ExpertProfile, profile_file)
@@ -205,13 +212,14 @@ def run_variants(request: Request) -> VariantsOutcome:
     plans = []
     for name, one in requests.items():
         with _naming(name):
+            _check_places(one, source)
             plans.append(_plan(source, None, one))
     check_packages(plans)
     check_disk(plans, source, request.recipe)
     outcomes: dict[str, Outcome] = {}
     originals: Originals = {}
     for name, one in requests.items():
-        with _naming(name):
+        with _naming(name), _told(source, one.output):
             outcomes[name] = _run(one, source, originals)
     comparison = _compare(request, outcomes)
     _write_comparison(request.output, comparison)
@@ -237,7 +245,7 @@ def _request(request: Request, name: str) -> Request:
             options, progress=lambda stage, *steps: options.progress(f"{name}: {stage}", *steps)
         ),
         notice=lambda sentence: request.notice(f"{name}: {sentence}"),
-        siblings=tuple(Path(other.output) for key, other in variants.items() if key != name),
+        siblings=tuple(output_of(other.output) for key, other in variants.items() if key != name),
     )
 
 
@@ -250,18 +258,41 @@ def _naming(name: str) -> Iterator[None]:
         raise type(error)(f"variant {name}: {error}") from None
 
 
+@contextmanager
+def _told(source: ModelSource, output: Path) -> Iterator[None]:
+    """What the file system refuses in the middle of the work is one line, and whose fault it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL or not isinstance(error.filename, str | Path):
+            raise
+        file = Path(error.filename).absolute()
+        if file.is_relative_to(source.path.absolute()):
+            problem = f"{file}: cannot be read any more ({error.strerror}); the model has changed"
+            raise SourceError(problem) from None
+        places = (output, partial(output), rejected(output))
+        if any(file.is_relative_to(place.absolute()) for place in places):
+            raise ResourceError(f"output {file}: {error.strerror}; progress is kept") from None
+        raise
+
+
 def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
     """`originals` is filled with the source's side of the validation, for the variants to share."""
     from se_compress.calibrate import draw_sequences
 
     recipe, output = request.recipe, request.output
-    calibration = draw_sequences(recipe.calibration, source.path, "calibration")
-    held_out = draw_sequences(recipe.validation, source.path, "validation")
+    calibration = draw_sequences(_at_home(recipe.calibration), source.path, "calibration")
+    held_out = draw_sequences(_at_home(recipe.validation), source.path, "validation")
     settings = _settings(request, source, calibration, held_out)
+    if partial(output).exists():
+        with locked(output, request.notice):
+            recover(output, request.notice)
     if not request.fresh and (finished := _finished(request, settings)):
         return finished
+    beside = [file.name for file in source.path.iterdir()]
+    check_replaceable(output, beside)
     check_memory(source, recipe, len(calibration) * len(calibration[0]))
-    with locked(output) as work:
+    with locked(output, request.notice) as work:
         prepare(output, settings, request.fresh, request.notice)
         profile = _profile(source, calibration, work, request)
         plan = _plan(source, profile, request)
@@ -274,9 +305,17 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         validation = _validate(source, plan, staged, held_out, records, request, originals)
         _write_reports(source, staged, profile, plan, validation, request)
         save_settings(staged / SETTINGS_FILE, settings)
+        write_list(staged, request.options.progress)
+        check_replaceable(output, beside)  # again: hours have passed
         directory = output if validation.passed else rejected(output)
         publish(staged, directory, work)
     return Outcome(directory, validation.passed, profile, plan, validation)
+
+
+def _at_home(text: Text) -> Text:
+    """The same text, `~` in the paths of its files replaced."""
+    data = [one.model_copy(update={"data": expand(one.data)}) for one in text.data]
+    return text.model_copy(update={"data": tuple(data)})
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -287,17 +326,23 @@ def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) 
 
     wanted = profile_digest(source, tokens, request.recipe)
     for file in request.profile_files:
-        profile = None if request.fresh else load(ExpertProfile, file)
+        profile = None if request.fresh else _load_profile(file)
         if profile is not None and profile.digest == wanted:
             request.notice(f"profile reused from {file}")
             break
     else:
-        profile = profile_experts(
-            source, tokens, request.recipe, replace(request.options, work=work)
-        )
-    write_atomically(work / "profile.json", to_json(profile))
+        options = replace(request.options, work=work, notice=request.notice)
+        profile = profile_experts(source, tokens, request.recipe, options)
+    save(profile, work / "profile.json")
     (work / STATES_FILE).unlink(missing_ok=True)
     return profile
+
+
+def _load_profile(file: Path) -> ExpertProfile | None:
+    """None if there is none, or if it is not what was written."""
+    listed = file.parent.name == OURS
+    whole = not listed or is_intact(file.parent.parent, f"{OURS}/{file.name}")
+    return load(ExpertProfile, file) if whole else None
 
 
 def _read_plan(file: Path) -> CompressionPlan:
@@ -335,12 +380,15 @@ def _compress(
     request: Request,
 ) -> tuple[LayerRecord, ...]:
     from se_compress.checkpoint import allocate
-    from se_compress.execute import compress
+    from se_compress.execute import STATES_FILE, compress
     from se_compress.export import export_config
 
     (work / "checkpoint").mkdir(exist_ok=True)
-    allocate(layout)
-    options = replace(request.options, work=work)
+    emptied, states = allocate(layout), work / STATES_FILE
+    if emptied and states.exists():
+        request.notice(f"{emptied[0]} is missing or damaged: its stage starts again")
+        states.unlink()
+    options = replace(request.options, work=work, notice=request.notice)
     records = compress(source, plan, tokens, request.recipe, layout, options)
     if not records[-1].failed:  # without a config, nobody takes half a checkpoint for a whole one
         small = shrink(source, plan)
@@ -448,18 +496,50 @@ def _settings(
 
 
 def _finished(request: Request, settings: Mapping[str, object]) -> Outcome | None:
-    """A result, published or rejected, that was made from exactly these settings and is whole."""
+    """A result that was made from exactly these settings, and is whole: one that passed under its
+    name, one that did not under that of rejected ones."""
     for directory in (request.output, rejected(request.output)):
-        ours = directory / OURS
         if load_settings(directory / SETTINGS_FILE) != settings:
             continue
-        profile = load(ExpertProfile, ours / "profile.json")
-        plan = load(CompressionPlan, ours / "plan.json")
-        validation = load(ValidationReport, ours / "validation.json")
-        if profile is not None and plan is not None and validation is not None:
+        found = _read_outcome(directory, directory == request.output, request)
+        if isinstance(found, Outcome):
+            passed = found.validation.passed
             request.notice(
                 f"{directory} is up to date: nothing in the recipe, the model or the data changed"
-                + ("" if validation.passed else " (--fresh makes it again)")
+                + ("" if passed else " (--fresh makes it again)")
             )
-            return Outcome(directory, directory == request.output, profile, plan, validation)
+            return found
+        request.notice(f"{directory}: {found}: made again")
     return None
+
+
+def _read_outcome(directory: Path, passed: bool, request: Request) -> Outcome | str:
+    """A result as it lies there, or what is wrong with it."""
+    ours = directory / OURS
+    if problems := list(damages(directory, request.options.progress).values()):
+        return problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+    profile = load(ExpertProfile, ours / "profile.json")
+    plan = load(CompressionPlan, ours / "plan.json")
+    validation = load(ValidationReport, ours / "validation.json")
+    if profile is None or plan is None or validation is None:
+        return "its reports cannot be read"
+    if validation.passed != passed:
+        return "holds a result that " + ("did not pass" if passed else "passed")
+    return Outcome(directory, passed, profile, plan, validation)
+
+
+def _check_places(request: Request, source: ModelSource) -> None:
+    """The output can be written, and nothing that is read lies where it is replaced."""
+    check_output(request.output)
+    recipe, output = request.recipe, request.output
+    files = {"--plan": request.plan_file, "the recipe": request.recipe_file}
+    texts = {"calibration": recipe.calibration, "validation": recipe.validation}
+    for word, text in texts.items():
+        for number, one in enumerate(text.data):
+            files[f"{word}.data {number + 1}"] = Path(expand(one.data))
+    check_apart(
+        (output, partial(output), rejected(output)),
+        source.path,
+        {info.file for info in source.tensors.values()},
+        {word: file for word, file in files.items() if file is not None},
+    )

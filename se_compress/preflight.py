@@ -3,11 +3,10 @@
 import importlib.util
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from se_compress.artifacts import CompressionPlan, ModelSource
 from se_compress.errors import RecipeError, ResourceError
-from se_compress.progress import partial
+from se_compress.places import output_of, partial
 from se_compress.recipe import Recipe
 
 
@@ -23,7 +22,7 @@ def check_packages(plans: Sequence[CompressionPlan]) -> None:
 
 def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> None:
     """All results of a recipe and the saved progress of one run. Raises ResourceError."""
-    output = Path(recipe.output)
+    output = output_of(recipe.output)
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent

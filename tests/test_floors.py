@@ -19,14 +19,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "families",
         "headers",
         "knapsack",
+        "places",
         "quant",
         "quant.grid",
         "quant.packing",
         "quant.gptq",
         "quant.bnb",
     ),
-    ("source", "targets", "checkpoint", "measures", "page", "progress", "surgery"),
-    ("streaming", "splice", "structure", "allocate"),
+    ("source", "targets", "checkpoint", "measures", "page", "manifest", "surgery"),
+    ("streaming", "splice", "structure", "allocate", "progress", "publishing"),
     ("solver", "early_warning"),
     (
         "calibrate",
@@ -42,13 +43,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "preflight",
         "loading",
     ),
-    ("pipeline",),
+    ("pipeline", "signals"),
     ("cli", "__main__", ""),
 )
 # Within a floor: the numbers build on each other, artefacts raise errors, __main__ calls the cli.
 NEIGHBOURS = {
     ("artifacts", "errors"),
     ("quant.gptq", "quant.grid"),
+    ("publishing", "progress"),
     ("__main__", "cli"),
     ("cli", ""),
 }
@@ -60,7 +62,8 @@ MODULES = {
 TORCH_FREE = [
     *(module for floor in FLOORS[:2] for module in floor if not module.startswith("quant.")),
     "source", "targets", "surgery", "structure", "allocate", "policy", "export", "page",
-    "report", "comparison", "comparison_page", "progress", "preflight", "pipeline", "cli", "",
+    "report", "comparison", "comparison_page", "manifest", "progress", "publishing",
+    "preflight", "pipeline", "signals", "cli", "",
 ]  # fmt: skip
 
 
