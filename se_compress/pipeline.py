@@ -327,6 +327,8 @@ def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) 
     wanted = profile_digest(source, tokens, request.recipe)
     for file in request.profile_files:
         profile = None if request.fresh else _load_profile(file)
+        if profile is None and file.exists() and not request.fresh:
+            request.notice(f"{file} is damaged, or of another version: not used")
         if profile is not None and profile.digest == wanted:
             request.notice(f"profile reused from {file}")
             break
@@ -530,7 +532,6 @@ def _read_outcome(directory: Path, passed: bool, request: Request) -> Outcome | 
 
 def _check_places(request: Request, source: ModelSource) -> None:
     """The output can be written, and nothing that is read lies where it is replaced."""
-    check_output(request.output)
     recipe, output = request.recipe, request.output
     files = {"--plan": request.plan_file, "the recipe": request.recipe_file}
     texts = {"calibration": recipe.calibration, "validation": recipe.validation}
@@ -543,3 +544,4 @@ def _check_places(request: Request, source: ModelSource) -> None:
         {info.file for info in source.tensors.values()},
         {word: file for word, file in files.items() if file is not None},
     )
+    check_output(output)

@@ -25,6 +25,8 @@ def output_of(text: str) -> Path:
     and what is beside the output lies beside that. Raises RecipeError."""
     path = Path(expand(text))
     try:
+        if "\0" in text:
+            raise ValueError("a NUL in it")
         if path.is_symlink() or path.name in ("", ".."):
             path = path.resolve()
     except RuntimeError:
@@ -97,7 +99,8 @@ def _check_ancestor(directory: Path) -> None:
             f"output {shown(directory)}: cannot be written ({shown(parent)} is not a directory)"
         )
     longest = os.pathconf(parent, "PC_NAME_MAX")
-    if len(os.fsencode(directory.name)) > longest:
+    names = directory.absolute().relative_to(parent).parts
+    if any(len(os.fsencode(name)) > longest for name in names):
         raise RecipeError(
             f"output {shown(directory)}: is longer than the {longest} bytes of a name"
         )
