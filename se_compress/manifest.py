@@ -4,6 +4,7 @@ seen, and what somebody put beside them is known to be no part of it."""
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ _KNOWN = {
     "config.json", "quantize_config.json", "README.md", INDEX_FILE, FILES_FILE, SETTINGS_FILE,
     *(f"{OURS}/{name}" for name in _REPORTS),
 }  # fmt: skip
+WRITING = ".writing"  # of a file that is being replaced: a kill may leave one
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,9 +65,10 @@ def read_list(directory: Path) -> ResultFiles | None:
     try:
         if not file.is_file():
             return None
-        return from_json(ResultFiles, file.read_text(encoding="utf-8"), str(file))
+        listed = from_json(ResultFiles, file.read_text(encoding="utf-8"), str(file))
     except (OSError, ValueError, ArithmeticError, RecursionError, SeCompressError):
         return None
+    return listed if SETTINGS_FILE in listed.names else None  # which every result has
 
 
 def damages(directory: Path, progress: Progress) -> dict[str, str]:
@@ -96,6 +99,24 @@ def _damage(directory: Path, file: ResultFile) -> str:
     return "" if same else "differs from what was written"
 
 
+def restore(directory: Path, names: Collection[str], copies: Path) -> bool:
+    """Put files that were made once more into their places; false, and nothing is touched, if they
+    are not what was listed."""
+    listed = read_list(directory)
+    wanted = [file for file in listed.files if file.name in names] if listed else []
+    if len(wanted) != len(names) or any(_damage(copies, file) for file in wanted):
+        return False
+    for file in wanted:
+        target = directory / file.name
+        if target.is_dir() and not target.is_symlink():
+            return False
+        writing = target.with_name(target.name + WRITING)
+        shutil.copyfile(copies / file.name, writing)
+        _sync(writing)
+        writing.replace(target)
+    return True
+
+
 def is_intact(directory: Path, name: str) -> bool:
     """Whether one file is as listed; True if nothing is known of it."""
     listed = read_list(directory)
@@ -112,7 +133,7 @@ def foreign(directory: Path, sources_files: Collection[str]) -> list[str]:
     known = (
         {*listed.names, FILES_FILE} if listed else {*_KNOWN, *sources_files, *_shards(directory)}
     )
-    return sorted(name for name in _entries(directory) if name not in known)
+    return sorted(n for n in _entries(directory) if n.removesuffix(WRITING) not in known)
 
 
 def _shards(directory: Path) -> set[str]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 from se_compress.allocate import scheme_of
@@ -33,7 +34,15 @@ from se_compress.artifacts import (
 from se_compress.comparison import compare, describe_variant, summarize
 from se_compress.errors import RecipeError, ResourceError, SeCompressError, SourceError
 from se_compress.headers import lay_out
-from se_compress.manifest import OURS, SETTINGS_FILE, damages, is_intact, write_list
+from se_compress.manifest import (
+    FILES_FILE,
+    OURS,
+    SETTINGS_FILE,
+    damages,
+    is_intact,
+    restore,
+    write_list,
+)
 from se_compress.places import check_apart, expand, output_of, partial, rejected
 from se_compress.policy import check_plan, curve_of, make_plan
 from se_compress.preflight import check_disk, check_memory, check_packages
@@ -59,6 +68,9 @@ if TYPE_CHECKING:
     from se_compress.validator import Original
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: these have a message of their own
+# Files of a result, beside its weights, that only the whole work makes again.
+_RECORDS = ("profile", "plan", "validation")
+NOT_CHEAP = (FILES_FILE, SETTINGS_FILE, *(f"{OURS}/{name}.json" for name in _RECORDS))
 Notice = Callable[[str], None]
 Text = TypeVar("Text", Calibration, Validation)
 Tokens = Sequence[Sequence[int]]
@@ -287,7 +299,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     if partial(output).exists():
         with locked(output, request.notice):
             recover(output, request.notice)
-    if not request.fresh and (finished := _finished(request, settings)):
+    if not request.fresh and (finished := _finished(request, source, settings)):
         return finished
     beside = [file.name for file in source.path.iterdir()]
     check_replaceable(output, beside)
@@ -497,13 +509,15 @@ def _settings(
     }
 
 
-def _finished(request: Request, settings: Mapping[str, object]) -> Outcome | None:
+def _finished(
+    request: Request, source: ModelSource, settings: Mapping[str, object]
+) -> Outcome | None:
     """A result that was made from exactly these settings, and is whole: one that passed under its
     name, one that did not under that of rejected ones."""
     for directory in (request.output, rejected(request.output)):
         if load_settings(directory / SETTINGS_FILE) != settings:
             continue
-        found = _read_outcome(directory, directory == request.output, request)
+        found = _read_outcome(directory, directory == request.output, source, request)
         if isinstance(found, Outcome):
             passed = found.validation.passed
             request.notice(
@@ -515,11 +529,16 @@ def _finished(request: Request, settings: Mapping[str, object]) -> Outcome | Non
     return None
 
 
-def _read_outcome(directory: Path, passed: bool, request: Request) -> Outcome | str:
-    """A result as it lies there, or what is wrong with it."""
+def _read_outcome(
+    directory: Path, passed: bool, source: ModelSource, request: Request
+) -> Outcome | str:
+    """A result as it lies there, or what is wrong with it and cannot be mended at once."""
     ours = directory / OURS
-    if problems := list(damages(directory, request.options.progress).values()):
-        return problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+    damaged = damages(directory, request.options.progress)
+    problems = list(damaged.values())
+    problem = "".join(problems[:1]) + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+    if any(name in NOT_CHEAP or name.endswith(".safetensors") for name in damaged):
+        return problem
     profile = load(ExpertProfile, ours / "profile.json")
     plan = load(CompressionPlan, ours / "plan.json")
     validation = load(ValidationReport, ours / "validation.json")
@@ -527,7 +546,26 @@ def _read_outcome(directory: Path, passed: bool, request: Request) -> Outcome | 
         return "its reports cannot be read"
     if validation.passed != passed:
         return "holds a result that " + ("did not pass" if passed else "passed")
-    return Outcome(directory, passed, profile, plan, validation)
+    found = Outcome(directory, passed, profile, plan, validation)
+    if damaged and not _restore(found, damaged, source, request):
+        return problem
+    if damaged:
+        request.notice(f"{directory}: {problem}: made again")
+    return found
+
+
+def _restore(
+    found: Outcome, damaged: Mapping[str, str], source: ModelSource, request: Request
+) -> bool:
+    """Make again what costs nothing: config, copies of the source's files, reports. False if they
+    do not come out as they were."""
+    from se_compress.export import export_config
+
+    small = shrink(source, found.plan)
+    with TemporaryDirectory() as scratch:
+        export_config(small.source, small.plan, Path(scratch))
+        _write_reports(source, Path(scratch), found.profile, found.plan, found.validation, request)
+        return restore(found.directory, damaged.keys(), Path(scratch))
 
 
 def _check_places(request: Request, source: ModelSource) -> None:

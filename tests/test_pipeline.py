@@ -344,7 +344,10 @@ def test_a_result_that_is_not_whole_is_named_and_made_again(
 ) -> None:
     before = files_of(settled.output)
     set_to(settled.output / name, DAMAGES[damage](before[name]))
-    assert settled.run().published
+    stages: set[str] = set()
+    options = RunOptions(progress=lambda stage, done, total: stages.add(stage))
+    assert settled.run(options=options).published
+    assert stages == {"verify"} or name == WEIGHTS, "what is cheap is made again alone"
     assert settled.said[0].startswith(f"{settled.output}: {name} {damage}")
     assert settled.said[0].endswith("made again")
     after = files_of(settled.output)
@@ -353,7 +356,7 @@ def test_a_result_that_is_not_whole_is_named_and_made_again(
     assert settled.listing() == {"out"}
 
 
-@pytest.mark.parametrize("text", [None, b"", b"[]", b'{"files": []', b"\xff"])
+@pytest.mark.parametrize("text", [None, b"", b"[]", b'{"files": []', b'{"files": []}', b"\xff"])
 def test_a_result_without_a_list_of_its_files_is_made_again(
     settled: Workplace, text: bytes | None
 ) -> None:
@@ -452,6 +455,20 @@ def test_a_source_that_goes_during_the_run(place: Workplace, stage: str, how: st
     with pytest.raises(SourceError, match=r"model\.safetensors: .*; (it|the model) has changed$"):
         place.run(options=RunOptions(progress=goes))
     assert place.partial.exists()
+
+
+def test_what_does_not_come_out_as_it_was_is_made_with_all_the_rest(settled: Workplace) -> None:
+    (settled.output / "config.json").unlink()
+    model = settled.directory / "model"
+    shutil.copytree(settled.settings["model"], model, copy_function=shutil.copy2)
+    (model / "generation_config.json").write_text('{"temperature": 2.0}', encoding="utf-8")
+    (settled.output / "generation_config.json").unlink()
+    settled.settings["model"] = str(model)
+    assert settled.run().published
+    assert (settled.output / "generation_config.json").read_text("utf-8") == '{"temperature": 2.0}'
+    assert (settled.output / "config.json").exists()
+    settled.run()
+    assert "is up to date" in settled.said[0]
 
 
 # -------------------------------------------------------------------------------------- rejected
