@@ -151,7 +151,8 @@ def check_apart(
                 "which is never written to; choose another output"
             )
         for word, file in files.items():
-            if own and own in _chain(Path(os.path.realpath(file)).parent):
+            there_is_one = os.path.exists(file)  # it may be a name on the Hub
+            if own and there_is_one and own in _chain(Path(os.path.realpath(file)).parent):
                 raise RecipeError(
                     f"output {shown(directory)}: holds {word} {shown(file)}, and is replaced by "
                     "the result; move it elsewhere or choose another output"

@@ -228,9 +228,9 @@ def prepare(output: Path, settings: Settings, fresh: bool, notice: Notice) -> No
 
 def clear(work: Path, kept: Collection[str]) -> None:
     """Remove what is ours. The settings go first: without them, nothing that a kill may leave of
-    the rest is continued from."""
+    the rest is continued from. Last goes what says that a result has been published."""
     (work / RUN).unlink(missing_ok=True)
-    for entry in work.iterdir():
+    for entry in sorted(work.iterdir(), key=lambda entry: entry.name == MARK):
         if entry.name not in kept and _kind_of(entry):
             remove(entry)
 

@@ -11,13 +11,24 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from se_compress.artifacts import ValidationReport, write_atomically
 from se_compress.errors import RecipeError, ResourceError
 from se_compress.manifest import FILES_FILE, OURS
 from se_compress.places import partial, rejected, shown
-from se_compress.progress import MARK, REPLACED, RUN, STAGED, discard, load, load_settings, remove
+from se_compress.progress import (
+    LOCK,
+    MARK,
+    REPLACED,
+    RUN,
+    STAGED,
+    discard,
+    load,
+    load_settings,
+    remove,
+)
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -36,7 +47,8 @@ def publish(staged: Path, directory: Path, work: Path) -> None:
             f"({error.strerror}); it is kept, and the same command tries again"
         ) from None
     _sync(directory.parent)
-    discard(work)
+    with suppress(OSError):  # the result is in its place; the next run removes what is left
+        discard(work)
 
 
 def _put(staged: Path, directory: Path, replaced: Path) -> None:
@@ -81,7 +93,8 @@ def recover(output: Path, notice: Callable[[str], None]) -> None:
     mark = load_settings(work / MARK) or {}
     places = {place.name: place for place in (output, rejected(output))}
     directory, files = places.get(str(mark.get("directory"))), str(mark.get("files"))
-    if directory is not None and _list_hash(directory) == files:
+    published = directory is not None and _list_hash(directory) == files
+    if published or os.listdir(work) == [LOCK]:
         discard(work)
         return
     if (work / REPLACED).is_dir():

@@ -181,4 +181,4 @@ def test_no_file_that_is_read_lies_where_it_is_replaced(
         with pytest.raises(RecipeError, match=rf"^output {place}: holds the plan {file}"):
             apart("out", **{"the plan": file})
     apart("other", **{"the plan": "file"})
-    apart("out", **{"the data": "owner/name"})
+    apart("out", **{"the data": f"{place}/name-on-the-hub"})

@@ -325,3 +325,21 @@ def test_what_comes_into_the_progress_meanwhile_is_left(tmp_path: Path) -> None:
         publish(work / "checkpoint", output, work)
     assert sorted(os.listdir(work)) == ["lock", "thesis.tex"]
     assert content(output) == "new"
+
+
+def test_what_cannot_be_removed_does_not_undo_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    make_result(output, "earlier", PASSED)
+
+    def fails(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(os, "rmdir", fails)
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    work_on(output, "new", PASSED)
+    monkeypatch.undo()
+    assert content(output) == "new"
+    assert_recovers(output, output, earlier=True, finished=True)
+    assert not partial(output).exists()
