@@ -45,9 +45,7 @@ def _account_tensors(
     own bytes, packed ones are what was written, made ones have the values that surgery gives them,
     and there is nothing else."""
     tensors = blueprint.tensors.values()
-    new = [slot.name for tensor in tensors if tensor.making != "copied" for slot in tensor.stored]
-    digests = {owner: text for record in records for owner, text in record.digests.items()}
-    known = _Known(found, by_name(digests, new), open_shrunk(blueprint.shrunk))
+    known = _known(blueprint, found, records)
     problems = [f"{name} is not planned" for name in found if name not in blueprint.slots]
     for tensor in tensors:
         misfits = [*filter(None, (_misfit(slot, found.get(slot.name)) for slot in tensor.stored))]
@@ -57,6 +55,21 @@ def _account_tensors(
     unknown = sum(name not in known.written for name in packed)
     detail = "; ".join([*leading(problems), *_not_compared(unknown)])
     return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
+
+
+def change_since(
+    blueprint: Blueprint, found: Mapping[str, TensorInfo], records: Sequence[LayerRecord]
+) -> str:
+    """The first tensor of the recorded layers that is not in the result as it was written, and
+    why; "" if all are."""
+    known = _known(blueprint, found, records)
+    changes = (
+        change
+        for record in records
+        for tensor in blueprint.of_layer(record.layer)
+        for change in _changes(tensor, known)
+    )
+    return next(changes, "")
 
 
 def _misfit(slot: Slot, info: TensorInfo | None) -> str:
@@ -80,6 +93,15 @@ class _Known:
     found: Mapping[str, TensorInfo]
     written: Mapping[str, str]
     made: Reader
+
+
+def _known(
+    blueprint: Blueprint, found: Mapping[str, TensorInfo], records: Sequence[LayerRecord]
+) -> _Known:
+    made = [tensor for tensor in blueprint.tensors.values() if tensor.making != "copied"]
+    digests = {owner: text for record in records for owner, text in record.digests.items()}
+    written = by_name(digests, (slot.name for tensor in made for slot in tensor.stored))
+    return _Known(found, written, open_shrunk(blueprint.shrunk))
 
 
 def _changes(tensor: PlannedTensor, known: _Known) -> list[str]:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from se_compress.artifacts import ModelSource
 from se_compress.chat import Template, Unreadable, as_messages, looks_like_chat
 from se_compress.errors import RecipeError, SourceError, one_line
+from se_compress.places import expand
 from se_compress.recipe import Calibration, Validation
 from se_compress.text_sources import TextSource, quiet_libraries, values
 from se_compress.tokenizer import load_tokenizer
@@ -47,7 +48,9 @@ def draw_tokens(text: Calibration | Validation, source: ModelSource) -> tuple[tu
     """Sequences of token ids for a model, as a section of a recipe asks for them, see
     `draw_sequences`."""
     where = "calibration" if isinstance(text, Calibration) else "validation"
-    return draw_sequences(text, source.path, where, vocabulary_of(source))
+    data = tuple(one.model_copy(update={"data": expand(one.data)}) for one in text.data)
+    at_home = text.model_copy(update={"data": data})
+    return draw_sequences(at_home, source.path, where, vocabulary_of(source))
 
 
 def draw_sequences(

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _map(info: TensorInfo) -> Tensor:
         return torch.empty(info.shape, dtype=dtype)
     skipped = info.begin % mmap.ALLOCATIONGRANULARITY
     length = skipped + info.size_bytes
-    with open(info.file, "rb") as stream:
+    with open_whole(info) as stream:
         # ACCESS_COPY: torch wants a writable buffer; nothing ever reaches the file. Of this tensor
         # alone: the kernel refuses a writable map of a file that is larger than memory.
         pages = mmap.mmap(
@@ -66,6 +67,21 @@ def _map(info: TensorInfo) -> Tensor:
     if skipped % dtype.itemsize:  # some writers do not align their tensors
         raw = raw.clone()
     return raw.view(dtype).reshape(info.shape)
+
+
+def open_whole(info: TensorInfo) -> BinaryIO:
+    """The tensor's file, open. Raises SourceError if it is gone, or has become too short for the
+    tensor: reading a map beyond the end of its file would kill the process."""
+    try:
+        stream = open(info.file, "rb")
+    except OSError as error:
+        raise SourceError(
+            f"{info.file}: cannot be read any more ({error.strerror}); it has changed"
+        ) from None
+    if os.fstat(stream.fileno()).st_size < info.end:
+        stream.close()
+        raise SourceError(f"{info.file}: ended within {info.name}; it has changed")
+    return stream
 
 
 def open_result(
@@ -102,7 +118,7 @@ def open_result(
 
 def copy_tensor(info: TensorInfo, slot: TensorInfo) -> None:
     """Copy the bytes of a tensor to its place in the result, whatever its dtype."""
-    with open(info.file, "rb") as stream, open(slot.file, "r+b") as target:
+    with open_whole(info) as stream, open(slot.file, "r+b") as target:
         stream.seek(info.begin)
         target.seek(slot.begin)
         remaining = info.size_bytes
@@ -126,31 +142,37 @@ def check_finite(name: str, tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def allocate(layout: Mapping[str, TensorInfo]) -> None:
+def allocate(layout: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Make the shard files at full size, headers written, and the index if there are several.
 
     Files that exist with the right size and header are left as they are: a run is being resumed.
-    Raises ResourceError if the disk is too small.
+    Returns the names of the others, which are empty now. Raises ResourceError if the disk is too
+    small.
     """
+    made = []
     files: dict[str, list[TensorInfo]] = {}
     for info in layout.values():
         files.setdefault(info.file, []).append(info)
     for file, tensors in files.items():
         start = min(info.begin for info in tensors)
-        _allocate_file(Path(file), header_bytes(tensors, start), max(info.end for info in tensors))
+        header, end = header_bytes(tensors, start), max(info.end for info in tensors)
+        if _allocate_file(Path(file), header, end):
+            made.append(file)
     if len(files) > 1:
         directory = Path(next(iter(files))).parent
         total = sum(info.size_bytes for info in layout.values())
         weight_map = {name: Path(layout[name].file).name for name in sorted(layout)}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return tuple(made)
 
 
-def _allocate_file(path: Path, header: bytes, size_bytes: int) -> None:
+def _allocate_file(path: Path, header: bytes, size_bytes: int) -> bool:
+    """False if the file is there already."""
     if path.exists() and path.stat().st_size == size_bytes:
         with path.open("rb") as stream:
             if stream.read(len(header)) == header:
-                return
+                return False
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("wb") as stream:
@@ -161,6 +183,7 @@ def _allocate_file(path: Path, header: bytes, size_bytes: int) -> None:
         raise ResourceError(
             f"{path.parent}: {size_bytes / 1e9:.2f} GB cannot be allocated ({error.strerror})"
         ) from None
+    return True
 
 
 def write_tensors(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> None:

@@ -3,9 +3,7 @@
 import errno
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +11,11 @@ from dataclasses import replace
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from se_compress import __version__
+from se_compress import __version__, signals
 from se_compress.artifacts import (
     PlanSummary,
     RunOptions,
@@ -56,7 +53,6 @@ from se_compress.screen import (
     why_variants_rejected,
 )
 
-_interrupted = threading.Event()
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -119,7 +115,7 @@ def _command(
 
     Exit codes: 0 exported, all gates passed; 2 bad command line or recipe; 3 model or data cannot
     be read; 4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted,
-    progress is kept.
+    143 terminated (SIGTERM), 129 hung up (SIGHUP): progress is kept.
     """
     recipe_file = _path("RECIPE", recipe)
     text = read_recipe(recipe_file)
@@ -132,6 +128,7 @@ def _command(
         fresh=fresh,
         notice=screen.notice,
         keep_code=keep_remote_code,
+        recipe_file=recipe_file,
     )
     if validate is not None and (plan is not None or dry_run):
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")
@@ -141,13 +138,13 @@ def _command(
     elif validate is not None:
         judged = _path("--validate", validate)
         place = _beside(judged) if output is None else _path("--output", output)
-        with _hushed(verbose), screen.progress(_interrupted) as progress:
+        with _hushed(verbose), screen.progress(signals.stopped) as progress:
             options = RunOptions(device=_device(device), progress=progress)
             report = judge_existing(replace(request, options=options), judged, place)
         result = _validated(report, judged, place)
         show = partial(screen.show_validation, report, judged, place)
     else:
-        with _hushed(verbose), screen.progress(_interrupted) as progress:
+        with _hushed(verbose), screen.progress(signals.stopped) as progress:
             options = RunOptions(device=_device(device), progress=progress)
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
@@ -235,25 +232,12 @@ def _validated(report: ValidationReport, directory: Path, place: Path) -> RunRes
     )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Python drops an exception that is raised in a destructor or a callback, wherever the signal
-    # happens to arrive: the next report of progress raises it again.
-    _interrupted.set()
-    raise KeyboardInterrupt
-
-
-def _hide_interrupt(lost: "sys.UnraisableHookArgs") -> None:
-    if lost.exc_type is not KeyboardInterrupt:
-        sys.__unraisablehook__(lost)
-
-
 def main() -> None:
     """Run the command and exit with the contract's code; every foreseen error is one line."""
     for stream in (sys.stdout, sys.stderr):  # names need not be of the terminal's encoding
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, _interrupt)
-    sys.unraisablehook = _hide_interrupt
+    signals.listen()
     # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
     # has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -262,23 +246,23 @@ def main() -> None:
         code = command.main(standalone_mode=False)
         if code == INTERRUPTED_EXIT_CODE:  # what typer makes of it
             raise KeyboardInterrupt
+        signals.ignore()  # it is done
         sys.exit(code or 0)
     except _Rejected as error:
         _exit_with(error.result.message, error.exit_code, error.result)
-    except SeCompressError as error:
-        _exit_with(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _exit_with(
-            "interrupted; the same command continues where it stopped", INTERRUPTED_EXIT_CODE
-        )
+        _exit_with(*signals.reason())
     except Exception as error:
-        foreseen = _foreseen(error)
+        if signals.stopped.is_set():  # and what it raised was taken for something else
+            _exit_with(*signals.reason())
+        foreseen = error if isinstance(error, SeCompressError) else _foreseen(error)
         if foreseen is None:
             raise
         _exit_with(str(foreseen), foreseen.exit_code)
 
 
 def _exit_with(message: str, code: int, result: RunResult | None = None) -> None:
+    signals.ignore()
     message = shorten(printable(" ".join(message.split())), 4 * MESSAGE_LENGTH)
     surviving(sys.stderr, lambda: print(f"se-compress: {message}", file=sys.stderr))
     if _wants_json(sys.argv[1:]):

@@ -77,6 +77,9 @@ class ResourceError(SeCompressError):
     exit_code = 5
 
 
+# Of a run that a signal ended, with its progress kept: this and the signal's number. 130 after
+# Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+SIGNAL_EXIT_CODE = 128
 INTERRUPTED_EXIT_CODE = 130
 # Of `python -m se_compress.reload`: this machine cannot load the result, which says nothing of it;
 # another time it may, or nothing here ever will.

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from se_compress.accounting import change_since
 from se_compress.artifacts import (
     COMPRESSION_FILE,
     Compressed,
@@ -31,7 +32,6 @@ from se_compress.artifacts import (
     RunOptions,
     Scheme,
     TensorInfo,
-    from_json,
     to_json,
     write_atomically,
 )
@@ -45,6 +45,7 @@ from se_compress.formats import PlannedTensor
 from se_compress.headers import lay_out
 from se_compress.measures import relative_distance
 from se_compress.overflow import check_states
+from se_compress.progress import load_layers, save
 from se_compress.recipe import Recipe
 from se_compress.solver import (
     Packed,
@@ -67,6 +68,7 @@ from se_compress.streaming import (
 
 # Tokens of the source's own stream that are kept to compare with: its leading sequences.
 WITNESS_TOKENS = 1024
+STATES_FILE = "compress-states.safetensors"
 
 
 def compress(
@@ -90,7 +92,7 @@ def compress(
     blueprint = draw_blueprint(source, plan)
     layout = lay_out(blueprint.slots.values(), directory, recipe.shard_size)
     directory.mkdir(parents=True, exist_ok=True)
-    allocate(layout)
+    _forget_what_is_gone(allocate(layout), options)
     made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
     if made.stopped is None:
         export_config(blueprint, directory, options.keep_code)
@@ -116,22 +118,19 @@ def _fill(
     original = model
     if not untouched:
         original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
-    done, streams = _resume(options, model)
-    if not streams:
+    records, streams = _resume(options, model, blueprint, layout)
+    if not records:
         embedded = model.embed(batches_of(tokens, options.batch_tokens))
         streams = {"source": embedded, "result": embedded}
-    records = []
     for layer in range(source.layer_count):
         options.progress("compress", layer, source.layer_count)
-        if layer > done:
+        if layer == len(records):
             record, streams = _compress_layer(
                 original, model, blueprint, layer, streams, recipe, layout
             )
             _save(options, record, streams)
-        else:
-            record = _load_record(options, layer)
-        records.append(record)
-        if record.failed:
+            records.append(record)
+        if records[layer].failed:
             return tuple(records)
     options.progress("compress", source.layer_count, source.layer_count)
     return tuple(records)
@@ -144,23 +143,39 @@ def _record_file(work: Path, layer: int) -> Path:
     return work / f"compress-layer-{layer:05}.json"
 
 
-def _resume(options: RunOptions, model: StreamedModel) -> tuple[int, dict[str, list[Tensor]]]:
+def _resume(
+    options: RunOptions,
+    model: StreamedModel,
+    blueprint: Blueprint,
+    layout: Mapping[str, TensorInfo],
+) -> tuple[list[LayerRecord], dict[str, list[Tensor]]]:
+    """Records of the layers that are done, and the streams behind them; neither without progress
+    that can be read, or if what they wrote is not on disk as it was written."""
     if options.work is None:
-        return -1, {}
-    return load_states(options.work / "compress-states.safetensors", model.device)
+        return [], {}
+    file = options.work / STATES_FILE
+    done, streams = load_states(file, model.device, options.notice)
+    files = [_record_file(options.work, layer) for layer in range(done + 1)]
+    records = load_layers(LayerRecord, files, options.notice)
+    if change := change_since(blueprint, layout, records):
+        options.notice(f"{change}: its stage starts again")
+        return [], {}
+    return records, streams
 
 
 def _save(options: RunOptions, record: LayerRecord, streams: dict[str, list[Tensor]]) -> None:
     """The record first: a layer counts as done once the states behind it are on disk."""
     if options.work is not None:
-        write_atomically(_record_file(options.work, record.layer), to_json(record))
-        save_states(options.work / "compress-states.safetensors", record.layer, streams)
+        save(record, _record_file(options.work, record.layer))
+        save_states(options.work / STATES_FILE, record.layer, streams)
 
 
-def _load_record(options: RunOptions, layer: int) -> LayerRecord:
-    assert options.work is not None
-    file = _record_file(options.work, layer)
-    return from_json(LayerRecord, file.read_text(encoding="utf-8"), str(file))
+def _forget_what_is_gone(emptied: Sequence[str], options: RunOptions) -> None:
+    """Start the stage again if shards that were begun had to be made anew."""
+    states = options.work / STATES_FILE if options.work else None
+    if emptied and states and states.exists():
+        options.notice(f"{emptied[0]} is missing or damaged: its stage starts again")
+        states.unlink()
 
 
 # ------------------------------------------------------------------------------------------ copying

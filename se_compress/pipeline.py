@@ -5,6 +5,7 @@ of everything that went in; a changed setting or source is named, and what depen
 anew. Where it all lies is in progress.py.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from se_compress.allocate import scheme_of
@@ -31,9 +33,19 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.auxiliary import find_auxiliary
+from se_compress.blueprint import draw_blueprint
 from se_compress.comparison import compare, describe_variant, summarize
-from se_compress.errors import RecipeError, SeCompressError, SourceError
+from se_compress.errors import RecipeError, ResourceError, SeCompressError, SourceError
+from se_compress.manifest import (
+    FILES_FILE,
+    SETTINGS_FILE,
+    damages,
+    is_intact,
+    restore,
+    write_list,
+)
 from se_compress.overlap import cautions, cautions_before
+from se_compress.places import check_apart, expand, output_of, partial, rejected
 from se_compress.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
 from se_compress.preflight import (
     check_disk,
@@ -44,18 +56,19 @@ from se_compress.preflight import (
     disk_shortage,
 )
 from se_compress.progress import (
-    SETTINGS_FILE,
+    STAGED,
     check_output,
     check_output_of_variants,
+    check_replaceable,
     load,
     load_settings,
     locked,
     prepare,
     profile_files,
-    publish,
-    rejected,
+    save,
     save_settings,
 )
+from se_compress.publishing import publish, recover
 from se_compress.recipe import Recipe, flatten
 from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.source import open_source
@@ -63,6 +76,10 @@ from se_compress.source import open_source
 if TYPE_CHECKING:
     from se_compress.validator import Original
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: these have a message of their own
+# Files of a result, beside its weights, that only the whole work makes again.
+_RECORDS = ("compression", "profile", "plan", "validation")
+NOT_CHEAP = (FILES_FILE, SETTINGS_FILE, *(f"{OURS}/{name}.json" for name in _RECORDS))
 Notice = Callable[[str], None]
 Tokens = Sequence[Sequence[int]]
 Originals = dict[object, "Original"]
@@ -73,6 +90,7 @@ class Request:
     """What the command line asks for.
 
     recipe_text   the recipe file, verbatim
+    recipe_file   where it lies, if it is a file
     plan_file     a plan to use in place of a fresh one
     fresh         ignore saved progress and an existing result
     notice        called with a sentence when something is reused, redone or given up
@@ -88,10 +106,11 @@ class Request:
     notice: Notice = lambda sentence: None
     siblings: tuple[Path, ...] = ()
     keep_code: bool = False
+    recipe_file: Path | None = None
 
     @property
     def output(self) -> Path:
-        return Path(self.recipe.output)
+        return output_of(self.recipe.output)
 
     @cached_property
     def plan_text(self) -> str:
@@ -163,9 +182,9 @@ def preview_variants(request: Request) -> dict[str, Preview]:
 
 
 def _preview(request: Request, source: ModelSource) -> Preview:
-    check_output(request.output)
+    _check_places(request, source)
     check_positions(source, request.recipe)
-    profiles = filter(None, (load(ExpertProfile, file) for file in request.profile_files))
+    profiles = filter(None, map(_load_profile, request.profile_files))
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
     plan = _plan(source, profile, request)
     curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
@@ -175,14 +194,15 @@ def _preview(request: Request, source: ModelSource) -> Preview:
 def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
     source = open_source(request.recipe.model, request.keep_code)
-    check_output(request.output)
+    _check_places(request, source)
     check_positions(source, request.recipe)
     # What can be refused without a profile is refused now, before the hours.
     plan = _plan(source, None, request)
     _tell_of_files(source, request)
     check_packages([plan])
     check_disk([plan], source, request.recipe)
-    return _run(request, source, {})
+    with _told(source, request.output):
+        return _run(request, source, {})
 
 
 def judge_existing(request: Request, directory: Path, output: Path) -> ValidationReport:
@@ -231,6 +251,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     plans = []
     for name, one in requests.items():
         with _naming(name):
+            _check_places(one, source)
             check_positions(source, one.recipe)
             plans.append(_plan(source, None, one))
     _tell_of_files(source, request)
@@ -239,7 +260,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     outcomes: dict[str, Outcome] = {}
     originals: Originals = {}
     for name, one in requests.items():
-        with _naming(name):
+        with _naming(name), _told(source, one.output):
             outcomes[name] = _run(one, source, originals)
     comparison = _compare(request, outcomes)
     _write_comparison(request.output, comparison)
@@ -265,7 +286,7 @@ def _request(request: Request, name: str) -> Request:
             options, progress=lambda stage, *steps: options.progress(f"{name}: {stage}", *steps)
         ),
         notice=lambda sentence: request.notice(f"{name}: {sentence}"),
-        siblings=tuple(Path(other.output) for key, other in variants.items() if key != name),
+        siblings=tuple(output_of(other.output) for key, other in variants.items() if key != name),
     )
 
 
@@ -278,6 +299,24 @@ def _naming(name: str) -> Iterator[None]:
         raise type(error)(f"variant {name}: {error}") from None
 
 
+@contextmanager
+def _told(source: ModelSource, output: Path) -> Iterator[None]:
+    """What the file system refuses in the middle of the work is one line, and whose fault it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL or not isinstance(error.filename, str | Path):
+            raise
+        file = Path(error.filename).absolute()
+        if file.is_relative_to(source.path.absolute()):
+            problem = f"{file}: cannot be read any more ({error.strerror}); the model has changed"
+            raise SourceError(problem) from None
+        places = (output, partial(output), rejected(output))
+        if any(file.is_relative_to(place.absolute()) for place in places):
+            raise ResourceError(f"output {file}: {error.strerror}; progress is kept") from None
+        raise
+
+
 def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
     """`originals` is filled with the source's side of the validation, for the variants to share."""
     from se_compress.calibrate import draw_tokens
@@ -286,13 +325,18 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     calibration = draw_tokens(recipe.calibration, source)
     held_out = draw_tokens(recipe.validation, source)
     settings = _settings(request, source, calibration, held_out)
-    if not request.fresh and (finished := _finished(request, settings)):
+    if partial(output).exists():
+        with locked(output, request.notice):
+            recover(output, request.notice)
+    if not request.fresh and (finished := _finished(request, source, settings)):
         return _tried_again(request, source, held_out, finished)
     told = cautions(calibration, held_out)
     for caution in told:
         request.notice(caution)
+    beside = [file.name for file in source.path.iterdir()]
+    check_replaceable(output, beside)
     check_memory(source, recipe, len(calibration) * len(calibration[0]))
-    with locked(output) as work:
+    with locked(output, request.notice) as work:
         prepare(output, settings, request.fresh, request.notice)
         profile = _profile(source, calibration, work, request)
         plan = _noting(_with_caution(_plan(source, profile, request), source), told)
@@ -305,6 +349,8 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         validation = _validate(source, plan, staged, held_out, request, originals)
         _write_reports(source, staged, profile, plan, validation, request)
         save_settings(staged / SETTINGS_FILE, settings)
+        write_list(staged, request.options.progress)
+        check_replaceable(output, beside)  # again: hours have passed
         directory = output if validation.passed else rejected(output)
         publish(staged, directory, work)
     return Outcome(directory, validation.passed, profile, plan, validation)
@@ -335,9 +381,11 @@ def _tried_again(
     if validation == finished.validation:
         return finished
     _write_reports(source, directory, profile, plan, validation, request)
+    write_list(directory, request.options.progress)
     if not validation.passed:
-        with locked(request.output) as work:
-            publish(directory, rejected(request.output), work)
+        with locked(request.output, request.notice) as work:
+            staged = directory.rename(work / STAGED)
+            publish(staged, rejected(request.output), work)
         directory = rejected(request.output)
     return Outcome(directory, validation.passed, profile, plan, validation)
 
@@ -350,17 +398,25 @@ def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) 
 
     wanted = profile_digest(source, tokens, request.recipe)
     for file in request.profile_files:
-        profile = None if request.fresh else load(ExpertProfile, file)
+        profile = None if request.fresh else _load_profile(file)
+        if profile is None and file.exists() and not request.fresh:
+            request.notice(f"{file} is damaged, or of another version: not used")
         if profile is not None and profile.digest == wanted:
             request.notice(f"profile reused from {file}")
             break
     else:
-        profile = profile_experts(
-            source, tokens, request.recipe, replace(request.options, work=work)
-        )
-    write_atomically(work / "profile.json", to_json(profile))
+        options = replace(request.options, work=work, notice=request.notice)
+        profile = profile_experts(source, tokens, request.recipe, options)
+    save(profile, work / "profile.json")
     (work / STATES_FILE).unlink(missing_ok=True)
     return profile
+
+
+def _load_profile(file: Path) -> ExpertProfile | None:
+    """None if there is none, or if it is not what was written."""
+    listed = file.parent.name == OURS
+    whole = not listed or is_intact(file.parent.parent, f"{OURS}/{file.name}")
+    return load(ExpertProfile, file) if whole else None
 
 
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
@@ -410,7 +466,12 @@ def _compress(
 ) -> None:
     from se_compress.execute import compress
 
-    options = replace(request.options, work=staged.parent, keep_code=request.keep_code)
+    options = replace(
+        request.options,
+        work=staged.parent,
+        keep_code=request.keep_code,
+        notice=request.notice,
+    )
     compress(source, plan, tokens, request.recipe, staged, options)
 
 
@@ -516,19 +577,77 @@ def _settings(
     }
 
 
-def _finished(request: Request, settings: Mapping[str, object]) -> Outcome | None:
-    """A result, published or rejected, that was made from exactly these settings and is whole."""
+def _finished(
+    request: Request, source: ModelSource, settings: Mapping[str, object]
+) -> Outcome | None:
+    """A result that was made from exactly these settings, and is whole: one that passed under its
+    name, one that did not under that of rejected ones."""
     for directory in (request.output, rejected(request.output)):
-        ours = directory / OURS
         if load_settings(directory / SETTINGS_FILE) != settings:
             continue
-        profile = load(ExpertProfile, ours / "profile.json")
-        plan = load(CompressionPlan, ours / "plan.json")
-        validation = load(ValidationReport, ours / "validation.json")
-        if profile is not None and plan is not None and validation is not None:
+        found = _read_outcome(directory, directory == request.output, source, request)
+        if isinstance(found, Outcome):
+            passed = found.validation.passed
             request.notice(
                 f"{directory} is up to date: nothing in the recipe, the model or the data changed"
-                + ("" if validation.passed else " (--fresh makes it again)")
+                + ("" if passed else " (--fresh makes it again)")
             )
-            return Outcome(directory, directory == request.output, profile, plan, validation)
+            return found
+        request.notice(f"{directory}: {found}: made again")
     return None
+
+
+def _read_outcome(
+    directory: Path, passed: bool, source: ModelSource, request: Request
+) -> Outcome | str:
+    """A result as it lies there, or what is wrong with it and cannot be mended at once."""
+    ours = directory / OURS
+    damaged = damages(directory, request.options.progress)
+    problems = list(damaged.values())
+    problem = "".join(problems[:1]) + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+    if any(name in NOT_CHEAP or name.endswith(".safetensors") for name in damaged):
+        return problem
+    profile = load(ExpertProfile, ours / "profile.json")
+    plan = load(CompressionPlan, ours / "plan.json")
+    validation = load(ValidationReport, ours / "validation.json")
+    if profile is None or plan is None or validation is None:
+        return "its reports cannot be read"
+    if validation.passed != passed:
+        return "holds a result that " + ("did not pass" if passed else "passed")
+    found = Outcome(directory, passed, profile, plan, validation)
+    if damaged and not _restore(found, damaged, source, request):
+        return problem
+    if damaged:
+        request.notice(f"{directory}: {problem}: made again")
+    return found
+
+
+def _restore(
+    found: Outcome, damaged: Mapping[str, str], source: ModelSource, request: Request
+) -> bool:
+    """Make again what costs nothing: config, copies of the source's files, reports. False if they
+    do not come out as they were."""
+    from se_compress.export import export_config
+
+    blueprint = draw_blueprint(source, found.plan)
+    with TemporaryDirectory() as scratch:
+        export_config(blueprint, Path(scratch), request.keep_code)
+        _write_reports(source, Path(scratch), found.profile, found.plan, found.validation, request)
+        return restore(found.directory, damaged.keys(), Path(scratch))
+
+
+def _check_places(request: Request, source: ModelSource) -> None:
+    """The output can be written, and nothing that is read lies where it is replaced."""
+    recipe, output = request.recipe, request.output
+    files = {"--plan": request.plan_file, "the recipe": request.recipe_file}
+    texts = {"calibration": recipe.calibration, "validation": recipe.validation}
+    for word, text in texts.items():
+        for number, one in enumerate(text.data):
+            files[f"{word}.data {number + 1}"] = Path(expand(one.data))
+    check_apart(
+        (output, partial(output), rejected(output)),
+        source.path,
+        {info.file for info in source.tensors.values()},
+        {word: file for word, file in files.items() if file is not None},
+    )
+    check_output(output)

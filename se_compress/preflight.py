@@ -10,7 +10,7 @@ from se_compress.artifacts import CompressionPlan, ModelSource
 from se_compress.auxiliary import find_auxiliary
 from se_compress.errors import RecipeError, ResourceError
 from se_compress.memory import MACHINE, available_memory
-from se_compress.progress import partial
+from se_compress.places import output_of, partial
 from se_compress.recipe import Recipe
 
 
@@ -66,7 +66,7 @@ def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Re
 def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> str:
     """In one sentence what does not fit on the disk of the output; "" if all does. Raises
     RecipeError if there can be no such directory."""
-    output = Path(recipe.output)
+    output = output_of(recipe.output)
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent

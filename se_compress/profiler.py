@@ -18,6 +18,7 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +39,6 @@ from se_compress.artifacts import (
     RunOptions,
     SuperExpert,
     digest_of,
-    from_json,
-    to_json,
-    write_atomically,
 )
 from se_compress.checkpoint import open_tensors
 from se_compress.measures import (
@@ -53,6 +51,7 @@ from se_compress.measures import (
     sink_rate,
 )
 from se_compress.overflow import check_inputs, check_logits, check_states
+from se_compress.progress import load_layers, save
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, SuperExperts
 from se_compress.streaming import (
@@ -164,26 +163,35 @@ def _measure_layers(
     model: StreamedModel, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
 ) -> list[_Measured]:
     batches = batches_of(tokens, options.batch_tokens)
-    measured: list[_Measured] = []
-    done, streams = -1, dict[str, list[Tensor]]()
-    states_file = options.work / STATES_FILE if options.work else None
-    if states_file:
-        done, streams = load_states(states_file, model.device)
-    hidden = streams.get("source") or model.embed(batches)
-    check_states(model, done, hidden)
+    measured, hidden = _resume(model, options)
+    hidden = hidden or model.embed(batches)
+    check_states(model, len(measured) - 1, hidden)
     for layer in range(model.source.layer_count):
         options.progress("profile", layer, model.source.layer_count)
-        record = options.work / f"profile-layer-{layer:05}.json" if options.work else None
-        if record and layer <= done:
-            part = from_json(_Measured, record.read_text(encoding="utf-8"), str(record))
-        else:
-            part, hidden = _measure_layer(model, layer, hidden, batches, recipe)
-            if record and states_file:
-                write_atomically(record, to_json(part))
-                save_states(states_file, layer, {"source": hidden})
+        if layer < len(measured):
+            continue
+        part, hidden = _measure_layer(model, layer, hidden, batches, recipe)
         measured.append(part)
+        if options.work:
+            save(part, _record_file(options.work, layer))
+            save_states(options.work / STATES_FILE, layer, {"source": hidden})
     options.progress("profile", model.source.layer_count, model.source.layer_count)
     return measured
+
+
+def _record_file(work: Path, layer: int) -> Path:
+    return work / f"profile-layer-{layer:05}.json"
+
+
+def _resume(model: StreamedModel, options: RunOptions) -> tuple[list[_Measured], list[Tensor]]:
+    """The layers that are measured, and the hidden states behind them; neither without progress
+    that can be read."""
+    if options.work is None:
+        return [], []
+    done, streams = load_states(options.work / STATES_FILE, model.device, options.notice)
+    files = [_record_file(options.work, layer) for layer in range(done + 1)]
+    measured = load_layers(_Measured, files, options.notice)
+    return measured, streams["source"] if measured else []
 
 
 def _measure_layer(

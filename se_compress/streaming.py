@@ -15,6 +15,7 @@ Batches hold sequences of equal length and no padding, so a call depends on the 
 
 import copy
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -611,21 +612,53 @@ def save_states(path: Path, layer: int, streams: dict[str, list[Tensor]]) -> Non
         if same_as[name] == name
     }
     partial = path.with_name(path.name + ".writing")
-    metadata = {"layer": str(layer), "same_as": json.dumps(same_as)}
+    sums = {key: _checksum(states) for key, states in tensors.items()}
+    metadata = {
+        "file": path.name,
+        "layer": str(layer),
+        "same_as": json.dumps(same_as),
+        "checksums": json.dumps(sums),
+    }
     save_file(tensors, partial, metadata=metadata)
     partial.replace(path)
 
 
-def load_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[Tensor]]]:
-    """The inverse of `save_states`; layer -1 and nothing if there is no file."""
-    from safetensors import safe_open
+def _checksum(states: Tensor) -> int:
+    flat = states.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return zlib.crc32(flat.numpy().data)
+
+
+def load_states(
+    path: Path, device: torch.device, notice: Callable[[str], None]
+) -> tuple[int, dict[str, list[Tensor]]]:
+    """The inverse of `save_states`; layer -1 and nothing if there is no file, and, with a word, if
+    it is not what was saved."""
+    from safetensors import SafetensorError
 
     if not path.exists():
         return -1, {}
+    try:
+        return _read_states(path, device)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        notice(f"{path} is damaged ({reason}): its stage starts again")
+        return -1, {}
+
+
+def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[Tensor]]]:
+    """Raises one of many errors, ValueError among them, if the file is not what was saved."""
+    from safetensors import safe_open
+
     streams: dict[str, list[Tensor]] = {}
     with safe_open(path, "pt") as file:
         metadata = cast(dict[str, str], file.metadata())
-        for key in sorted(file.keys(), key=lambda k: (k.split(".")[0], int(k.split(".")[1]))):
-            streams.setdefault(key.split(".")[0], []).append(file.get_tensor(key).to(device))
+        sums = json.loads(metadata["checksums"])
+        if metadata["file"] != path.name or sorted(file.keys()) != sorted(sums):
+            raise ValueError("holds other states than it should")
+        for key in sorted(sums, key=lambda k: (k.split(".")[0], int(k.split(".")[1]))):
+            states = file.get_tensor(key)
+            if _checksum(states) != sums[key]:
+                raise ValueError(f"the checksum of {key} is wrong")
+            streams.setdefault(key.split(".")[0], []).append(states.to(device))
     same_as = json.loads(metadata["same_as"])
     return int(metadata["layer"]), {name: streams[first] for name, first in same_as.items()}

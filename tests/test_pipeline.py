@@ -4,6 +4,7 @@ Loading the result with GPTQModel has tests of its own (test_reload, test_cli); 
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -37,6 +38,7 @@ from se_compress.artifacts import (
 )
 from se_compress.errors import RecipeError, ResourceError, SourceError
 from se_compress.headers import read_headers
+from se_compress.manifest import write_list
 from se_compress.pipeline import (
     Outcome,
     Request,
@@ -162,6 +164,7 @@ def settled(place: Workplace, published: Path) -> Workplace:
     for section in ("calibration.data", "validation.data"):
         settings[section][0]["data"] = str(place.directory / "text.txt")
     (place.output / "se_compress" / "run.json").write_text(json.dumps(settings), "utf-8")
+    write_list(place.output, lambda *step: None)
     return place
 
 
@@ -192,6 +195,7 @@ def test_all_files_of_the_contract_come_out(published: Path, tiny_model: TinyMod
         "se_compress/validation.json",
         "se_compress/report.html",
         "se_compress/run.json",
+        "se_compress/files.json",
     }
     assert [path.name for path in published.parent.iterdir() if path.is_dir()] == ["out"]
     ours = published / "se_compress"
@@ -226,7 +230,7 @@ def test_every_stage_reports_its_progress(place: Workplace) -> None:
     options = RunOptions(progress=lambda *step: seen.append(step))
     place.run(options=options)
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
-    assert stages == ["profile", "sensitivity", "compress", "validate", "generate"]
+    assert stages == ["profile", "sensitivity", "compress", "validate", "generate", "hash"]
     for stage in stages:
         steps = [(done, total) for name, done, total in seen if name == stage]
         assert steps == sorted(steps)
@@ -302,7 +306,11 @@ def test_fresh_ignores_the_result_and_its_profile(settled: Workplace) -> None:
 def test_a_profile_that_cannot_be_read_is_measured_again(settled: Workplace) -> None:
     (settled.output / "se_compress" / "profile.json").write_text('{"model": 1}', encoding="utf-8")
     assert settled.run("policy.bits=[2]").published
-    assert settled.said == ["policy.bits changed: [4] -> [2]"]
+    file = settled.output / "se_compress" / "profile.json"
+    assert settled.said == [
+        "policy.bits changed: [4] -> [2]",
+        f"{file} is damaged, or of another version: not used",
+    ]
 
 
 @pytest.mark.parametrize("name", ["run.json", "plan.json", "validation.json"])
@@ -315,13 +323,156 @@ def test_a_result_whose_reports_are_not_whole_is_made_again(
     file.unlink()
     if text is not None:
         file.write_text(text, encoding="utf-8")
-    if name == "run.json" and text is None:  # then it is not even ours
-        with pytest.raises(RecipeError, match=r"was not made by se-compress"):
-            settled.run()
-        return
     assert settled.run().published
     assert files_of(settled.output)[f"se_compress/{name}"] != (text or "").encode()
     assert files_of(settled.output)[WEIGHTS] == before[WEIGHTS]
+
+
+def set_to(file: Path, data: bytes | None) -> None:
+    file.unlink()
+    if data is not None:
+        file.write_bytes(data)
+
+
+DAMAGES = {
+    "is missing": lambda data: None,
+    "has 100 bytes, not the": lambda data: data[:100],
+    "differs from what was written": lambda data: data[:-64] + bytes(64),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json", "README.md"])
+def test_a_result_that_is_not_whole_is_named_and_made_again(
+    settled: Workplace, name: str, damage: str
+) -> None:
+    before = files_of(settled.output)
+    set_to(settled.output / name, DAMAGES[damage](before[name]))
+    stages: set[str] = set()
+    options = RunOptions(progress=lambda stage, done, total: stages.add(stage))
+    assert settled.run(options=options).published
+    assert stages == {"verify"} or name == WEIGHTS, "what is cheap is made again alone"
+    assert settled.said[0].startswith(f"{settled.output}: {name} {damage}")
+    assert settled.said[0].endswith("made again")
+    after = files_of(settled.output)
+    assert after[name] == before[name]
+    assert after[WEIGHTS] == before[WEIGHTS]
+    assert settled.listing() == {"out"}
+
+
+@pytest.mark.parametrize("text", [None, b"", b"[]", b'{"files": []', b'{"files": []}', b"\xff"])
+def test_a_result_without_a_list_of_its_files_is_made_again(
+    settled: Workplace, text: bytes | None
+) -> None:
+    set_to(settled.output / "se_compress" / "files.json", text)
+    assert settled.run().published
+    assert settled.said[0].endswith("(se_compress/files.json): made again")
+    settled.run()
+    assert "is up to date" in settled.said[0]
+
+
+def test_a_rejected_result_under_the_good_name_is_not_published(place: Workplace) -> None:
+    place.run(STRICT)
+    place.rejected.rename(place.output)
+    outcome = place.run(STRICT)
+    assert not outcome.published
+    assert outcome.directory == place.rejected
+    assert place.said[0] == f"{place.output}: holds a result that did not pass: made again"
+
+
+def test_a_good_result_under_the_rejected_name_is_not_buried(settled: Workplace) -> None:
+    settled.output.rename(settled.rejected)
+    with pytest.raises(RecipeError, match="holds a result that passed its gates"):
+        settled.run()
+    assert (settled.rejected / WEIGHTS).exists()
+
+
+def test_what_somebody_put_into_the_result_is_kept(settled: Workplace) -> None:
+    (settled.output / "notes.md").write_text("years of work", encoding="utf-8")
+    settled.run()
+    assert "is up to date" in settled.said[0]
+    with pytest.raises(RecipeError, match=r"out: holds notes\.md, which se-compress did not write"):
+        settled.run("policy.bits=[2]")
+    assert (settled.output / "notes.md").read_text("utf-8") == "years of work"
+    assert settled.listing() == {"out"}
+
+
+def test_what_comes_in_during_the_run_is_kept_and_the_work_as_well(settled: Workplace) -> None:
+    def puts(stage: str, done: int, total: int) -> None:
+        if stage == "hash":
+            (settled.output / "late.md").touch()
+
+    with pytest.raises(RecipeError, match=r"out: holds late\.md"):
+        settled.run("policy.bits=[2]", options=RunOptions(progress=puts))
+    assert (settled.partial / "checkpoint" / WEIGHTS).exists()
+    (settled.output / "late.md").unlink()
+    stages: list[str] = []
+    options = RunOptions(progress=lambda stage, done, total: stages.append(stage))
+    assert settled.run("policy.bits=[2]", options=options).published
+    assert "profile" not in stages
+
+
+@pytest.mark.parametrize("name", ["model", "model/out", "out.partial", "out.rejected"])
+def test_an_output_that_is_or_touches_the_model_is_refused(place: Workplace, name: str) -> None:
+    model = place.directory / "model"
+    shutil.copytree(place.settings["model"], model)
+    before = files_of(model)
+    if name.startswith("out."):
+        (place.directory / name).symlink_to("model")
+    else:
+        place.settings["output"] = str(place.directory / name)
+    place.settings["model"] = str(model)
+    for act in (place.run, lambda: preview(place.request())):
+        with pytest.raises(RecipeError, match=r"^output .*(lies in the model|is a link)"):
+            act()
+    assert files_of(model) == before
+
+
+def test_a_result_is_not_compressed_into_itself(place: Workplace) -> None:
+    """Of ours, with nothing quantised, it would do as a model."""
+    place.settings |= {"target": "transformers", "quantization": {"method": "none"}}
+    assert place.run().published
+    before = files_of(place.output)
+    place.settings |= {"model": str(place.output)}
+    for how in ({}, {"fresh": True}):
+        with pytest.raises(RecipeError, match="is, holds or lies in the model"):
+            place.run(**how)
+    assert files_of(place.output) == before
+
+
+@pytest.mark.parametrize("stage", ["profile", "compress", "validate"])
+@pytest.mark.parametrize("how", ["removed", "truncated", "directory"])
+def test_a_source_that_goes_during_the_run(place: Workplace, stage: str, how: str) -> None:
+    model = place.directory / "model"
+    shutil.copytree(place.settings["model"], model)
+    place.settings["model"] = str(model)
+
+    def goes(now: str, done: int, total: int) -> None:
+        if now == stage and model.exists():
+            if how == "directory":
+                shutil.rmtree(model)
+            elif how == "removed":
+                (model / WEIGHTS).unlink(missing_ok=True)
+            else:
+                os.truncate(model / WEIGHTS, 1000)
+
+    with pytest.raises(SourceError, match=r"model\.safetensors: .*; (it|the model) has changed$"):
+        place.run(options=RunOptions(progress=goes))
+    assert place.partial.exists()
+
+
+def test_what_does_not_come_out_as_it_was_is_made_with_all_the_rest(settled: Workplace) -> None:
+    (settled.output / "config.json").unlink()
+    model = settled.directory / "model"
+    shutil.copytree(settled.settings["model"], model, copy_function=shutil.copy2)
+    (model / "generation_config.json").write_text('{"temperature": 2.0}', encoding="utf-8")
+    (settled.output / "generation_config.json").unlink()
+    settled.settings["model"] = str(model)
+    assert settled.run().published
+    assert (settled.output / "generation_config.json").read_text("utf-8") == '{"temperature": 2.0}'
+    assert (settled.output / "config.json").exists()
+    settled.run()
+    assert "is up to date" in settled.said[0]
 
 
 # -------------------------------------------------------------------------------------- rejected

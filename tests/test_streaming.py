@@ -391,7 +391,7 @@ def test_states_survive_a_round_trip(tmp_path: Path) -> None:
         for name in ("source", "result")
     }
     save_states(tmp_path / "states", 7, streams)
-    layer, loaded = load_states(tmp_path / "states", torch.device("cpu"))
+    layer, loaded = load_states(tmp_path / "states", torch.device("cpu"), pytest.fail)
     assert layer == 7
     assert set(loaded) == set(streams)
     for name, batches in streams.items():
@@ -402,7 +402,7 @@ def test_streams_that_are_still_the_same_can_be_saved(tmp_path: Path) -> None:
     """As they are behind dense first layers, where nothing has been changed yet."""
     same = [torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0))]
     save_states(tmp_path / "states", 0, {"source": same, "result": same})
-    _, loaded = load_states(tmp_path / "states", torch.device("cpu"))
+    _, loaded = load_states(tmp_path / "states", torch.device("cpu"), pytest.fail)
     assert torch.equal(loaded["source"][0], same[0])
     assert loaded["result"] is loaded["source"]
 
@@ -418,12 +418,12 @@ def test_saving_replaces_the_old_states_in_one_step(
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save_states(tmp_path / "states", 1, {"source": [torch.ones(1, 1, 2)]})
-    layer, loaded = load_states(tmp_path / "states", torch.device("cpu"))
+    layer, loaded = load_states(tmp_path / "states", torch.device("cpu"), pytest.fail)
     assert (layer, loaded["source"][0].sum()) == (0, 0)
 
 
 def test_no_states(tmp_path: Path) -> None:
-    assert load_states(tmp_path / "states", torch.device("cpu")) == (-1, {})
+    assert load_states(tmp_path / "states", torch.device("cpu"), pytest.fail) == (-1, {})
 
 
 def test_leading_sequences_of_batches() -> None:

@@ -13,6 +13,7 @@ class RunOptions:
     work          directory for saved progress; None: nothing is saved
     batch_tokens  tokens that go through a layer at once
     keep_code     the result keeps `auto_map` and the Python files that it names
+    notice        called with a sentence when saved progress cannot be used
     progress      called with stage, steps done, steps in all
     """
 
@@ -20,4 +21,5 @@ class RunOptions:
     work: Path | None = None
     batch_tokens: int = 4096
     keep_code: bool = False
+    notice: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
