@@ -13,8 +13,12 @@ import se_compress
 
 PACKAGE = Path(se_compress.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "artifacts"),
+    ("errors", "artifacts", "modelfiles"),
     (
+        "account",
+        "config_rules",
+        "config_values",
+        "digest",
         "recipe",
         "families",
         "headers",
@@ -45,9 +49,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("cli", "__main__", ""),
 )
-# Within a floor: the numbers build on each other, artefacts raise errors, __main__ calls the cli.
+# Within a floor: the numbers build on each other, artefacts and files raise errors, __main__ calls
+# the cli, and what a config says is looked up in the families' rows.
 NEIGHBOURS = {
     ("artifacts", "errors"),
+    ("modelfiles", "errors"),
+    ("account", "config_rules"),
+    ("account", "families"),
+    ("config_rules", "config_values"),
+    ("config_rules", "families"),
     ("quant.gptq", "quant.grid"),
     ("__main__", "cli"),
     ("cli", ""),
@@ -107,7 +117,13 @@ def test_pydantic_is_in_one_module_only() -> None:
     assert users == ["recipe"]
 
 
-@pytest.mark.parametrize("module", ["errors", "artifacts", "families", "headers"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "errors", "artifacts", "modelfiles", "families", "headers", "account", "config_rules",
+        "config_values", "digest",
+    ],
+)  # fmt: skip
 def test_the_ground_needs_the_standard_library_only(module: str) -> None:
     foreign = {name.split(".")[0] for name in imported(MODULES[module])} - {"se_compress"}
     assert foreign <= sys.stdlib_module_names
