@@ -15,7 +15,7 @@ from se_compress.config_values import take_values
 from se_compress.digest import contents_digest
 from se_compress.errors import SourceError
 from se_compress.headers import read_headers
-from se_compress.modelfiles import check_place, read_json, shown
+from se_compress.modelfiles import check_file, check_place, read_json, shown
 
 # What a loader may want beside the weights; pickles are left where they are.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
@@ -88,6 +88,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not os.path.lexists(file):
         raise SourceError(f"{path}: has no config.json, so it is {_what_else(path)}")
+    check_file(file)
     check_place(file, path)
     config = read_json(file, _LARGEST_CONFIG_BYTES)
     if not isinstance(config, dict):

@@ -138,3 +138,137 @@ def test_the_activations_are_those_of_transformers() -> None:
 def test_the_rope_types_are_those_of_transformers() -> None:
     assert set(ROPE_TYPES) == {"default", *ROPE_INIT_FUNCTIONS} - {"proportional"}  # partial
     assert {"hidden_size", "num_experts", "rms_norm_eps"} <= set(KINDS)
+
+
+# ------------------------------------------------------------------ values that do not fit others
+
+GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; accepted is 1 to 8"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; accepted is 1 to 4"),
+        ("olmoe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0; accepted is an integer"),
+        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 16}, "these are one number"),
+        ("qwen2_moe", {"num_experts": 8, "n_routed_experts": 4}, "these are one number"),
+        ("mixtral", {"num_local_experts": 4, "n_routed_experts": 5}, "these are one number"),
+        ("deepseek_v2", {"num_local_experts": 7}, "these are one number"),
+        ("deepseek_v3", {"num_mtp_layers": 1}, "these are one number"),
+        ("deepseek_v3", {"n_group": 8}, "n_group is 8; accepted is a divisor .* 2 or more"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3; accepted is a divisor"),
+        ("deepseek_v3", {"n_group": 0}, "n_group is 0; accepted is a divisor"),
+        ("deepseek_v3", {"n_group": None}, "n_group is None; accepted is a divisor"),
+        ("deepseek_v3", {"n_group": ...}, "n_group is missing, which means 8; accepted is"),
+        ("deepseek_v3", {"topk_group": 5}, "topk_group is 5; accepted is 1 to 4, as n_group says"),
+        ("deepseek_v3", {"topk_group": 0}, "topk_group is 0; accepted is 1 to 4"),
+        ("deepseek_v3", {"topk_group": None}, "topk_group is None; accepted is 1 to 4"),
+        ("deepseek_v3", {"topk_group": 1}, "num_experts_per_tok is 3; accepted is 1 to 2"),
+        ("deepseek_v2", {**GROUPED, "n_group": 5}, "n_group is 5; accepted is a divisor"),
+        ("deepseek_v2", {**GROUPED, "topk_group": 1}, "num_experts_per_tok is 3; accepted is 1 to"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'; accepted is"),
+        ("deepseek_v2", {"topk_method": "best"}, "topk_method is 'best'; accepted is one of"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is True; accepted is false"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads is 2; accepted is num_"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "head_dim is 8; accepted is 7"),
+        ("deepseek_v3", {"head_dim": 24}, "head_dim is 24; accepted is 8, by"),
+        ("qwen2_moe", {"num_attention_heads": 5}, "num_key_value_heads is 2; accepted is a div"),
+        ("olmoe", {"num_attention_heads": 3, "num_key_value_heads": 3}, "a divisor of hidden_size"),
+        ("olmoe", {"head_dim": 32}, "head_dim is 32; accepted is 16"),
+        ("qwen3_moe", {"head_dim": 15}, "head_dim is 15; accepted is an even number"),
+        ("qwen3_moe", {"hidden_act": "silly"}, "hidden_act is 'silly'; accepted is one of gelu"),
+        ("mixtral", {"hidden_act": "prelu"}, "hidden_act is 'prelu'"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window is 0; accepted is an integer from 1"),
+        ("qwen2_moe", {"layer_types": ["full_attention"]}, "layer_types is"),
+        ("qwen2_moe", {"layer_types": ["linear_attention"] * 3}, "layer_types is"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; accepted is an"),
+        ("qwen2_moe", {"mlp_only_layers": "0"}, "mlp_only_layers is '0'; accepted is a list"),
+        ("olmoe", {"pad_token_id": 288}, "pad_token_id is 288; accepted is a token below"),
+        ("olmoe", {"torch_dtype": "float8"}, "torch_dtype is 'float8'; accepted is bfloat16"),
+        ("olmoe", {"rope_parameters": {"rope_type": "ropey"}}, "rope_type is 'ropey'; accepted"),
+        ("olmoe", {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling.type is 'su'"),
+        ("olmoe", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing"),
+        ("olmoe", {"rope_scaling": {**YARN, "factor": "four"}}, "rope_scaling.factor is 'four'"),
+        ("olmoe", {"rope_scaling": {**YARN, "factor": 0}}, "rope_scaling.factor is 0; accepted is"),
+        ("olmoe", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; accepted is a mapping"),
+        ("olmoe", {"rope_scaling": {"full_attention": YARN}}, "rope_scaling.full_attention is a"),
+        ("olmoe", {"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "accepted is 1"),
+        ("olmoe", {"rope_theta": -1}, "rope_theta is -1; accepted is a number above 1"),
+        ("olmoe", {"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'; accepted is a number from 0"),
+        ("olmoe", {"hidden_size": "x" * 10**6}, r"hidden_size is 'x+\.\.\.'; accepted is"),
+        ("olmoe", {"hidden_size": [0] * 10**5}, "hidden_size is a list of 100000 entries"),
+        ("olmoe", {"hidden_size": 10**1000}, "hidden_size is an integer of 3322 bits"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be(
+    model_of: Callable[[str], Path], name: str, changes: Mapping[str, object], match: str
+) -> None:
+    path = model_of(name)
+    set_config(path, **changes)
+    refusal(path, rf"config\.json: .*{match}")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": "2", "num_hidden_layers": 3.0},
+            {"num_hidden_layers": 3},
+        ),
+        ("qwen3_moe", {"hidden_size": "64", "rms_norm_eps": 1}, {"rms_norm_eps": 1.0}),
+        ("qwen3_moe", {"num_local_experts": ..., "n_routed_experts": 8}, {"num_experts": 8}),
+        ("mixtral", {"num_local_experts": ..., "n_routed_experts": 4}, {"num_local_experts": 4}),
+        ("deepseek_v2", {"n_routed_experts": ..., "num_experts": "8"}, {"num_experts": 8}),
+        ("olmoe", {"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+        ("olmoe", {"head_dim": None, "clip_qkv": 8}, {"clip_qkv": 8.0}),
+        ("olmoe", {"torch_dtype": "torch.bfloat16"}, {"torch_dtype": "bfloat16"}),
+        ("olmoe", {"rope_scaling": None, "rope_theta": "10000"}, {"rope_theta": 10000}),
+        ("olmoe", {"tie_word_embeddings": "false"}, {"tie_word_embeddings": False}),
+        ("deepseek_v3", {"norm_topk_prob": None}, {"norm_topk_prob": False}),
+        ("deepseek_v2", {"n_group": 3, "topk_group": 0}, {"topk_method": "greedy"}),
+    ],
+)
+def test_values_taken_for_what_they_are(
+    model_of: Callable[[str], Path],
+    name: str,
+    changes: Mapping[str, object],
+    expected: Mapping[str, object],
+) -> None:
+    path = model_of(name)
+    set_config(path, **changes)
+    assert is_taken(path, set())
+    config = open_source(str(path)).config
+    for key, value in expected.items():
+        assert config[key] == value
+        assert type(config[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            '{"model_type": "olmoe", "model_type": "mixtral"}',
+            "the key model_type stands in it twice",
+        ),
+        ("[" * 10**5, "nested without end"),
+        ('{"a": ' + "[" * 500 + "]" * 500 + "}", "nested without end"),
+        ('{"a": ' + "9" * 5000 + "}", "is not JSON"),
+        (" " * (2**23 + 1), "is larger than 8 MB"),
+    ],
+)
+def test_a_config_that_is_none(model_of: Callable[[str], Path], text: str, match: str) -> None:
+    path = model_of("olmoe")
+    (path / "config.json").write_text(text)
+    refusal(path, rf"config\.json: .*{match}")
+
+
+def test_a_config_that_transformers_cannot_build(model_of: Callable[[str], Path]) -> None:
+    """A key that is none of ours, but a method of the config class."""
+    path = model_of("olmoe")
+    set_config(path, num_labels=3, id2label={"x": "y"})
+    source = open_source(str(path))
+    with pytest.raises(SourceError, match=r"config\.json: transformers builds no model from it"):
+        StreamedModel(source, open_tensors(source.tensors))
