@@ -37,7 +37,6 @@ from se_compress.targets import (
     find_rules,
     is_other_linear,
     planned_bits,
-    result_slots,
     stored_bytes,
     unpackable,
     widths_of,
@@ -425,7 +424,10 @@ def with_sizes(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
     return replace(
         plan,
         bits_per_weight=bits_per_weight(source, plan),
-        size_bytes=sum(slot.size_bytes for slot in result_slots(source, plan)),
+        size_bytes=sum(
+            stored_bytes(info, planned_bits(plan, info), plan.scheme)
+            for info in source.tensors.values()
+        ),
         source_size_bytes=source.size_bytes,
     )
 
