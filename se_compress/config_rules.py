@@ -39,7 +39,17 @@ def settle(config: Mapping[str, Any], family: Family, where: str) -> dict[str, A
         settled[family.count_keys[0]] = counts[0]
     if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
         settled["num_key_value_heads"] = config.get("num_attention_heads")
+    if not family.latent_attention and "head_dim" not in config and _rope_type(config) != "default":
+        # Mixtral's own default is null, which no rope type but "default" can work with.
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        if hidden and heads:
+            settled["head_dim"] = hidden // heads
     return settled
+
+
+def _rope_type(config: Mapping[str, Any]) -> str:
+    rope = rope_settings(config)
+    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def check_rules(config: Mapping[str, Any], family: Family, tensors: int, where: str) -> None:
@@ -53,7 +63,7 @@ def check_rules(config: Mapping[str, Any], family: Family, tensors: int, where: 
     _check_layers(config, where)
     _check_heads(config, family, where)
     _check_routing(config, family, where)
-    _check_rope(config, where)
+    _check_rope(config, family, where)
     pad, vocabulary = config.get("pad_token_id"), config["vocab_size"]
     if pad is not None and not -vocabulary <= pad < vocabulary:
         raise _refused(config, "pad_token_id", where, f"a token below vocab_size, {vocabulary}")
@@ -144,8 +154,19 @@ def _check_routing(config: Mapping[str, Any], family: Family, where: str) -> Non
         )  # fmt: skip
 
 
-def _check_rope(config: Mapping[str, Any], where: str) -> None:
-    rope = rope_settings(config)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+def _check_rope(config: Mapping[str, Any], family: Family, where: str) -> None:
+    rope, rope_type = rope_settings(config), _rope_type(config)
+    if config.get("partial_rotary_factor") not in (None, 1):
+        raise _refused(config, "partial_rotary_factor", where, "1: whole heads are turned")
     if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise SourceError(f"{where}: low_freq_factor is not below high_freq_factor")
+    if rope_type != "longrope":
+        return
+    if family.latent_attention and "factor" not in rope:
+        raise SourceError(f"{where}: factor of the longrope is missing; a number above 0 is needed")
+    head = config["hidden_size"] // config["num_attention_heads"]
+    turned = "qk_rope_head_dim" if family.latent_attention else "head_dim"
+    needed = (setting(config, turned) or head) // 2
+    for key in ("short_factor", "long_factor"):
+        if len(rope[key]) != needed:
+            raise SourceError(f"{where}: {key} has {len(rope[key])} numbers; {needed} are needed")

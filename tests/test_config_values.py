@@ -144,6 +144,9 @@ def test_the_rope_types_are_those_of_transformers() -> None:
 
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
+LLAMA = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+         "original_max_position_embeddings": 64}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("olmoe", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; accepted is a mapping"),
         ("olmoe", {"rope_scaling": {"full_attention": YARN}}, "rope_scaling.full_attention is a"),
         ("olmoe", {"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "accepted is 1"),
+        ("olmoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; accepted is 1"),
+        ("olmoe", {"rope_scaling": LONG}, "short_factor has 3 numbers; 8 are needed"),
+        ("deepseek_v3", {"rope_scaling": LONG}, "factor of the longrope is missing"),
+        ("mixtral", {"rope_scaling": {**LLAMA, "low_freq_factor": 9}}, "low_freq_factor is not"),
+        ("mixtral", {"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor is miss"),
         ("olmoe", {"rope_theta": -1}, "rope_theta is -1; accepted is a number above 1"),
         ("olmoe", {"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'; accepted is a number from 0"),
         ("olmoe", {"hidden_size": "x" * 10**6}, r"hidden_size is 'x+\.\.\.'; accepted is"),
