@@ -24,14 +24,12 @@ def shown(value: object, limit: int = 100) -> str:
         text = value[: limit + 1]
         text = text if text.isprintable() else ascii(text)[1:-1]
     else:
-        text = _repr(value, limit)
+        text = _repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _repr(value: object, limit: int) -> str:
+def _repr(value: object) -> str:
     """The repr of a JSON value; of a large one only what it is."""
-    if isinstance(value, str):
-        return ascii(value[:limit])
     if isinstance(value, (dict, list)) and (len(value) > 20 or nesting(value) > 3):
         kind = "a mapping" if isinstance(value, dict) else "a list"
         return f"{kind} of {len(value)} entries"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ from se_compress.families import (
     per_expert_tensors,
     router_tensors,
 )
+from se_compress.headers import INDEX_FILE, Slot, header_bytes, lay_out
 from se_compress.source import open_source
 
 TinyModel = Callable[[str], Path]
@@ -418,3 +420,30 @@ def test_the_order_is_that_of_the_file(tiny_model: TinyModel) -> None:
     source = open_source(str(path))
     assert list(source.tensors) == names
     assert all(isinstance(info, TensorInfo) for info in source.tensors.values())
+
+
+def test_ten_thousand_tensors_within_a_second(tmp_path: Path) -> None:
+    """Of real shapes and names; the files are sparse and nothing of their data is read."""
+    config: dict[str, Any] = {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+        "num_hidden_layers": 26, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    }  # fmt: skip
+    slots = [Slot(place[0], "BF16", place[1]) for place in places(FAMILIES["qwen3_moe"], config)]
+    layout = lay_out(slots, tmp_path, 5 * 10**9)
+    shards: dict[str, list[TensorInfo]] = {}
+    for info in layout.values():
+        shards.setdefault(info.file, []).append(info)
+    for file, infos in shards.items():
+        with Path(file).open("wb") as stream:
+            stream.write(header_bytes(infos, min(info.begin for info in infos)))
+            stream.truncate(max(info.end for info in infos))
+    weight_map = {name: Path(info.file).name for name, info in layout.items()}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    source = open_source(str(tmp_path))
+    assert len(source.digest) == 16
+    assert time.process_time() - start < 1
+    assert len(source.tensors) == 3 + 26 * (9 + 3 * 128)

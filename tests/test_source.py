@@ -167,6 +167,38 @@ def test_a_config_that_is_not_text(model: Path) -> None:
     refusal(model, r"config\.json: is not JSON")
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("directory", "is a directory, not a file"),
+        ("pipe", "is a device or pipe, not a file"),
+        ("pointer", "is a Git LFS pointer"),
+        ("../nowhere", "is a link to nowhere"),
+        ("config.json", "is a link to nowhere"),
+        ("/dev/zero", "is a device or pipe, not a file"),
+        ("../outside.json", "leads out of the model's directory"),
+    ],
+)
+def test_a_config_that_is_no_file(model: Path, kind: str, told: str) -> None:
+    file = model / "config.json"
+    file.rename(model.parent / "outside.json")
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    else:
+        file.symlink_to(kind)
+    refusal(model, rf"config\.json: {told}")
+
+
+def test_the_root_of_a_cached_model(cached: str, offline_cache: Path) -> None:
+    root = offline_cache / "models--owner--name"
+    refusal(root, r"has no config\.json, so it is the Hub cache's folder of a model; give \S+/snap")
+    assert open_source(str(root / "snapshots" / ("a" * 40))).family == "olmoe"
+
+
 def test_a_config_that_is_no_object(model: Path) -> None:
     (model / "config.json").write_text("[]")
     refusal(model, r"config\.json: is not a JSON object")
