@@ -6,14 +6,12 @@ configuration files of transformers 5.17 and off the published checkpoints; each
 source.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from se_compress.artifacts import ROLES, Role, TensorInfo, TensorKind
 from se_compress.errors import SourceError
+from se_compress.modelfiles import quoted
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,15 @@ class Family:
     per_expert     other tensors whose axis 0 runs over the experts
     shared         weight of the shared expert, "" if the family has none
     shared_gate    the gate of the shared expert's output, "" if there is none
-    count_keys     config keys of the number of routed experts; the first that is there counts
+    count_keys     config keys in which transformers looks for the number of routed experts
     width_key      config key of the routed experts' intermediate width
     shared_width   config keys whose product is the shared expert's intermediate width
     renames        (on disk, in memory) name parts, where transformers' live module differs
-    groups         groups of a group-limited router if the config does not say (`n_group`)
+    latent_attention   multi-head latent attention: keys and values come from a low rank
+    query_norm     over what queries and keys are normed: "head", "hidden", or "" for not at all
+    attention_bias config key that says whether attention has biases, "" if it never has
+    grouped_if     config values with which the router is group-limited; None: it never is
+    defaults       what transformers takes for config keys that are not there
     """
 
     model_type: str
@@ -48,19 +50,39 @@ class Family:
     width_key: str = "moe_intermediate_size"
     shared_width: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
-    groups: int = 1
+    grouped_if: Mapping[str, str] | None = None
+    latent_attention: bool = False
+    query_norm: str = ""
+    attention_bias: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+# The keys of all families. An engine may look at any of them, whatever the family.
+COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 _QWEN3_MOE = Family(
     model_type="qwen3_moe",
     source="transformers, modeling_qwen3_moe.py; Qwen/Qwen3-30B-A3B",
+    query_norm="head",
+    attention_bias="attention_bias",
+    defaults={"num_key_value_heads": 4},
 )
+_LATENT_ATTENTION: Mapping[str, int] = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 _DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
     source="transformers, modeling_deepseek_v2.py; deepseek-ai/DeepSeek-V2-Lite",
-    count_keys=("n_routed_experts",),
+    count_keys=("n_routed_experts", "num_experts"),
     shared="model.layers.{layer}.mlp.shared_experts.{projection}.weight",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
+    grouped_if={"topk_method": "group_limited_greedy"},
+    latent_attention=True,
+    attention_bias="attention_bias",
+    defaults={**_LATENT_ATTENTION, "n_shared_experts": 2, "topk_method": "greedy"},
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -73,12 +95,22 @@ FAMILIES: Mapping[str, Family] = {
             source="transformers, modeling_qwen2_moe.py; Qwen/Qwen1.5-MoE-A2.7B",
             shared="model.layers.{layer}.mlp.shared_expert.{projection}.weight",
             shared_gate="model.layers.{layer}.mlp.shared_expert_gate.weight",
+            count_keys=("num_experts",),
+            query_norm="",
+            attention_bias="qkv_bias",
             shared_width=("shared_expert_intermediate_size",),
+            defaults={
+                "num_key_value_heads": 16,
+                "qkv_bias": True,
+                "shared_expert_intermediate_size": 5632,
+            },
         ),
         Family(
             model_type="olmoe",
             source="transformers, modeling_olmoe.py; allenai/OLMoE-1B-7B-0924",
             width_key="intermediate_size",
+            query_norm="hidden",
+            attention_bias="attention_bias",
         ),
         Family(
             model_type="mixtral",
@@ -88,14 +120,26 @@ FAMILIES: Mapping[str, Family] = {
             router="model.layers.{layer}.block_sparse_moe.gate.weight",
             width_key="intermediate_size",
             renames=(("block_sparse_moe.", "mlp."),),
+            count_keys=("num_local_experts", "num_experts"),
+            defaults={"num_key_value_heads": 8},
         ),
         _DEEPSEEK_V2,
         replace(
             _DEEPSEEK_V2,
             model_type="deepseek_v3",
             source="transformers, modeling_deepseek_v3.py; deepseek-ai/DeepSeek-V3",
+            count_keys=("n_routed_experts", "num_local_experts"),
             per_expert=("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
-            groups=8,
+            grouped_if={},
+            defaults={
+                **_LATENT_ATTENTION,
+                "n_shared_experts": 1,
+                "num_key_value_heads": 128,
+                "first_k_dense_replace": 3,
+                "n_group": 8,
+                "topk_group": 4,
+                "num_nextn_predict_layers": 1,
+            },
         ),
     )
 }
@@ -104,15 +148,32 @@ FAMILIES: Mapping[str, Family] = {
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The row for a config.json. Raises SourceError for a model that is not MoE or not known."""
     model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is not None:
         return family
-    known = ", ".join(sorted(FAMILIES))
-    if not any("expert" in key for key in config):
+    known, said = ", ".join(sorted(FAMILIES)), quoted(model_type)
+    inner = next((key for key, part in config.items() if isinstance(part, dict)
+                  and key.endswith("_config") and _has_experts(part)), None)  # fmt: skip
+    if inner is not None:
         raise SourceError(
-            f"{where}: model_type {model_type!r} is no Mixture-of-Experts model; known are {known}"
+            f"{where}: model_type {said} is a composite of models, with experts below {inner} of "
+            f"config.json; a language model alone is read, known are {known}"
         )
-    raise SourceError(f"{where}: model_type {model_type!r} is not supported; known are {known}")
+    if not _has_experts(config):
+        raise SourceError(
+            f"{where}: model_type {said} is no Mixture-of-Experts model; known are {known}"
+        )
+    raise SourceError(f"{where}: model_type {said} is not supported; known are {known}")
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    return any("expert" in key or "moe" in key for key in config)
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a config key; where it is not there, what transformers takes for it."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return config.get(key, family.defaults.get(key) if family else None)
 
 
 def count_key(family: Family, config: Mapping[str, Any]) -> str:
@@ -120,10 +181,22 @@ def count_key(family: Family, config: Mapping[str, Any]) -> str:
     return next((key for key in family.count_keys if key in config), family.count_keys[0])
 
 
+def is_grouped(family: Family, config: Mapping[str, Any]) -> bool:
+    """The router chooses among groups of neighbouring experts first."""
+    if family.grouped_if is None:
+        return False
+    return all(setting(config, key) == value for key, value in family.grouped_if.items())
+
+
 def routing_groups(family: Family, config: Mapping[str, Any]) -> int:
     """Groups of neighbouring experts that a group-limited router chooses among first; 1 for any
     other router."""
-    return int(config.get("n_group") or family.groups)
+    return int(setting(config, "n_group")) if is_grouped(family, config) else 1
+
+
+def chosen_groups(family: Family, config: Mapping[str, Any]) -> int:
+    """Of how many of its groups a group-limited router takes experts; 1 for any other router."""
+    return int(setting(config, "topk_group")) if is_grouped(family, config) else 1
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
@@ -139,73 +212,12 @@ def moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
     dense = set(config.get("mlp_only_layers") or ())
     step = config.get("decoder_sparse_step") or 1
-    first = config.get("first_k_dense_replace") or 0
+    first = setting(config, "first_k_dense_replace") or 0
     return tuple(
         layer
         for layer in range(first, layer_count(config))
         if layer not in dense and (layer + 1) % step == 0
     )
-
-
-def expected_experts(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every expert weight that the config promises, shared experts included."""
-    hidden, width = int(config["hidden_size"]), int(config[family.width_key])
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in moe_layers(config):
-        for expert in range(int(config[count_key(family, config)])):
-            for role, projection in zip(ROLES, family.projections, strict=True):
-                name = family.expert.format(layer=layer, expert=expert, projection=projection)
-                shapes[name] = (hidden, width) if role == "down" else (width, hidden)
-        shapes |= _expected_shared(family, config, layer, hidden)
-    return shapes
-
-
-def _expected_shared(
-    family: Family, config: Mapping[str, Any], layer: int, hidden: int
-) -> dict[str, tuple[int, ...]]:
-    width = 1
-    for key in family.shared_width:
-        width *= int(config.get(key) or 0)
-    if not family.shared or not width:
-        return {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for role, projection in zip(ROLES, family.projections, strict=True):
-        name = family.shared.format(layer=layer, projection=projection)
-        shapes[name] = (hidden, width) if role == "down" else (width, hidden)
-    return shapes
-
-
-@cache
-def _pattern(template: str, projections: tuple[str, ...]) -> re.Pattern[str]:
-    text = re.escape(template)
-    for index in ("layer", "expert"):
-        text = text.replace(rf"\{{{index}\}}", rf"(?P<{index}>\d+)")
-    return re.compile(text.replace(r"\{projection\}", f"(?P<projection>{'|'.join(projections)})"))
-
-
-def classify(info: TensorInfo, family: Family, config: Mapping[str, Any]) -> TensorInfo:
-    """The same tensor, with kind, layer, expert and role filled in.
-
-    A layer index at or past the decoder's end (multi-token prediction) makes the tensor "other".
-    """
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", info.name)
-    if match is None:
-        return replace(info, kind=_kind_outside_layers(info.name))
-    layer, rest = int(match[1]), match[2]
-    if layer >= layer_count(config):
-        return info
-    info = replace(info, layer=layer)
-    roles: dict[str, Role] = dict(zip(family.projections, ROLES, strict=True))
-    if routed := _pattern(family.expert, family.projections).fullmatch(info.name):
-        role = roles[routed["projection"]]
-        return replace(info, kind="expert", expert=int(routed["expert"]), role=role)
-    if shared := _pattern(family.shared, family.projections).fullmatch(info.name):
-        return replace(
-            info, kind="shared_expert", expert="shared", role=roles[shared["projection"]]
-        )
-    if info.name in router_tensors(family, layer):
-        return replace(info, kind="router")
-    return replace(info, kind=_kind_within_layer(rest))
 
 
 def unfused_name(family: Family, name: str) -> str:
@@ -227,17 +239,3 @@ def router_tensors(family: Family, layer: int) -> tuple[str, ...]:
 def per_expert_tensors(family: Family, layer: int) -> tuple[str, ...]:
     """Names of the layer's tensors whose axis 0 runs over the routed experts."""
     return tuple(t.format(layer=layer) for t in (family.router, *family.per_expert))
-
-
-def _kind_outside_layers(name: str) -> TensorKind:
-    if "embed" in name or "lm_head" in name:
-        return "embedding"
-    return "norm" if "norm" in name else "other"
-
-
-def _kind_within_layer(rest: str) -> TensorKind:
-    if "norm" in rest:
-        return "norm"
-    if rest.startswith("self_attn."):
-        return "attention"
-    return "dense_mlp" if re.fullmatch(r"mlp\.\w+\.weight", rest) else "other"

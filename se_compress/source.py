@@ -1,40 +1,41 @@
 """Open a model: config, headers, and the account of every tensor. No weight is read; no torch."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from se_compress import families
-from se_compress.artifacts import ModelSource, TensorInfo
+from se_compress.account import bind
+from se_compress.artifacts import ModelSource
+from se_compress.config_rules import check_rules, settle
+from se_compress.config_values import take_values
+from se_compress.digest import contents_digest
 from se_compress.errors import SourceError
 from se_compress.headers import read_headers
 from se_compress.hub import locate
+from se_compress.modelfiles import check_file, check_place, read_json, shown
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
+_LARGEST_CONFIG_BYTES = 2**23
 
 
 def open_source(model: str, keep_code: bool = False) -> ModelSource:
     """Open a model directory, or a model of the Hub (`id` or `id@revision`).
 
     `keep_code` has a model of the Hub fetched with its Python files, which nothing here runs.
-    Every tensor is classified and the expert set is compared with what the config promises. Raises
-    SourceError with the tensor, file or key that is wrong.
+    The config's values are taken for what they are, every tensor is bound to its place in the model
+    or explained. Raises SourceError with the tensor, file or key that is wrong.
     """
     path = locate(model, keep_code)
-    config = read_config(path)
-    family = families.family_of(config, str(path))
-    if settings := config.get("quantization_config"):
-        method = settings.get("quant_method", "unknown")
-        raise SourceError(
-            f"{path}: the model is already quantised ({method}); give the original checkpoint"
-        )
-    _check_keys(config, family, path)
-    found = read_headers(path)
-    tensors = {name: families.classify(info, family, config) for name, info in found.items()}
-    _check_experts(tensors, family, config, path)
+    file = str(path / "config.json")
+    found = read_config(path)
+    family = families.family_of(found, str(path))
+    _check_plain(found, file)
+    config = settle(take_values(found, file), family, file)
+    headers = read_headers(path)
+    check_rules(config, family, len(headers), file)
+    tensors = bind(headers, family, config, path)
     return ModelSource(
         path=path,
         name=model,
@@ -45,73 +46,35 @@ def open_source(model: str, keep_code: bool = False) -> ModelSource:
         moe_layers=families.moe_layers(config),
         expert_count=int(config[families.count_key(family, config)]),
         top_k=int(config["num_experts_per_tok"]),
-        digest=_digest(path, config, tensors.values()),
+        contents=partial(contents_digest, config, tensors),
     )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory."""
+    """config.json of a model directory, as it is there."""
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{path}: has no config.json, so it is not a model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{file}: is not JSON ({error})") from None
+    if not os.path.lexists(file):
+        raise SourceError(f"{path}: has no config.json, so it is not a model directory")
+    check_file(file)
+    check_place(file, path)
+    config = read_json(file, _LARGEST_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise SourceError(f"{file}: is not a JSON object")
     return config
 
 
-def _check_keys(config: Mapping[str, Any], family: families.Family, path: Path) -> None:
-    needed = ("num_hidden_layers", "hidden_size", "num_experts_per_tok")
-    for key in (*needed, families.count_key(family, config), family.width_key):
-        if not isinstance(config.get(key), int):
-            raise SourceError(
-                f"{path}/config.json: {key} is {config.get(key)!r}; a number is needed"
-            )
-    if not families.moe_layers(config):
-        raise SourceError(f"{path}/config.json: no layer has experts, so there is nothing to do")
-
-
-def _check_experts(
-    tensors: Mapping[str, TensorInfo],
-    family: families.Family,
-    config: Mapping[str, Any],
-    path: Path,
-) -> None:
-    expected = families.expected_experts(family, config)
-    for info in tensors.values():
-        stray = info.layer is not None and "expert" in info.name and info.name not in expected
-        if stray and info.kind != "router":
-            raise SourceError(f"{path}: {info.name} does not belong to the experts of config.json")
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise SourceError(f"{path}: {name} is missing; config.json promises it")
-        if tensors[name].shape != shape:
-            raise SourceError(
-                f"{path}: {name} is {list(tensors[name].shape)}, but config.json says {list(shape)}"
-            )
-        if tensors[name].dtype not in WEIGHT_DTYPES:
-            raise SourceError(
-                f"{path}: {name} is {tensors[name].dtype}; {', '.join(WEIGHT_DTYPES)} can be read"
-            )
-    for layer in families.moe_layers(config):
-        for name in families.router_tensors(family, layer):
-            if name not in tensors:
-                raise SourceError(f"{path}: {name} is missing; every expert layer needs it")
-
-
-def _digest(path: Path, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    files = set()
-    for info in sorted(tensors, key=lambda info: info.name):
-        plain = replace(info, file=Path(info.file).name)
-        digest.update(
-            f"{plain.name} {plain.dtype} {plain.shape} {plain.file} {plain.begin}".encode()
+def _check_plain(config: Mapping[str, Any], file: str) -> None:
+    """Raises SourceError for a checkpoint that says of itself that it is quantised."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+    if method == "fp8":
+        raise SourceError(
+            f"{file}: the model is FP8, as some are published (quantization_config says fp8); such "
+            "weights cannot be read yet: convert them to bfloat16 first"
         )
-        files.add(info.file)
-    for file in sorted(files):
-        status = Path(file).stat()
-        digest.update(f"{Path(file).name} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+    raise SourceError(
+        f"{file}: the model is already quantised ({shown(method)}); give the original checkpoint, "
+        "or one that is converted to bfloat16"
+    )

@@ -31,6 +31,7 @@ from se_compress.checkpoint import Reader, check_finite
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES, Family
 from se_compress.measures import mean_over_sequences, sink_mass
+from se_compress.modelfiles import shown
 
 IMPLEMENTATION = "se_compress"
 # oneDNN compiles and keeps a kernel for every number of rows that it meets: 1 ms and 0.7 MB each
@@ -288,18 +289,29 @@ class StreamedModel:
     _calls: dict[tuple[int, int], list[_Call]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
         _register()
         self.family: Family = FAMILIES[self.source.family]
-        config = CONFIG_MAPPING[self.source.family].from_dict(
-            copy.deepcopy(dict(self.source.config))
-        )
-        config._attn_implementation = IMPLEMENTATION
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=self.dtype, attn_implementation=IMPLEMENTATION
+        try:
+            config = CONFIG_MAPPING[self.source.family].from_dict(
+                copy.deepcopy(dict(self.source.config))
             )
+            config._attn_implementation = IMPLEMENTATION
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=self.dtype, attn_implementation=IMPLEMENTATION
+                )
+        except (
+            ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError,
+            ValueError,
+        ) as error:  # fmt: skip
+            # What stands in a config beside the keys that `config_values` knows.
+            raise SourceError(
+                f"{self.source.path / 'config.json'}: transformers builds no model from it "
+                f"({shown(str(error), 200)})"
+            ) from error
         model.set_experts_implementation(IMPLEMENTATION)
         self.model = model.eval()
         self.layers: list[nn.Module] = list(model.model.layers)

@@ -20,10 +20,11 @@ from se_compress.artifacts import (
     ExpertStats,
     ModelSource,
 )
+from se_compress.config_rules import LEAST_IN_GROUP
 from se_compress.errors import RecipeError
 from se_compress.families import FAMILIES, routing_groups
 from se_compress.recipe import ExpertName, Policy
-from se_compress.surgery import LEAST_IN_GROUP, behind_decoder, routing_group, valid_top_k
+from se_compress.surgery import behind_decoder, routing_group, valid_top_k
 
 SCORES: Mapping[str, str] = {
     "reap": "saliency {:.4g}",

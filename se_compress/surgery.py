@@ -28,13 +28,21 @@ from se_compress.artifacts import (
     TensorInfo,
     digest_of,
 )
+from se_compress.config_rules import LEAST_IN_GROUP, NEXT_TOKEN_KEYS
 from se_compress.errors import RecipeError
-from se_compress.families import FAMILIES, Family, per_expert_tensors, routing_groups
+from se_compress.families import (
+    COUNT_KEYS,
+    FAMILIES,
+    Family,
+    chosen_groups,
+    is_grouped,
+    per_expert_tensors,
+    routing_groups,
+    setting,
+)
 from se_compress.headers import ITEM_BYTES
 
 SURGICAL: tuple[Action, ...] = ("prune", "merge", "zero")
-# DeepSeek-V3 scores a routing group by the sum of its two best experts.
-LEAST_IN_GROUP = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
         tensors={info.name: info for info in _tensors(source, plan, count)},
         expert_count=count,
         top_k=top_k,
-        digest=digest_of(source.digest, structure),
+        contents=lambda: digest_of(source.digest, structure),
     )
     shares = {d.id: d.share for d in plan.experts if d.share is not None}
     return Shrunk(source, small, _inner_plan(plan, origin), origin, shares)
@@ -93,9 +101,9 @@ def resulting_id(decision: ExpertDecision) -> ExpertId | None:
 def valid_top_k(source: ModelSource, count: int) -> int:
     """Experts per token with `count` experts left: as before, or as many as a router can choose
     from. Fewer than it asks for is what masking the others out of the router would give as well."""
-    groups = routing_groups(FAMILIES[source.family], source.config)
-    chosen = int(source.config.get("topk_group") or groups) if groups > 1 else groups
-    return min(source.top_k, count // groups * chosen)
+    family = FAMILIES[source.family]
+    each = count // routing_groups(family, source.config)
+    return min(source.top_k, each * chosen_groups(family, source.config))
 
 
 def routing_group(source: ModelSource, identity: ExpertId) -> int:
@@ -294,10 +302,12 @@ def _config(source: ModelSource, count: int, top_k: int) -> dict[str, Any]:
     family, config = FAMILIES[source.family], dict(source.config)
     if count == source.expert_count:
         return config
-    config |= {key: count for key in family.count_keys if key in config}
+    config |= {key: count for key in COUNT_KEYS if key in config}
     config["num_experts_per_tok"] = top_k
-    if config.get("num_nextn_predict_layers"):
-        config["num_nextn_predict_layers"] = 0
+    config |= {key: 0 for key in NEXT_TOKEN_KEYS if setting(config, key)}
+    if not is_grouped(family, config):
+        # Groups that the router does not look at; some engines do, and they have to fit the count.
+        config |= {key: 1 for key in ("n_group", "topk_group") if config.get(key)}
     return config
 
 

@@ -298,7 +298,8 @@ def drop_an_expert(directory: Path) -> None:
         ),
         (
             lambda path: spoil_config(path, quantization_config={"quant_method": "awq"}),
-            r"the model is already quantised \(awq\); give the original checkpoint",
+            r"/config\.json: the model is already quantised \(awq\); give the original "
+            r"checkpoint, or one that is converted to bfloat16",
         ),
         (
             make_pickle,
@@ -309,7 +310,7 @@ def drop_an_expert(directory: Path) -> None:
         (truncate, r"/model\.safetensors: is \d+ bytes long, but its header describes \d+; .*"),
         (cut_to(100), r"/model\.safetensors: is truncated or not a safetensors file"),
         (cut_to(0), r"/model\.safetensors: is truncated or not a safetensors file"),
-        (corrupt, r"/model\.safetensors: has a corrupt safetensors header"),
+        (corrupt, r"/model\.safetensors: has a corrupt safetensors header \(.*\)"),
         (
             drop_an_expert,
             r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight is missing; config\.json .*",

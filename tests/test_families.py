@@ -1,4 +1,4 @@
-"""One row per family: each template finds its tensors, and each tensor is one thing only."""
+"""One row per family, and what a row and a config say together."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from tiny import CONFIGS, VARIANTS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from se_compress import families
-from se_compress.artifacts import ROLES, TensorInfo
 from se_compress.errors import SourceError
 from se_compress.families import FAMILIES
 
@@ -26,14 +25,6 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     with safe_open(directory / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return config, shapes
-
-
-def info(name: str) -> TensorInfo:
-    return TensorInfo(name, "BF16", (1,), "model.safetensors", 0, 2)
-
-
-def classified(name: str, family: str) -> TensorInfo:
-    return families.classify(info(name), FAMILIES[family], CONFIGS[family])
 
 
 def test_every_row_has_a_tiny_model() -> None:
@@ -63,42 +54,6 @@ def test_every_template_finds_its_tensors(tiny_model: TinyModel, name: str) -> N
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_config_promises_exactly_the_experts_that_transformers_saves(
-    tiny_model: TinyModel, name: str
-) -> None:
-    config, shapes = read(tiny_model(name))
-    promised = families.expected_experts(FAMILIES[config["model_type"]], config)
-    behind = tuple(f"model.layers.{config['num_hidden_layers'] + i}." for i in range(2))
-    saved = {
-        tensor: shape
-        for tensor, shape in shapes.items()
-        if ".experts." in tensor or ".shared_expert" in tensor
-        if "shared_expert_gate" not in tensor and not tensor.startswith(behind)
-    }
-    assert promised == saved
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_each_expert_tensor_is_classified_exactly_once(tiny_model: TinyModel, name: str) -> None:
-    config, shapes = read(tiny_model(name))
-    family = FAMILIES[config["model_type"]]
-    found = [families.classify(info(tensor), family, config) for tensor in shapes]
-    layers, count = families.moe_layers(config), config[families.count_key(family, config)]
-    routed = [(i.layer, i.expert, i.role) for i in found if i.kind == "expert"]
-    assert sorted(routed, key=str) == sorted(product(layers, range(count), ROLES), key=str)
-    shared = [(i.layer, i.expert, i.role) for i in found if i.kind == "shared_expert"]
-    assert sorted(shared, key=str) == sorted(
-        product(layers, ["shared"] if family.shared else [], ROLES), key=str
-    )
-    routers = sorted(i.name for i in found if i.kind == "router")
-    assert routers == sorted(n for at in layers for n in families.router_tensors(family, at))
-    assert all((i.expert is None) == (i.role is None) for i in found)
-    behind = [i for i in found if f"layers.{config['num_hidden_layers']}." in i.name]
-    assert {i.kind for i in found if i not in behind} >= {"attention", "norm", "embedding"}
-    assert "other" not in {i.kind for i in found if i not in behind}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
 def test_expert_layers_are_those_of_transformers(tiny_model: TinyModel, name: str) -> None:
     config, _ = read(tiny_model(name))
     with torch.device("meta"):
@@ -106,81 +61,6 @@ def test_expert_layers_are_those_of_transformers(tiny_model: TinyModel, name: st
     live = tuple(i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts"))
     assert families.moe_layers(config) == live
     assert families.layer_count(config) == len(model.model.layers)
-
-
-# -------------------------------------------------------------------------------- classification
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "expected"),
-    [
-        (
-            "mixtral",
-            "model.layers.2.block_sparse_moe.experts.0.w1.weight",
-            ("expert", 2, 0, "gate"),
-        ),
-        ("mixtral", "model.layers.2.block_sparse_moe.experts.0.w3.weight", ("expert", 2, 0, "up")),
-        (
-            "mixtral",
-            "model.layers.2.block_sparse_moe.experts.0.w2.weight",
-            ("expert", 2, 0, "down"),
-        ),
-        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight", ("router", 0, None, None)),
-        ("qwen3_moe", "model.layers.1.mlp.experts.11.up_proj.weight", ("expert", 1, 11, "up")),
-        ("qwen3_moe", "model.layers.1.self_attn.q_norm.weight", ("norm", 1, None, None)),
-        ("qwen3_moe", "model.layers.1.self_attn.k_proj.weight", ("attention", 1, None, None)),
-        ("qwen2_moe", "model.layers.1.self_attn.k_proj.bias", ("attention", 1, None, None)),
-        ("qwen2_moe", "model.layers.0.mlp.down_proj.weight", ("dense_mlp", 0, None, None)),
-        (
-            "qwen2_moe",
-            "model.layers.2.mlp.shared_expert.gate_proj.weight",
-            ("shared_expert", 2, "shared", "gate"),
-        ),
-        ("qwen2_moe", "model.layers.2.mlp.shared_expert_gate.weight", ("router", 2, None, None)),
-        (
-            "deepseek_v2",
-            "model.layers.2.mlp.shared_experts.down_proj.weight",
-            ("shared_expert", 2, "shared", "down"),
-        ),
-        (
-            "deepseek_v3",
-            "model.layers.1.mlp.gate.e_score_correction_bias",
-            ("router", 1, None, None),
-        ),
-        (
-            "deepseek_v3",
-            "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
-            ("attention", 1, None, None),
-        ),
-        ("deepseek_v3", "model.layers.1.self_attn.kv_a_layernorm.weight", ("norm", 1, None, None)),
-        ("deepseek_v3", "model.layers.1.post_attention_layernorm.weight", ("norm", 1, None, None)),
-        ("deepseek_v3", "model.layers.1.some_future_thing.weight", ("other", 1, None, None)),
-        ("deepseek_v3", "model.layers.3.mlp.experts.0.up_proj.weight", ("other", None, None, None)),
-        ("deepseek_v3", "model.layers.3.embed_tokens.weight", ("other", None, None, None)),
-        ("olmoe", "model.embed_tokens.weight", ("embedding", None, None, None)),
-        ("olmoe", "lm_head.weight", ("embedding", None, None, None)),
-        ("olmoe", "model.norm.weight", ("norm", None, None, None)),
-        ("olmoe", "model.something_else", ("other", None, None, None)),
-    ],
-)
-def test_kind(family: str, name: str, expected: tuple[object, ...]) -> None:
-    found = classified(name, family)
-    assert (found.kind, found.layer, found.expert, found.role) == expected
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.1.mlp.experts.3.up_proj.bias",
-        "model.layers.1.mlp.experts.3.up_proj.weight_scale",
-        "model.layers.1.mlp.experts.gate_up_proj",
-        "xmodel.layers.1.mlp.experts.3.up_proj.weight",
-        "model.layers.1.mlp.expertsX3.up_proj.weight",
-    ],
-)
-def test_what_only_resembles_an_expert_is_none(name: str) -> None:
-    found = classified(name, "qwen3_moe")
-    assert (found.kind, found.expert, found.role) == ("other", None, None)
 
 
 # ---------------------------------------------------------------------------- layers and refusals
@@ -202,12 +82,6 @@ def test_expert_layers(config: dict[str, object], layers: tuple[int, ...]) -> No
     assert families.moe_layers({"num_hidden_layers": 6, **config}) == layers
 
 
-def test_a_shared_expert_of_no_width_is_not_expected() -> None:
-    config = {**CONFIGS["deepseek_v2"], "n_shared_experts": None}
-    names = families.expected_experts(FAMILIES["deepseek_v2"], config)
-    assert not [name for name in names if "shared" in name]
-
-
 def test_not_a_mixture_of_experts() -> None:
     match = r"^here: model_type 'llama' is .* Mixture-of-Experts model; known are deepseek_v2, "
     with pytest.raises(SourceError, match=match):
@@ -223,3 +97,63 @@ def test_an_unknown_family() -> None:
 def test_no_model_type() -> None:
     with pytest.raises(SourceError, match="model_type None is "):
         families.family_of({}, "here")
+
+
+@pytest.mark.parametrize(
+    ("config", "inner"),
+    [
+        ({"model_type": "qwen3_vl_moe", "text_config": {"num_experts": 8}}, "text_config"),
+        ({"model_type": "llama4", "text_config": {"num_local_experts": 8}}, "text_config"),
+        ({"model_type": "new", "llm_config": {"moe_intermediate_size": 8}}, "llm_config"),
+        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 8}}, "ffn_config"),
+    ],
+)
+def test_a_composite_model(config: dict[str, Any], inner: str) -> None:
+    match = (
+        rf"model_type '{config['model_type']}' is a composite .* experts below {inner} of config"
+    )
+    with pytest.raises(SourceError, match=match):
+        families.family_of(config, "here")
+
+
+@pytest.mark.parametrize("model_type", [5, ["mixtral"], {"a": 1}, "x" * 10**6, "a\nb", None])
+def test_a_model_type_that_is_none(model_type: object) -> None:
+    with pytest.raises(SourceError, match=r"^here: model_type .* is not supported") as caught:
+        families.family_of({"model_type": model_type, "num_experts": 4}, "here")
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("config", "groups", "chosen"),
+    [
+        ({"model_type": "deepseek_v3"}, 8, 4),
+        ({"model_type": "deepseek_v3", "n_group": 4, "topk_group": 2}, 4, 2),
+        ({"model_type": "deepseek_v2", "n_group": 4, "topk_group": 2}, 1, 1),
+        ({"model_type": "deepseek_v2", "topk_method": "greedy", "n_group": 4}, 1, 1),
+        (
+            {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "n_group": 4,
+             "topk_group": 3}, 4, 3,
+        ),
+        ({"model_type": "mixtral", "n_group": 4, "topk_group": 2}, 1, 1),
+    ],
+)  # fmt: skip
+def test_routing_groups(config: dict[str, Any], groups: int, chosen: int) -> None:
+    family = FAMILIES[config["model_type"]]
+    assert families.routing_groups(family, config) == groups
+    assert families.chosen_groups(family, config) == chosen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_defaults_are_those_of_transformers(name: str) -> None:
+    config = AutoConfig.for_model(name)
+    for key, value in FAMILIES[name].defaults.items():
+        assert getattr(config, key) == value, key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("key", families.COUNT_KEYS)
+def test_the_count_keys_are_those_that_transformers_listens_to(name: str, key: str) -> None:
+    family = FAMILIES[name]
+    config = AutoConfig.for_model(name, **{key: 37})
+    assert (key in family.count_keys) == (getattr(config, family.count_keys[0]) == 37)

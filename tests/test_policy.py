@@ -80,7 +80,7 @@ def model(*, layers: int = LAYERS, width: int = WIDTH) -> ModelSource:
         moe_layers=tuple(range(layers)),
         expert_count=EXPERTS,
         top_k=2,
-        digest="0123",
+        contents=lambda: "0123",
     )
 
 

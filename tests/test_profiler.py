@@ -953,7 +953,7 @@ def test_the_digest_covers_what_decides_the_profile(tiny_model: TinyModel) -> No
     changed = [
         (source, TOKENS, base),
         (source, TOKENS[:-1], base),
-        (replace(source, digest="another"), TOKENS, base),
+        (replace(source, contents=lambda: "another"), TOKENS, base),
         (source, TOKENS, recipe(source.path, super_experts={"percentile": 99.0})),
         (source, TOKENS, recipe(source.path, quantization={"group_size": 32})),
         (source, TOKENS, recipe(source.path, compute_dtype="bfloat16")),

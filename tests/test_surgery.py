@@ -2,7 +2,9 @@
 with the other experts masked out of its router."""
 
 import itertools
+import json
 import random
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +32,7 @@ from se_compress.blueprint import draw_blueprint
 from se_compress.checkpoint import open_result
 from se_compress.errors import RecipeError
 from se_compress.execute import compress
-from se_compress.families import FAMILIES, per_expert_tensors, routing_groups
+from se_compress.families import COUNT_KEYS, FAMILIES, per_expert_tensors, routing_groups
 from se_compress.headers import read_headers
 from se_compress.page import fate
 from se_compress.policy import check_plan, make_plan
@@ -619,3 +621,44 @@ def test_an_interrupted_run_of_a_smaller_model_ends_with_the_same_bytes(
         run("parts", RunOptions(work=work, progress=stop))
     assert (work / "compress-states.safetensors").exists()
     assert run("parts", RunOptions(work=work)) == whole
+
+
+def say(path: Path, **changes: object) -> None:
+    """Add to config.json, nulls left as they are."""
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("key", ["n_routed_experts", "num_experts", "num_local_experts"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3"])
+def test_every_spelling_of_the_count_follows_a_pruning(
+    tiny_model: TinyModel, tmp_path: Path, name: str, key: str
+) -> None:
+    """transformers listens to some of the keys, engines to others."""
+    path = shutil.copytree(tiny_model(name), tmp_path / "model")
+    ungrouped = {"n_group": 1, "topk_group": 1} if name == "deepseek_v3" else {}
+    say(path, **{key: open_source(str(path)).expert_count}, **ungrouped)
+    half = open_source(str(path)).expert_count // 2
+    made = make(path, tmp_path / "out", prune={"score": "reap", "fraction": 0.5})
+    result = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = {k: result[k] for k in COUNT_KEYS if k in result}
+    assert key in said
+    assert set(said.values()) == {half}
+    assert open_source(str(made.directory)).expert_count == half
+
+
+def test_groups_that_a_greedy_router_does_not_look_at(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """A quarter of 8 experts goes, though they are in 4 groups by the config: the router chooses
+    among all, and no engine is left with groups that do not fit."""
+    path = shutil.copytree(tiny_model("deepseek_v2"), tmp_path / "model")
+    say(path, n_group=4, topk_group=2)
+    made = make(path, tmp_path / "out", prune={"score": "reap", "fraction": 0.25})
+    assert made.small.source.expert_count == 6
+    assert made.small.source.top_k == 3
+    result = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (result["n_group"], result["topk_group"]) == (1, 1)
+    say(path, topk_method="group_limited_greedy")
+    with pytest.raises(RecipeError, match="less than one expert of a routing group"):
+        make(path, tmp_path / "none", prune={"score": "reap", "fraction": 0.25})

@@ -1,7 +1,7 @@
 """The model to compress, known from its config and headers."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class ModelSource:
     moe_layers      absolute indices of the layers with routed experts
     top_k           experts that a token is routed to
     expert_count    routed experts of each of these layers
-    digest          changes when the config, a header, a file size or a file time changes
+    contents        works `digest` out, when it is wanted
     """
 
     path: Path
@@ -69,7 +69,15 @@ class ModelSource:
     moe_layers: tuple[int, ...]
     expert_count: int
     top_k: int
-    digest: str
+    contents: Callable[[], str] = field(repr=False, compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what the model is: config, headers and weights, but no time or place, so that a copy
+        is the same model. All bytes of a small one (256 MB) count, of a larger one the middle of
+        each tensor, both ends of each file, and the Hub's own hash where its cache holds the file:
+        a change of a few weights elsewhere in a large model is missed, another model is not."""
+        return self.contents()
 
     @cached_property
     def experts(self) -> dict[ExpertId, dict[Role, TensorInfo]]:
