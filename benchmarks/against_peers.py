@@ -119,8 +119,8 @@ def _make_environment() -> None:
 
 def _write_tokens(work: Path, held_out: int) -> None:
     """Calibration and held-out sequences, ids of the reference model's tokenizer."""
-    from se_compress.calibrate import draw_sequences
     from se_compress.recipe import Calibration
+    from se_compress.text.calibrate import draw_sequences
 
     for part, count in (("calibration", 32), ("held-out", held_out)):
         files = tuple(str(TEXT / f"{name}-{part}.txt") for name in CORPORA)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import se_compress  # noqa: F401  teaches transformers our format
-from se_compress.measures import kl_divergence
+from se_compress.model.measures import kl_divergence
 
 SOURCE = Path("models/smollm2-moe")
 TEXT = Path("tools/reference/text/austen-held-out.txt")

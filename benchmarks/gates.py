@@ -29,16 +29,16 @@ from results import machine, write_section
 from torch import Tensor
 
 from se_compress.artifacts import Check, ExpertId, ModelSource, RunOptions
-from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import Reader, open_result, open_tensors
-from se_compress.execute import compress
-from se_compress.headers import read_headers
-from se_compress.policy import make_plan
-from se_compress.profiler import profile_experts
+from se_compress.compression.execute import compress
+from se_compress.model.checkpoint import Reader, open_result, open_tensors
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
+from se_compress.profiling.profiler import profile_experts
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, Validation, parse_recipe
-from se_compress.source import open_source
-from se_compress.validator import Original, judge
+from se_compress.text.calibrate import draw_sequences
+from se_compress.validation.validator import Original, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"

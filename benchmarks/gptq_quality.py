@@ -30,22 +30,22 @@ import torch
 from results import machine, write_section
 from torch import Tensor
 
-from se_compress import solver
 from se_compress.artifacts import ExpertDecision, Scheme
-from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import open_tensors
-from se_compress.measures import kl_divergence
-from se_compress.quant.gptq import gptq
-from se_compress.quant.grid import Grid, dequantize
-from se_compress.recipe import Recipe, parse_recipe
-from se_compress.source import open_source
-from se_compress.streaming import (
+from se_compress.compression import solver
+from se_compress.model.checkpoint import open_tensors
+from se_compress.model.measures import kl_divergence
+from se_compress.model.streaming import (
     RoutingCapture,
     StreamedModel,
     batches_of,
     experts_forward,
     in_pieces,
 )
+from se_compress.opening.source import open_source
+from se_compress.quant.gptq import gptq
+from se_compress.quant.grid import Grid, dequantize
+from se_compress.recipe import Recipe, parse_recipe
+from se_compress.text.calibrate import draw_sequences
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"

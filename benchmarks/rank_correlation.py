@@ -28,14 +28,14 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from se_compress.artifacts import ExpertId, Part
-from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import open_tensors
-from se_compress.measures import kl_divergence
+from se_compress.model.checkpoint import open_tensors
+from se_compress.model.measures import kl_divergence
+from se_compress.model.streaming import RoutingCapture, StreamedModel, batches_of
+from se_compress.opening.source import open_source
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, dequantize
 from se_compress.recipe import Recipe
-from se_compress.source import open_source
-from se_compress.streaming import RoutingCapture, StreamedModel, batches_of
+from se_compress.text.calibrate import draw_sequences
 
 GROUP_SIZE, WIDTHS, HELD_OUT = 64, (2, 3, 4), 2
 PARTS_OF: Mapping[str, tuple[Part, ...]] = {

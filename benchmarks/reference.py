@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from se_compress import validator
 from se_compress.artifacts import (
     CompressionPlan,
     ExpertProfile,
@@ -20,11 +19,12 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
-from se_compress.calibrate import draw_sequences
-from se_compress.execute import compress
-from se_compress.profiler import profile_digest, profile_experts
+from se_compress.compression.execute import compress
+from se_compress.opening.source import open_source
+from se_compress.profiling.profiler import profile_digest, profile_experts
 from se_compress.recipe import Recipe, parse_recipe
-from se_compress.source import open_source
+from se_compress.text.calibrate import draw_sequences
+from se_compress.validation import validator
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"

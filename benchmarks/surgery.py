@@ -37,7 +37,7 @@ from results import machine, write_section
 
 from se_compress.artifacts import CompressionPlan
 from se_compress.errors import RecipeError
-from se_compress.policy import make_plan, predicted_loss
+from se_compress.planning.policy import make_plan, predicted_loss
 from se_compress.recipe import Recipe
 
 WORK = ROOT / "out" / "benchmark-surgery"

@@ -27,18 +27,18 @@ __all__ = [
 _HOME = {
     "RunOptions": "se_compress.artifacts",
     "load_recipe": "se_compress.recipe",
-    "open_source": "se_compress.source",
-    "draw_tokens": "se_compress.calibrate",
-    "profile_experts": "se_compress.profiler",
-    "make_plan": "se_compress.policy",
-    "compress": "se_compress.execute",
-    "validate": "se_compress.validator",
+    "open_source": "se_compress.opening.source",
+    "draw_tokens": "se_compress.text.calibrate",
+    "profile_experts": "se_compress.profiling.profiler",
+    "make_plan": "se_compress.planning.policy",
+    "compress": "se_compress.compression.execute",
+    "validate": "se_compress.validation.validator",
 }
 
 
 # At once if transformers is imported already.
 register_post_import_hook(
-    lambda module: import_module("se_compress.loading"), "transformers.quantizers.auto"
+    lambda module: import_module("se_compress.engines.loading"), "transformers.quantizers.auto"
 )
 
 

@@ -2,7 +2,7 @@
 
 Started again, a run goes on after the last finished layer. What may be reused is decided by digests
 of everything that went in; a changed setting or source is named, and what depends on it is made
-anew. Where it all lies is in progress.py.
+anew. Where it all lies is in running/run_directory.py.
 """
 
 import errno
@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from se_compress.allocate import scheme_of
 from se_compress.artifacts import (
     OURS,
     CheckpointSummary,
@@ -32,11 +31,16 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
-from se_compress.auxiliary import find_auxiliary
-from se_compress.blueprint import draw_blueprint
-from se_compress.comparison import compare, describe_variant, summarize
+from se_compress.engines.blueprint import draw_blueprint
 from se_compress.errors import RecipeError, ResourceError, SeCompressError, SourceError
-from se_compress.manifest import (
+from se_compress.opening.auxiliary import find_auxiliary
+from se_compress.opening.source import open_source
+from se_compress.planning.allocate import scheme_of
+from se_compress.planning.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
+from se_compress.recipe import Recipe, flatten
+from se_compress.recipe_file import PLAN_BYTES, read_text
+from se_compress.reporting.comparison import compare, describe_variant, summarize
+from se_compress.running.manifest import (
     FILES_FILE,
     SETTINGS_FILE,
     damages,
@@ -44,10 +48,8 @@ from se_compress.manifest import (
     restore,
     write_list,
 )
-from se_compress.overlap import cautions, cautions_before
-from se_compress.places import check_apart, expand, output_of, partial, rejected
-from se_compress.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
-from se_compress.preflight import (
+from se_compress.running.places import check_apart, expand, output_of, partial, rejected
+from se_compress.running.preflight import (
     check_disk,
     check_memory,
     check_packages,
@@ -55,7 +57,8 @@ from se_compress.preflight import (
     check_positions,
     disk_shortage,
 )
-from se_compress.progress import (
+from se_compress.running.publishing import publish, recover
+from se_compress.running.run_directory import (
     STAGED,
     check_output,
     check_output_of_variants,
@@ -68,13 +71,10 @@ from se_compress.progress import (
     save,
     save_settings,
 )
-from se_compress.publishing import publish, recover
-from se_compress.recipe import Recipe, flatten
-from se_compress.recipe_file import PLAN_BYTES, read_text
-from se_compress.source import open_source
+from se_compress.text.overlap import cautions, cautions_before
 
 if TYPE_CHECKING:
-    from se_compress.validator import Original
+    from se_compress.validation.validator import Original
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: these have a message of their own
 # Files of a result, beside its weights, that only the whole work makes again.
@@ -211,9 +211,9 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     One of ours is judged by the plan in it, any other as `validator.validate` does without a plan.
     `output` gets validation.json, and of one of ours the report.
     """
-    from se_compress.calibrate import draw_tokens
-    from se_compress.report import render_report
-    from se_compress.validator import validate
+    from se_compress.reporting.report import render_report
+    from se_compress.text.calibrate import draw_tokens
+    from se_compress.validation.validator import validate
 
     if not os.path.isdir(directory):
         raise SourceError(f"--validate {directory}: there is no such directory")
@@ -319,7 +319,7 @@ def _told(source: ModelSource, output: Path) -> Iterator[None]:
 
 def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
     """`originals` is filled with the source's side of the validation, for the variants to share."""
-    from se_compress.calibrate import draw_tokens
+    from se_compress.text.calibrate import draw_tokens
 
     recipe, output = request.recipe, request.output
     calibration = draw_tokens(recipe.calibration, source)
@@ -371,7 +371,7 @@ def _tried_again(
     that fails then is taken back."""
     if finished.validation.is_final or not finished.published:
         return finished
-    from se_compress.validator import try_again
+    from se_compress.validation.validator import try_again
 
     directory, profile, plan = finished.directory, finished.profile, finished.plan
     request.notice(f"{directory}: trying again what could not be run: reload")
@@ -394,7 +394,7 @@ def _tried_again(
 
 
 def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) -> ExpertProfile:
-    from se_compress.profiler import STATES_FILE, profile_digest, profile_experts
+    from se_compress.profiling.profiler import STATES_FILE, profile_digest, profile_experts
 
     wanted = profile_digest(source, tokens, request.recipe)
     for file in request.profile_files:
@@ -451,7 +451,7 @@ def _noting(plan: CompressionPlan, notes: Sequence[str]) -> CompressionPlan:
 
 def _with_caution(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
     """Told of a generation_config.json by the one who reads it; not needed to plan."""
-    from se_compress.generation import why_not_saved
+    from se_compress.engines.generation import why_not_saved
 
     reason = why_not_saved(source.path)
     return replace(plan, notes=(*plan.notes, reason)) if reason else plan
@@ -464,7 +464,7 @@ def _compress(
     staged: Path,
     request: Request,
 ) -> None:
-    from se_compress.execute import compress
+    from se_compress.compression.execute import compress
 
     options = replace(
         request.options,
@@ -483,7 +483,7 @@ def _validate(
     request: Request,
     originals: Originals,
 ) -> ValidationReport:
-    from se_compress.validator import Original, validate
+    from se_compress.validation.validator import Original, validate
 
     recipe, options = request.recipe, request.options
     alike = (recipe.compute_dtype, recipe.validation.generation)
@@ -500,7 +500,7 @@ def _write_reports(
     validation: ValidationReport,
     request: Request,
 ) -> None:
-    from se_compress.report import render_model_card, render_report
+    from se_compress.reporting.report import render_model_card, render_report
 
     files = {
         f"{OURS}/recipe.yaml": request.recipe_text,
@@ -553,7 +553,7 @@ def _compare(request: Request, outcomes: Mapping[str, Outcome]) -> Comparison:
 
 
 def _write_comparison(output: Path, comparison: Comparison) -> None:
-    from se_compress.comparison_page import render_comparison
+    from se_compress.reporting.comparison_page import render_comparison
 
     write_atomically(output / "comparison.json", to_json(comparison))
     write_atomically(output / "comparison.html", render_comparison(comparison))
@@ -627,7 +627,7 @@ def _restore(
 ) -> bool:
     """Make again what costs nothing: config, copies of the source's files, reports. False if they
     do not come out as they were."""
-    from se_compress.export import export_config
+    from se_compress.engines.export import export_config
 
     blueprint = draw_blueprint(source, found.plan)
     with TemporaryDirectory() as scratch:

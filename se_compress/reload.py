@@ -31,7 +31,7 @@ from typing import Any, cast
 
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.formats import FORMATS
-from se_compress.memory import available_memory
+from se_compress.running.memory import available_memory
 
 # By what config.json calls it.
 BY_METHOD = {form.quant_method: form for form in FORMATS.values()}

@@ -29,7 +29,7 @@ from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationRepor
 from se_compress.errors import printable
 from se_compress.limits import missed, unlimited
 from se_compress.pipeline import Outcome, Preview, VariantsOutcome
-from se_compress.preflight import in_units
+from se_compress.running.preflight import in_units
 
 # Seconds between two lines of progress of a stage, where there is no terminal.
 LOG_EVERY = 10.0

@@ -34,8 +34,8 @@ from se_compress.artifacts import (
     SuperExpert,
     ValidationReport,
 )
-from se_compress.comparison import compare
 from se_compress.recipe import Recipe, parse_recipe
+from se_compress.reporting.comparison import compare
 
 SUPER = ExpertId(11, 3)
 CONTROL = ExpertId(11, 7)

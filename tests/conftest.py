@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from se_compress.streaming import StreamedModel
+from se_compress.model.streaming import StreamedModel
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, VARIANTS, edit_config, edit_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from se_compress.account import Place, places
 from se_compress.artifacts import ROLES, TensorInfo
 from se_compress.errors import SourceError
-from se_compress.families import (
+from se_compress.opening.account import Place, places
+from se_compress.opening.families import (
     FAMILIES,
     Family,
     count_key,
@@ -26,8 +26,8 @@ from se_compress.families import (
     per_expert_tensors,
     router_tensors,
 )
-from se_compress.headers import INDEX_FILE, Slot, header_bytes, lay_out
-from se_compress.source import open_source
+from se_compress.opening.headers import INDEX_FILE, Slot, header_bytes, lay_out
+from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
 Change = Mapping[str, object]

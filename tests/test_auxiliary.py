@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from se_compress.auxiliary import (
+from se_compress.errors import SourceError
+from se_compress.opening.auxiliary import (
     LFS_POINTER,
     Auxiliary,
     copied_text,
@@ -16,7 +17,6 @@ from se_compress.auxiliary import (
     printable,
     result_config,
 )
-from se_compress.errors import SourceError
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

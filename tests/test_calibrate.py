@@ -24,10 +24,10 @@ from tiny import BOS, EOS, VOCABULARY, save_tokenizer
 from transformers import AutoTokenizer
 
 from se_compress.artifacts import digest_of
-from se_compress.calibrate import draw_sequences, vocabulary_of
 from se_compress.errors import RecipeError, ResourceError, SourceError
+from se_compress.opening.source import open_source
 from se_compress.recipe import Calibration, Validation
-from se_compress.source import open_source
+from se_compress.text.calibrate import draw_sequences, vocabulary_of
 
 TinyModel = Callable[[str], Path]
 SPACES = 16  # characters of the longest token, a run of spaces

@@ -13,8 +13,8 @@ import pytest
 from tiny import save_tokenizer
 from transformers import AutoTokenizer
 
-from se_compress import chat
-from se_compress.chat import Template, Unreadable, as_messages
+from se_compress.text import chat
+from se_compress.text.chat import Template, Unreadable, as_messages
 
 HELLO = {"role": "user", "content": "Hello"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}

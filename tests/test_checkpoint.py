@@ -17,7 +17,8 @@ from tiny import edit_weights, plain_model, random_tokens
 from torch import Tensor
 
 from se_compress.artifacts import Scheme, TensorInfo
-from se_compress.checkpoint import (
+from se_compress.errors import ResourceError, SourceError
+from se_compress.model.checkpoint import (
     COPY_BYTES,
     allocate,
     check_finite,
@@ -26,10 +27,9 @@ from se_compress.checkpoint import (
     open_tensors,
     write_tensors,
 )
-from se_compress.errors import ResourceError, SourceError
-from se_compress.headers import INDEX_FILE, Slot, header_bytes, lay_out, read_headers
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.headers import INDEX_FILE, Slot, header_bytes, lay_out, read_headers
+from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
 

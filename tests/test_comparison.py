@@ -14,8 +14,8 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
-from se_compress.comparison import closest, compare, recommend
-from se_compress.comparison_page import PUBLISHED, render_comparison
+from se_compress.reporting.comparison import closest, compare, recommend
+from se_compress.reporting.comparison_page import PUBLISHED, render_comparison
 
 EVIL = "<script>alert(1)</script>"
 

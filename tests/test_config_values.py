@@ -12,11 +12,19 @@ from tiny import CONFIGS
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from se_compress.checkpoint import open_tensors
-from se_compress.config_values import ACTIVATIONS, KINDS, ROPE_TYPES, flag, integer, number, real
 from se_compress.errors import SourceError
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
+from se_compress.model.checkpoint import open_tensors
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.config_values import (
+    ACTIVATIONS,
+    KINDS,
+    ROPE_TYPES,
+    flag,
+    integer,
+    number,
+    real,
+)
+from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
 

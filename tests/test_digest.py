@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import edit_config, edit_weights
 
-from se_compress import digest
-from se_compress.headers import INDEX_FILE
-from se_compress.source import open_source
+from se_compress.opening import digest
+from se_compress.opening.headers import INDEX_FILE
+from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
 NORM = "model.layers.1.input_layernorm.weight"
@@ -130,7 +130,7 @@ def test_no_weight_is_read_before_the_digest_is_wanted(
     def never(*_: Any) -> str:
         raise AssertionError("the digest was worked out")
 
-    monkeypatch.setattr("se_compress.source.contents_digest", never)
+    monkeypatch.setattr("se_compress.opening.source.contents_digest", never)
     source = open_source(str(model))
     with pytest.raises(AssertionError, match="the digest was worked out"):
         _ = source.digest

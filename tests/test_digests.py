@@ -26,13 +26,13 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
-from se_compress.digests import DIGITS, by_name, by_owner, digest_of_tensor, digest_on_disk
-from se_compress.execute import compress
-from se_compress.headers import read_headers
-from se_compress.policy import make_plan
+from se_compress.compression.execute import compress
+from se_compress.model.digests import DIGITS, by_name, by_owner, digest_of_tensor, digest_on_disk
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 from se_compress.recipe import Recipe
-from se_compress.source import open_source
-from se_compress.validator import Original, validate
+from se_compress.validation.validator import Original, validate
 
 TinyModel = Callable[[str], Path]
 Damage = Callable[[dict[str, Tensor]], dict[str, Tensor]]

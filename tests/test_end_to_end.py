@@ -31,17 +31,17 @@ from se_compress.artifacts import (
     ValidationReport,
     from_json,
 )
-from se_compress.calibrate import draw_sequences
-from se_compress.checkpoint import Reader, open_result
-from se_compress.execute import compress
-from se_compress.headers import read_headers
+from se_compress.compression.execute import compress
+from se_compress.model.checkpoint import Reader, open_result
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
 from se_compress.pipeline import Request, preview, preview_variants
-from se_compress.policy import make_plan
-from se_compress.profiler import profile_experts
+from se_compress.planning.policy import make_plan
+from se_compress.profiling.profiler import profile_experts
 from se_compress.recipe import Recipe, load_recipe
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
-from se_compress.validator import validate
+from se_compress.text.calibrate import draw_sequences
+from se_compress.validation.validator import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = str(Path(sys.executable).with_name("se-compress"))

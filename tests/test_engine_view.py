@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import tiny
 
-from se_compress import validator
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
-from se_compress.blueprint import draw_blueprint
-from se_compress.engine_view import _Patterns, literal_start, misread, stored_bits
-from se_compress.export import quantization_config
-from se_compress.families import FAMILIES
-from se_compress.headers import Slot, read_headers
-from se_compress.policy import check_plan, make_plan
-from se_compress.source import open_source
-from se_compress.targets import find_rules
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.engine_view import _Patterns, literal_start, misread, stored_bits
+from se_compress.engines.export import quantization_config
+from se_compress.engines.targets import find_rules
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.headers import Slot, read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import check_plan, make_plan
+from se_compress.validation import validator
 
 TinyModel = Callable[[str], Path]
 TWELVE = "deepseek_v3-twelve"

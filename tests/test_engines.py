@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource, OtherDecision
-from se_compress.families import FAMILIES
-from se_compress.policy import make_plan
-from se_compress.source import open_source
-from se_compress.targets import find_rules, is_other_linear, unpackable
+from se_compress.engines.targets import find_rules, is_other_linear, unpackable
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(2, 24, seed=5)

@@ -27,7 +27,6 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from se_compress import execute, solver
 from se_compress.artifacts import (
     ROLES,
     CompressionPlan,
@@ -40,16 +39,17 @@ from se_compress.artifacts import (
     RunOptions,
     TensorInfo,
 )
-from se_compress.blueprint import Blueprint, draw_blueprint
-from se_compress.checkpoint import allocate, open_result
-from se_compress.early_warning import SINK_COLLAPSE, Side, early_warning
+from se_compress.compression import execute, solver
+from se_compress.compression.early_warning import SINK_COLLAPSE, Side, early_warning
+from se_compress.compression.execute import compress
+from se_compress.engines.blueprint import Blueprint, draw_blueprint
 from se_compress.errors import SourceError
-from se_compress.execute import compress
-from se_compress.headers import lay_out, read_headers
-from se_compress.policy import make_plan
+from se_compress.model.checkpoint import allocate, open_result
+from se_compress.opening.headers import lay_out, read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 from se_compress.quant.grid import Grid, dequantize
 from se_compress.recipe import Recipe
-from se_compress.source import open_source
 
 TinyModel = Callable[[str], Path]
 

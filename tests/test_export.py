@@ -12,12 +12,12 @@ import pytest
 import tiny
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
-from se_compress.blueprint import draw_blueprint
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.export import export_config, quantization_config
 from se_compress.errors import ValidationFailed
-from se_compress.export import export_config, quantization_config
-from se_compress.families import FAMILIES
-from se_compress.policy import make_plan
-from se_compress.source import open_source
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 
 TinyModel = Callable[[str], Path]
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from tiny import CONFIGS, VARIANTS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from se_compress import families
 from se_compress.errors import SourceError
-from se_compress.families import FAMILIES
+from se_compress.opening import families
+from se_compress.opening.families import FAMILIES
 
 TinyModel = Callable[[str], Path]
 

@@ -15,17 +15,17 @@ import torch
 from typer.testing import CliRunner
 
 from se_compress.artifacts import CompressionPlan, ModelSource, RunOptions
-from se_compress.bare import lay_bare
-from se_compress.checkpoint import open_result
 from se_compress.cli import app
+from se_compress.engines.bare import lay_bare
+from se_compress.engines.reloading import check_reload
+from se_compress.engines.targets import result_name
 from se_compress.errors import SourceError
-from se_compress.headers import read_headers
+from se_compress.model.checkpoint import open_result
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
 from se_compress.pipeline import Request, judge_existing, run
-from se_compress.policy import make_plan
-from se_compress.reloading import check_reload
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
-from se_compress.targets import result_name
+from se_compress.planning.policy import make_plan
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(1, 24, seed=5)[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from se_compress.generation import FILE, why_not_saved
+from se_compress.engines.generation import FILE, why_not_saved
 
 GREEDY = {"do_sample": False}
 SAVED = ({}, {"do_sample": True, "temperature": 0.6}, GREEDY, {"eos_token_id": [1, 2]})

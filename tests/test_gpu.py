@@ -11,11 +11,11 @@ import tiny
 import torch
 
 from se_compress.artifacts import CompressionPlan, ExpertProfile, RunOptions, ValidationReport
-from se_compress.execute import compress
-from se_compress.policy import make_plan
-from se_compress.profiler import profile_experts
-from se_compress.source import open_source
-from se_compress.validator import validate
+from se_compress.compression.execute import compress
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
+from se_compress.profiling.profiler import profile_experts
+from se_compress.validation.validator import validate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from se_compress.artifacts import TensorInfo
 from se_compress.errors import SourceError
-from se_compress.headers import (
+from se_compress.opening.headers import (
     INDEX_FILE,
     ITEM_BYTES,
     Slot,

@@ -15,8 +15,8 @@ import pytest
 from tiny import CONFIGS
 
 from se_compress.errors import SourceError
-from se_compress.headers import INDEX_FILE
-from se_compress.source import open_source
+from se_compress.opening.headers import INDEX_FILE
+from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
 VALUES: tuple[Any, ...] = (

@@ -17,12 +17,12 @@ import huggingface_hub.constants
 import pytest
 from tiny import save_tokenizer
 
-from se_compress import hub
-from se_compress.calibrate import draw_sequences
 from se_compress.errors import SourceError, one_line
-from se_compress.hub import locate
+from se_compress.opening import hub
+from se_compress.opening.hub import locate
+from se_compress.opening.source import open_source
 from se_compress.recipe import Calibration
-from se_compress.source import open_source
+from se_compress.text.calibrate import draw_sequences
 
 TinyModel = Callable[[str], Path]
 COMMIT = "a" * 40

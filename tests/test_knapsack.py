@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from se_compress.knapsack import RELATIVE_GAP, Option, choose, sweep
+from se_compress.planning.knapsack import RELATIVE_GAP, Option, choose, sweep
 
 
 def _by_trying_all(items: list[list[Option]], budget: int) -> float | None:

@@ -15,12 +15,12 @@ from artefacts_example import (
 from pages import parse
 
 from se_compress.artifacts import Check, ComparedVariant, ValidationReport
-from se_compress.comparison import closest, recommend
-from se_compress.comparison_page import render_comparison
 from se_compress.limits import BOUNDS, missed, unlimited
-from se_compress.page import WORDINGS, describe_check, judge
 from se_compress.recipe import Validation
-from se_compress.report import render_model_card, render_report
+from se_compress.reporting.comparison import closest, recommend
+from se_compress.reporting.comparison_page import render_comparison
+from se_compress.reporting.page import WORDINGS, describe_check, judge
+from se_compress.reporting.report import render_model_card, render_report
 from se_compress.screen import Screen
 
 HARMLESS = [

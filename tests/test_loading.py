@@ -21,18 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
-from se_compress import loading
 from se_compress.artifacts import CompressionPlan, ModelSource
-from se_compress.blueprint import draw_blueprint
-from se_compress.checkpoint import open_result
+from se_compress.compression.execute import compress
+from se_compress.engines import loading
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.loading import PackedLinear
 from se_compress.errors import SourceError
-from se_compress.execute import compress
-from se_compress.families import FAMILIES
-from se_compress.headers import read_headers
-from se_compress.loading import PackedLinear
-from se_compress.policy import make_plan
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
+from se_compress.model.checkpoint import open_result
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 
 TinyModel = Callable[[str], Path]
 TYPES = ("nf4", "fp4", "int8")
@@ -327,7 +327,7 @@ TABLE = "; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as t;
     [
         f"import se_compress; {TRANSFORMERS}{LOAD}",
         f"{TRANSFORMERS}; AutoModelForCausalLM.from_pretrained; import se_compress{LOAD}",
-        f"import se_compress.loading{TABLE}",
+        f"import se_compress.engines.loading{TABLE}",
     ],
 )
 def test_the_order_of_imports_does_not_matter(result: Result, program: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from se_compress.artifacts import Loop
-from se_compress.measures import (
+from se_compress.model.measures import (
     bootstrap_interval,
     cross_entropy,
     distinct,

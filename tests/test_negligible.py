@@ -14,15 +14,15 @@ from tiny import build, edit_weights, random_tokens, recipe
 from torch import Tensor
 
 from se_compress.artifacts import ModelSource, ValidationReport
-from se_compress.checkpoint import TORCH_DTYPES
-from se_compress.execute import compress
-from se_compress.headers import read_headers
-from se_compress.policy import make_plan
-from se_compress.solver import BELOW_GRID
-from se_compress.source import open_source
-from se_compress.splice import open_shrunk
-from se_compress.surgery import shrink
-from se_compress.validator import validate
+from se_compress.compression.execute import compress
+from se_compress.compression.solver import BELOW_GRID
+from se_compress.model.checkpoint import TORCH_DTYPES
+from se_compress.model.splice import open_shrunk
+from se_compress.model.surgery import shrink
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
+from se_compress.validation.validator import validate
 
 TOKENS, HELD_OUT = random_tokens(6, 20), random_tokens(3, 16, seed=3)
 SCHEMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -15,15 +15,15 @@ from tiny import build, edit_weights, random_tokens, recipe
 from torch import Tensor
 
 from se_compress.artifacts import LayerRecord, ModelSource, OtherDecision, RunOptions
-from se_compress.early_warning import overflow_warning
+from se_compress.compression.early_warning import overflow_warning
+from se_compress.compression.execute import compress
 from se_compress.errors import SourceError
-from se_compress.execute import compress
-from se_compress.measures import overflows
-from se_compress.policy import make_plan
-from se_compress.profiler import profile_experts
+from se_compress.model.measures import overflows
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
+from se_compress.profiling.profiler import profile_experts
 from se_compress.recipe import Recipe
-from se_compress.source import open_source
-from se_compress.validator import validate
+from se_compress.validation.validator import validate
 
 TOKENS = random_tokens(3, 16)
 LAYER, EXPERT = "model.layers.1.", "model.layers.1.mlp.experts.2."

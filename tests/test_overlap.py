@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from se_compress.overlap import RUN, cautions, cautions_before, common_sources, share_seen
 from se_compress.recipe import Recipe
+from se_compress.text.overlap import RUN, cautions, cautions_before, common_sources, share_seen
 
 
 def recipe(calibration: object, validation: object) -> Recipe:

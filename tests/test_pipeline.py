@@ -24,7 +24,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from se_compress import preflight, validator
 from se_compress.artifacts import (
     Check,
     Comparison,
@@ -37,8 +36,8 @@ from se_compress.artifacts import (
     to_json,
 )
 from se_compress.errors import RecipeError, ResourceError, SourceError
-from se_compress.headers import read_headers
-from se_compress.manifest import write_list
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
 from se_compress.pipeline import (
     Outcome,
     Request,
@@ -50,7 +49,9 @@ from se_compress.pipeline import (
     run_variants,
 )
 from se_compress.recipe import load_recipe
-from se_compress.source import open_source
+from se_compress.running import preflight
+from se_compress.running.manifest import write_list
+from se_compress.validation import validator
 
 TinyModel = Callable[[str], Path]
 NUMBERS = " ".join(f"{n:05d}" for n in range(4000))
@@ -61,7 +62,7 @@ COMMAND = str(Path(sys.executable).with_name("se-compress"))
 KILLED = """
 import os, random, signal, sys, threading, time
 from pathlib import Path
-from se_compress import validator
+from se_compress.validation import validator
 from se_compress.artifacts import Check, RunOptions
 from se_compress.pipeline import Request, run
 from se_compress.recipe import load_recipe

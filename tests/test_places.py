@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from se_compress.errors import RecipeError
-from se_compress.places import check_apart, check_directory, expand, output_of, partial, rejected
+from se_compress.running.places import (
+    check_apart,
+    check_directory,
+    expand,
+    output_of,
+    partial,
+    rejected,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +99,7 @@ mount -t tmpfs -o ro none still && mount --bind real bound &&
 exec "$0" -c '
 import sys
 from pathlib import Path
-from se_compress.places import check_directory
+from se_compress.running.places import check_directory
 from se_compress.errors import RecipeError
 for name in sys.argv[1:]:
     try: check_directory(Path(name))

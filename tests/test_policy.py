@@ -15,7 +15,6 @@ import artefacts_example as example
 import pytest
 import tiny
 
-from se_compress import targets
 from se_compress.artifacts import (
     ROLES,
     CompressionPlan,
@@ -29,13 +28,14 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
-from se_compress.blueprint import draw_blueprint
-from se_compress.checkpoint import allocate
+from se_compress.engines import targets
+from se_compress.engines.blueprint import draw_blueprint
 from se_compress.errors import RecipeError
-from se_compress.headers import lay_out, read_headers
-from se_compress.policy import check_plan, curve_of, make_plan
+from se_compress.model.checkpoint import allocate
+from se_compress.opening.headers import lay_out, read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import check_plan, curve_of, make_plan
 from se_compress.recipe import Recipe, Width
-from se_compress.source import open_source
 
 HIDDEN, WIDTH, SHARED = 64, 32, 96
 LAYERS, EXPERTS = 3, 4

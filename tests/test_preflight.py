@@ -13,9 +13,9 @@ import tiny
 
 from se_compress.artifacts import ModelSource
 from se_compress.errors import RecipeError, ResourceError
-from se_compress.memory import MACHINE, available_memory
-from se_compress.preflight import check_memory, check_place, check_positions
-from se_compress.source import open_source
+from se_compress.opening.source import open_source
+from se_compress.running.memory import MACHINE, available_memory
+from se_compress.running.preflight import check_memory, check_place, check_positions
 
 UNLIMITED_V1 = "9223372036854771712"
 
@@ -105,7 +105,7 @@ def test_without_a_limit_it_is_what_the_machine_has(
 
 def test_a_limit_of_the_shell_counts() -> None:
     code = (
-        "from se_compress.memory import available_memory; one = available_memory(); "
+        "from se_compress.running.memory import available_memory; one = available_memory(); "
         "print(one.size_bytes, one.limit)"
     )
 
@@ -127,7 +127,7 @@ def test_the_message_names_the_limit(
     recipe = tiny.recipe(source.path)
     check_memory(source, recipe, 256)
     small = available_memory(*tree(tmp_path, "0::/box\n", {"box": v2(300_000)}))
-    monkeypatch.setattr("se_compress.preflight.available_memory", lambda: small)
+    monkeypatch.setattr("se_compress.running.preflight.available_memory", lambda: small)
     with pytest.raises(ResourceError, match=r"0\.3 MB of memory within .* control group /box are"):
         check_memory(source, recipe, 256)
 

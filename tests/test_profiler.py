@@ -27,7 +27,6 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from se_compress import profiler
 from se_compress.artifacts import (
     Ablation,
     ExpertId,
@@ -39,8 +38,10 @@ from se_compress.artifacts import (
     RunOptions,
     to_json,
 )
-from se_compress.families import FAMILIES
-from se_compress.profiler import (
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.source import open_source
+from se_compress.profiling import profiler
+from se_compress.profiling.profiler import (
     cancelling_layers,
     forming_layers,
     over_thresholds,
@@ -50,7 +51,6 @@ from se_compress.profiler import (
 )
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import SuperExperts
-from se_compress.source import open_source
 
 TinyModel = Callable[[str], Path]
 

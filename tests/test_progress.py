@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from se_compress.errors import RecipeError
-from se_compress.progress import check_output, discard, locked
+from se_compress.running.run_directory import check_output, discard, locked
 
 
 def test_the_work_directory_is_held_by_one(tmp_path: Path) -> None:

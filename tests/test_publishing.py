@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from artefacts_example import example_validation, failed_validation
 
-from se_compress import publishing
 from se_compress.artifacts import ValidationReport, to_json
 from se_compress.errors import RecipeError, ResourceError
-from se_compress.manifest import FILES_FILE, damages, write_list
-from se_compress.places import partial, rejected
-from se_compress.progress import (
+from se_compress.running import publishing
+from se_compress.running.manifest import FILES_FILE, damages, write_list
+from se_compress.running.places import partial, rejected
+from se_compress.running.publishing import publish, recover
+from se_compress.running.run_directory import (
     check_output,
     check_replaceable,
     load_settings,
@@ -28,7 +29,6 @@ from se_compress.progress import (
     prepare,
     save_settings,
 )
-from se_compress.publishing import publish, recover
 
 SETTINGS = {"the version of se-compress": "1", "seed": 0}
 OTHERS = {**SETTINGS, "seed": 1}
@@ -188,7 +188,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import test_publishing as t
 from pathlib import Path
-from se_compress import publishing
+from se_compress.running import publishing
 if sys.argv[3] == "no": publishing.exchange = t.cannot_exchange
 ours, step = os.rename, int(sys.argv[4])
 def rename(*arguments, **named):

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from se_compress import reload
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
-from se_compress.blueprint import draw_blueprint
-from se_compress.checkpoint import Reader, open_result
-from se_compress.execute import compress
-from se_compress.families import FAMILIES
-from se_compress.headers import read_headers
-from se_compress.policy import check_plan, make_plan
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
-from se_compress.targets import is_other_linear
+from se_compress.compression.execute import compress
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.targets import is_other_linear
+from se_compress.model.checkpoint import Reader, open_result
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import check_plan, make_plan
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(2, 24, seed=5)

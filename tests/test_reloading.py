@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from se_compress import pipeline, reloading, validator
+from se_compress import pipeline
 from se_compress.artifacts import (
     Check,
     CompressionPlan,
@@ -25,14 +25,16 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
-from se_compress.checkpoint import open_tensors
-from se_compress.headers import read_headers
+from se_compress.engines import reloading
+from se_compress.engines.reloading import RELOAD_LIMIT, START, check_reload
+from se_compress.model.checkpoint import open_tensors
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
 from se_compress.pipeline import Outcome, Request, run
-from se_compress.policy import make_plan
+from se_compress.planning.policy import make_plan
 from se_compress.reload import fault_of_machine
-from se_compress.reloading import RELOAD_LIMIT, START, check_reload
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
+from se_compress.validation import validator
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(1, 24, seed=5)[0]

@@ -30,8 +30,8 @@ from se_compress.artifacts import (
     Scheme,
     ValidationReport,
 )
-from se_compress.page import describe_gates, judge, number, percent, size
-from se_compress.report import render_model_card, render_report
+from se_compress.reporting.page import describe_gates, judge, number, percent, size
+from se_compress.reporting.report import render_model_card, render_report
 
 EVIL = "<script>alert(1)</script>"
 

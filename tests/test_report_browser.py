@@ -17,8 +17,8 @@ from artefacts_example import (
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from se_compress.artifacts import to_json
-from se_compress.comparison_page import render_comparison
-from se_compress.report import render_report
+from se_compress.reporting.comparison_page import render_comparison
+from se_compress.reporting.report import render_report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""

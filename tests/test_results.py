@@ -10,10 +10,10 @@ from dequantise import dequantised, width
 from safetensors.torch import load_file
 
 from se_compress.artifacts import CompressionPlan, ModelSource, TensorInfo
-from se_compress.blueprint import draw_blueprint
-from se_compress.headers import read_headers
-from se_compress.policy import make_plan
-from se_compress.source import open_source
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 
 TinyModel = Callable[[str], Path]
 FORMATS = [

@@ -7,9 +7,9 @@ import pytest
 import tiny
 
 from se_compress.artifacts import ExpertProfile, ModelSource
-from se_compress.policy import make_plan, with_cautions
-from se_compress.serving import float16_notes
-from se_compress.source import open_source
+from se_compress.engines.serving import float16_notes
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan, with_cautions
 
 
 def with_peak(size: float, at: str = "layer") -> ExpertProfile:

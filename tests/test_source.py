@@ -16,8 +16,8 @@ from tiny import CONFIGS, VARIANTS, edit_config, edit_weights
 
 from se_compress.artifacts import ROLES, ExpertId
 from se_compress.errors import SourceError
-from se_compress.headers import INDEX_FILE
-from se_compress.source import open_source
+from se_compress.opening.headers import INDEX_FILE
+from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -61,7 +61,7 @@ def test_every_tensor_and_expert_is_accounted_for(tiny_model: TinyModel, name: s
 
 def test_torch_is_not_needed(tiny_model: TinyModel) -> None:
     code = (
-        "import sys; from se_compress.source import open_source; "
+        "import sys; from se_compress.opening.source import open_source; "
         f"open_source({str(tiny_model('mixtral'))!r}); "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )

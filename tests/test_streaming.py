@@ -15,12 +15,10 @@ from tiny import CONFIGS, VARIANTS, LayerWatch, build, edit_weights, plain_model
 from torch import Tensor, nn
 
 from se_compress.artifacts import ExpertIndex, ModelSource
-from se_compress.checkpoint import open_tensors
 from se_compress.errors import SourceError
-from se_compress.families import FAMILIES
-from se_compress.measures import kl_divergence
-from se_compress.source import open_source
-from se_compress.streaming import (
+from se_compress.model.checkpoint import open_tensors
+from se_compress.model.measures import kl_divergence
+from se_compress.model.streaming import (
     Observer,
     RoutingCapture,
     StreamedModel,
@@ -30,6 +28,8 @@ from se_compress.streaming import (
     load_states,
     save_states,
 )
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
 

@@ -28,17 +28,17 @@ from se_compress.artifacts import (
     ModelSource,
     RunOptions,
 )
-from se_compress.blueprint import draw_blueprint
-from se_compress.checkpoint import open_result
+from se_compress.compression.execute import compress
+from se_compress.engines.blueprint import draw_blueprint
 from se_compress.errors import RecipeError
-from se_compress.execute import compress
-from se_compress.families import COUNT_KEYS, FAMILIES, per_expert_tensors, routing_groups
-from se_compress.headers import read_headers
-from se_compress.page import fate
-from se_compress.policy import check_plan, make_plan
-from se_compress.source import open_source
-from se_compress.surgery import Shrunk, shrink
-from se_compress.validator import validate
+from se_compress.model.checkpoint import open_result
+from se_compress.model.surgery import Shrunk, shrink
+from se_compress.opening.families import COUNT_KEYS, FAMILIES, per_expert_tensors, routing_groups
+from se_compress.opening.headers import read_headers
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import check_plan, make_plan
+from se_compress.reporting.page import fate
+from se_compress.validation.validator import validate
 
 TinyModel = Callable[[str], Path]
 TOKENS = random_tokens(4, 20)

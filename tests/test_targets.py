@@ -18,22 +18,22 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
-from se_compress.blueprint import draw_blueprint
-from se_compress.checkpoint import TORCH_DTYPES
-from se_compress.errors import RecipeError
-from se_compress.families import FAMILIES
-from se_compress.formats import FORMATS
-from se_compress.headers import Slot
-from se_compress.policy import check_plan, make_plan
-from se_compress.recipe import Target
-from se_compress.source import open_source
-from se_compress.targets import (
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.targets import (
     TARGETS,
     cautions,
     find_rules,
     packed_slots,
     stored_bytes,
 )
+from se_compress.errors import RecipeError
+from se_compress.formats import FORMATS
+from se_compress.model.checkpoint import TORCH_DTYPES
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.headers import Slot
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import check_plan, make_plan
+from se_compress.recipe import Target
 
 TinyModel = Callable[[str], Path]
 MIXTRAL = "model.layers.2.block_sparse_moe."

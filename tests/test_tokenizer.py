@@ -7,7 +7,7 @@ import pytest
 from tiny import save_tokenizer
 
 from se_compress.errors import SourceError
-from se_compress.tokenizer import load_tokenizer
+from se_compress.text.tokenizer import load_tokenizer
 
 FAMILIES = ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2"]
 # Both are named: what transformers takes from the config, and what lies in the directory.

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from se_compress import measures
-from se_compress import validator as validation
 from se_compress.artifacts import RunOptions, ValidationReport
 from se_compress.errors import SourceError
-from se_compress.policy import make_plan
-from se_compress.source import open_source
+from se_compress.model import measures
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
+from se_compress.validation import validator as validation
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(6, 24, seed=3)

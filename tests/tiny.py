@@ -21,16 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging as transformers_logging
 
 from se_compress.artifacts import CompressionPlan, ExpertIndex, ModelSource
-from se_compress.blueprint import draw_blueprint
-from se_compress.checkpoint import allocate, copy_tensor, open_tensors, write_tensors
-from se_compress.export import export_config
-from se_compress.families import FAMILIES
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.export import export_config
 from se_compress.formats import FORMATS
-from se_compress.headers import lay_out
+from se_compress.model.checkpoint import allocate, copy_tensor, open_tensors, write_tensors
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.headers import lay_out
+from se_compress.opening.source import open_source
 from se_compress.quant.grid import Grid, rtn
 from se_compress.recipe import Recipe, parse_recipe
-from se_compress.source import open_source
-from se_compress.streaming import StreamedModel
 
 BOS, EOS = 0, 1
 VOCABULARY = 288  # the tokenizer's 265 words, filled up to a multiple of 32

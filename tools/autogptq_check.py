@@ -76,8 +76,8 @@ def mixtral(work: Path, policy: dict[str, Any]) -> Path:
     """A result of ours."""
     import tiny
 
-    from se_compress.policy import make_plan
-    from se_compress.source import open_source
+    from se_compress.opening.source import open_source
+    from se_compress.planning.policy import make_plan
 
     source = open_source(str(tiny.build(work / "source", "mixtral")))
     recipe = tiny.recipe(

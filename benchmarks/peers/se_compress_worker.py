@@ -6,10 +6,10 @@ from pathlib import Path
 
 from worker import Job, main
 
-from se_compress.execute import compress
-from se_compress.policy import make_plan
+from se_compress.compression.execute import compress
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 from se_compress.recipe import parse_recipe
-from se_compress.source import open_source
 
 
 def quantize(job: Job) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from se_compress.artifacts import TensorInfo
-from se_compress.headers import Slot
+from se_compress.opening.headers import Slot
 
 Making = Literal["copied", "made", "packed"]
 

@@ -1,0 +1,1 @@
+"""Make the result, a layer at a time."""

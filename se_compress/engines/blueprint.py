@@ -1,0 +1,97 @@
+"""The blueprint of a result: for every tensor of it, what it is made from and what is stored.
+
+Drawn once from a source and a plan. Sizes in the plan, the layout on disk, compression, the
+engine's settings, validation and the account of tensors all read this one table, so that they
+cannot disagree. No weight is read; no torch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from se_compress.artifacts import SOURCE_BITS, CompressionPlan, ModelSource, TensorInfo
+from se_compress.engines.targets import packed_slots, rules_of
+from se_compress.formats import Making, PlannedTensor
+from se_compress.model.surgery import Shrunk, is_made, shrink
+from se_compress.opening.families import FAMILIES, unfused_name
+from se_compress.opening.headers import Slot
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a result will hold.
+
+    shrunk   the model that the plan leaves of the source, with the plan in its ids
+    tensors  every tensor of that model, by its name there
+    """
+
+    shrunk: Shrunk
+    tensors: Mapping[str, PlannedTensor]
+
+    @property
+    def source(self) -> ModelSource:
+        """The model that the plan leaves."""
+        return self.shrunk.source
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The plan in the ids of that model."""
+        return self.shrunk.plan
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Tensor of the model -> its name in the result."""
+        return {name: tensor.name for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Everything that is stored, by its name in the result, in the order in which the source
+        holds what it is made from."""
+        ordered = sorted(self.tensors.values(), key=lambda t: (t.info.file, t.info.begin))
+        return {slot.name: slot for tensor in ordered for slot in tensor.stored}
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """All tensor data of the result, headers not counted."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    @cached_property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over all routed experts; scales, zeros and indices count."""
+        experts = [tensor for tensor in self.tensors.values() if tensor.info.kind == "expert"]
+        weights = sum(tensor.info.shape[0] * tensor.info.shape[1] for tensor in experts)
+        return 8 * sum(tensor.size_bytes for tensor in experts) / weights
+
+    @cached_property
+    def linears(self) -> list[PlannedTensor]:
+        """The matrices that some engine could take for quantised."""
+        return [tensor for tensor in self.tensors.values() if tensor.is_linear]
+
+    def packed(self) -> Iterator[PlannedTensor]:
+        """The matrices that are quantised."""
+        return (tensor for tensor in self.tensors.values() if tensor.making == "packed")
+
+    def of_layer(self, layer: int | None) -> Iterator[PlannedTensor]:
+        """The tensors of one decoder layer; of None, those outside of all layers."""
+        return (tensor for tensor in self.tensors.values() if tensor.info.layer == layer)
+
+
+def draw_blueprint(source: ModelSource, plan: CompressionPlan) -> Blueprint:
+    """The blueprint of the result that a consistent plan makes of a source."""
+    shrunk = shrink(source, plan)
+    unfused = rules_of(plan).unfused_names
+    family = FAMILIES[source.family]
+    tensors = {}
+    for info in shrunk.source.tensors.values():
+        name = unfused_name(family, info.name) if unfused else info.name
+        tensors[info.name] = _planned(info, name, shrunk.plan)
+    return Blueprint(shrunk, tensors)
+
+
+def _planned(info: TensorInfo, name: str, plan: CompressionPlan) -> PlannedTensor:
+    bits = plan.bits_of(info)
+    if bits == SOURCE_BITS:
+        making: Making = "made" if is_made(info) else "copied"
+        return PlannedTensor(info, name, bits, making, (Slot(name, info.dtype, info.shape),))
+    stored = packed_slots(replace(info, name=name), bits, plan.scheme)
+    return PlannedTensor(info, name, bits, "packed", stored)

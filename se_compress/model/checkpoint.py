@@ -1,0 +1,219 @@
+"""Tensors on disk: read by name, and written into shards whose layout is known in advance.
+
+All names, dtypes and shapes of a result follow from its plan, so every shard is laid out and
+allocated before the first weight is read; a tensor is then written to its own place whenever it is
+ready. A full disk shows at once, a killed run goes on where it was, nothing is copied twice, and no
+more than one tensor has to be in memory.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from se_compress.artifacts import Scheme, TensorInfo
+from se_compress.errors import ResourceError, SourceError
+from se_compress.formats import FORMATS, UNQUANTISED
+from se_compress.opening.headers import INDEX_FILE, header_bytes
+
+Reader = Callable[[str], Tensor]
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# Of a tensor that holds the codes of a quantised matrix.
+CODE_DTYPES = ("I32", "U8", "I8")
+COPY_BYTES = 2**24
+
+
+def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
+    """A function that reads one tensor by name, as it is on disk, through a memory map.
+
+    The tensors share the map's pages and are read-only by convention: change a copy. Raises
+    SourceError for an unknown name or a dtype that torch does not have.
+    """
+
+    def read(name: str) -> Tensor:
+        info = tensors.get(name)
+        if info is None:
+            raise SourceError(f"{name}: the checkpoint has no such tensor")
+        if info.dtype not in TORCH_DTYPES:
+            raise SourceError(f"{name}: dtype {info.dtype} cannot be read")
+        return _map(info)
+
+    return read
+
+
+def _map(info: TensorInfo) -> Tensor:
+    dtype = TORCH_DTYPES[info.dtype]
+    if info.size_bytes == 0:
+        return torch.empty(info.shape, dtype=dtype)
+    skipped = info.begin % mmap.ALLOCATIONGRANULARITY
+    length = skipped + info.size_bytes
+    with open_whole(info) as stream:
+        # ACCESS_COPY: torch wants a writable buffer; nothing ever reaches the file. Of this tensor
+        # alone: the kernel refuses a writable map of a file that is larger than memory.
+        pages = mmap.mmap(
+            stream.fileno(), length, access=mmap.ACCESS_COPY, offset=info.begin - skipped
+        )
+    raw = torch.frombuffer(pages, dtype=torch.uint8, count=info.size_bytes, offset=skipped)
+    if skipped % dtype.itemsize:  # some writers do not align their tensors
+        raw = raw.clone()
+    return raw.view(dtype).reshape(info.shape)
+
+
+def open_whole(info: TensorInfo) -> BinaryIO:
+    """The tensor's file, open. Raises SourceError if it is gone, or has become too short for the
+    tensor: reading a map beyond the end of its file would kill the process."""
+    try:
+        stream = open(info.file, "rb")
+    except OSError as error:
+        raise SourceError(
+            f"{info.file}: cannot be read any more ({error.strerror}); it has changed"
+        ) from None
+    if os.fstat(stream.fileno()).st_size < info.end:
+        stream.close()
+        raise SourceError(f"{info.file}: ended within {info.name}; it has changed")
+    return stream
+
+
+def open_result(
+    found: Mapping[str, TensorInfo],
+    source: Mapping[str, TensorInfo],
+    scheme: Scheme,
+    names: Mapping[str, str] = {},
+) -> Reader:
+    """A reader of a compressed checkpoint by the names of its source: packed weights come back
+    dequantised, float32 [rows, columns], everything else as it is on disk.
+
+    found, source   headers of the compressed checkpoint and of its source
+    scheme          how the quantised matrices are stored
+    names           tensor of the source -> what the checkpoint calls it, where that differs
+    """
+    read_stored = open_tensors(found)
+    if scheme.format == UNQUANTISED:
+        return lambda name: read_stored(names.get(name, name))
+    form = FORMATS[scheme.format]
+
+    def read(name: str) -> Tensor:
+        stored = names.get(name, name)
+        stem = stored.removesuffix(".weight")
+        parts = {p: f"{stem}.{p}" for p in form.suffixes if f"{stem}.{p}" in found}
+        codes = found.get(parts.get(form.suffixes[0], ""))
+        if codes is None or codes.dtype not in CODE_DTYPES:
+            return read_stored(stored)
+        rows, columns = source[name].shape
+        tensors = {part: read_stored(where) for part, where in parts.items()}
+        return form.unpack(tensors, (rows, columns), scheme)
+
+    return read
+
+
+def copy_tensor(info: TensorInfo, slot: TensorInfo) -> None:
+    """Copy the bytes of a tensor to its place in the result, whatever its dtype."""
+    with open_whole(info) as stream, open(slot.file, "r+b") as target:
+        stream.seek(info.begin)
+        target.seek(slot.begin)
+        remaining = info.size_bytes
+        while remaining:
+            data = stream.read(min(remaining, COPY_BYTES))
+            if not data:
+                raise SourceError(f"{info.file}: ended within {info.name}; it has changed")
+            target.write(data)
+            remaining -= len(data)
+
+
+def check_finite(name: str, tensor: Tensor) -> Tensor:
+    """The same tensor. Raises SourceError if it holds NaN or infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
+        bad = int((~torch.isfinite(tensor.float())).sum())
+        if bad:
+            raise SourceError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def allocate(layout: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Make the shard files at full size, headers written, and the index if there are several.
+
+    Files that exist with the right size and header are left as they are: a run is being resumed.
+    Returns the names of the others, which are empty now. Raises ResourceError if the disk is too
+    small.
+    """
+    made = []
+    files: dict[str, list[TensorInfo]] = {}
+    for info in layout.values():
+        files.setdefault(info.file, []).append(info)
+    for file, tensors in files.items():
+        start = min(info.begin for info in tensors)
+        header, end = header_bytes(tensors, start), max(info.end for info in tensors)
+        if _allocate_file(Path(file), header, end):
+            made.append(file)
+    if len(files) > 1:
+        directory = Path(next(iter(files))).parent
+        total = sum(info.size_bytes for info in layout.values())
+        weight_map = {name: Path(layout[name].file).name for name in sorted(layout)}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return tuple(made)
+
+
+def _allocate_file(path: Path, header: bytes, size_bytes: int) -> bool:
+    """False if the file is there already."""
+    if path.exists() and path.stat().st_size == size_bytes:
+        with path.open("rb") as stream:
+            if stream.read(len(header)) == header:
+                return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size_bytes)
+            stream.write(header)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ResourceError(
+            f"{path.parent}: {size_bytes / 1e9:.2f} GB cannot be allocated ({error.strerror})"
+        ) from None
+    return True
+
+
+def write_tensors(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to their places and wait until the disk has them.
+
+    Raises ValueError if a tensor is not what the layout says: that would be a bug of the caller.
+    """
+    descriptors: dict[str, int] = {}
+    try:
+        for name, tensor in tensors.items():
+            info = layout[name]
+            if tuple(tensor.shape) != info.shape or tensor.dtype != TORCH_DTYPES[info.dtype]:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as in {info}"
+                )
+            if info.file not in descriptors:
+                descriptors[info.file] = os.open(info.file, os.O_WRONLY)
+            _write_at(descriptors[info.file], tensor, info.begin)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
+    if tensor.numel() == 0:
+        return
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data = memoryview(flat.numpy().data)
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

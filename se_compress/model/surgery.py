@@ -1,0 +1,386 @@
+"""The smaller model that a plan leaves, as a checkpoint of its own, before any byte is read.
+
+Experts that are pruned are gone, experts that are merged are one, experts that are zeroed have a
+down_proj of zeros. What is left is renumbered and described as any other model is: a `ModelSource`
+with names, shapes and a config that agree, and a plan in its own ids that only keeps and quantises.
+Everything downstream works on these two; only records and reports speak of the source's ids, and
+`Shrunk.origin` leads back to them.
+
+A tensor that merely moved points at the source's own bytes. One that has to be made (router rows,
+merged and zeroed weights) has no file; splice.py makes it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from se_compress.artifacts import (
+    SOURCE_BITS,
+    Action,
+    CompressionPlan,
+    ExpertDecision,
+    ExpertId,
+    ExpertProfile,
+    ExpertStats,
+    ModelSource,
+    TensorInfo,
+    digest_of,
+)
+from se_compress.errors import RecipeError
+from se_compress.opening.config_rules import LEAST_IN_GROUP, NEXT_TOKEN_KEYS
+from se_compress.opening.families import (
+    COUNT_KEYS,
+    FAMILIES,
+    Family,
+    chosen_groups,
+    is_grouped,
+    per_expert_tensors,
+    routing_groups,
+    setting,
+)
+from se_compress.opening.headers import ITEM_BYTES
+
+SURGICAL: tuple[Action, ...] = ("prune", "merge", "zero")
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What a plan leaves of a source.
+
+    original the source
+    source   the smaller model; the original itself if no expert is pruned, merged or zeroed
+    plan     the plan for it in its own ids, with actions keep and quantize only
+    origin   each of its experts -> those of the original that it stands for: one, or the members
+             that were merged into it, in order of id
+    shares   each member of a merged expert -> its weight in the average
+    """
+
+    original: ModelSource
+    source: ModelSource
+    plan: CompressionPlan
+    origin: Mapping[ExpertId, tuple[ExpertId, ...]]
+    shares: Mapping[ExpertId, float]
+
+
+def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
+    """The smaller model. The plan has to be consistent, see `check_structure`."""
+    origin = _origin(source, plan)
+    if not any(decision.action in SURGICAL for decision in plan.experts):
+        return Shrunk(source, source, plan, origin, {})
+    count = max(identity.expert for identity in origin if isinstance(identity.expert, int)) + 1
+    top_k = valid_top_k(source, count)
+    structure = [(str(d.id), d.action, d.becomes, d.share) for d in plan.experts]
+    small = replace(
+        source,
+        config=_config(source, count, top_k),
+        tensors={info.name: info for info in _tensors(source, plan, count)},
+        expert_count=count,
+        top_k=top_k,
+        contents=lambda: digest_of(source.digest, structure),
+    )
+    shares = {d.id: d.share for d in plan.experts if d.share is not None}
+    return Shrunk(source, small, _inner_plan(plan, origin), origin, shares)
+
+
+def is_made(info: TensorInfo) -> bool:
+    """The tensor is in no file: surgery makes it."""
+    return not info.file
+
+
+def resulting_id(decision: ExpertDecision) -> ExpertId | None:
+    """What the result calls an expert of the source; None for a pruned one."""
+    if decision.action == "prune":
+        return None
+    if decision.becomes is None:
+        return decision.id
+    return ExpertId(decision.layer, decision.becomes)
+
+
+def valid_top_k(source: ModelSource, count: int) -> int:
+    """Experts per token with `count` experts left: as before, or as many as a router can choose
+    from. Fewer than it asks for is what masking the others out of the router would give as well."""
+    family = FAMILIES[source.family]
+    each = count // routing_groups(family, source.config)
+    return min(source.top_k, each * chosen_groups(family, source.config))
+
+
+def routing_group(source: ModelSource, identity: ExpertId) -> int:
+    """The group of its layer in which a group-limited router finds a routed expert."""
+    groups = routing_groups(FAMILIES[source.family], source.config)
+    assert isinstance(identity.expert, int)
+    return identity.expert * groups // source.expert_count
+
+
+# --------------------------------------------------------------------------------- plans and ids
+
+
+def renumbered(source: ModelSource, decisions: Iterable[ExpertDecision]) -> list[ExpertDecision]:
+    """The decisions with `becomes` made anew: what is left of a layer is counted from 0 in the
+    order of the source, a merged expert standing where its first member stood. Among merged experts
+    `becomes` only has to say which belong together."""
+    decisions = list(decisions)
+    layers = {d.layer for d in decisions if d.action in ("prune", "merge")}
+    next_free: Counter[int] = Counter()
+    merged: dict[tuple[int, int | None], int] = {}
+    result = []
+    for decision in sorted(decisions, key=lambda d: d.id):
+        if decision.layer not in layers or decision.expert == "shared":
+            result.append(replace(decision, becomes=None))
+            continue
+        if decision.action == "prune":
+            result.append(replace(decision, becomes=None))
+            continue
+        key = (decision.layer, decision.becomes)
+        if decision.action == "merge" and key in merged:
+            result.append(replace(decision, becomes=merged[key]))
+            continue
+        becomes = next_free[decision.layer]
+        next_free[decision.layer] += 1
+        if decision.action == "merge":
+            merged[key] = becomes
+        result.append(replace(decision, becomes=becomes))
+    return result
+
+
+def check_structure(source: ModelSource, plan: CompressionPlan, where: str) -> None:
+    """Raises RecipeError, beginning with `where`, if the experts that are left make no model: as
+    many in each layer, and in each routing group where the router is group-limited."""
+    for decision in plan.experts:
+        if decision.action not in SURGICAL:
+            continue
+        if decision.id in plan.protected:
+            raise RecipeError(
+                f"{where}: expert {decision.id} is protected, but its action is {decision.action}; "
+                "accepted are keep and quantize, unless it is taken off the list of protected"
+            )
+        if decision.expert == "shared" and decision.action != "zero":
+            raise RecipeError(
+                f"{where}: expert {decision.id} cannot be the object of {decision.action}; a "
+                "shared expert stays"
+            )
+    _check_merged(source, plan, where)
+    _check_counts(source, plan, where)
+
+
+def _check_merged(source: ModelSource, plan: CompressionPlan, where: str) -> None:
+    members: dict[ExpertId, list[ExpertDecision]] = {}
+    for decision in plan.experts:
+        if decision.action != "merge":
+            continue
+        if decision.becomes is None or decision.share is None or not 0 <= decision.share <= 1:
+            raise RecipeError(
+                f"{where}: expert {decision.id}: action merge needs becomes, the number of the "
+                "merged expert, and share, its weight in the average, from 0 to 1"
+            )
+        members.setdefault(ExpertId(decision.layer, decision.becomes), []).append(decision)
+    for identity, decisions in members.items():
+        names = ", ".join(str(d.id) for d in decisions)
+        if len(decisions) < 2 or len({routing_group(source, d.id) for d in decisions}) > 1:
+            raise RecipeError(
+                f"{where}: merged expert {identity} has the members {names}; it needs at least two,"
+                " all of one routing group"
+            )
+        total = sum(d.share or 0.0 for d in decisions)
+        if abs(total - 1.0) > 1e-6:
+            raise RecipeError(f"{where}: the shares of {names} add up to {total:.6f}, not 1")
+        if len({(d.bits, d.down_bits) for d in decisions}) > 1:
+            raise RecipeError(f"{where}: {names} become one expert, but their bits differ")
+
+
+def _check_counts(source: ModelSource, plan: CompressionPlan, where: str) -> None:
+    left: dict[tuple[int, int], set[ExpertId]] = {}
+    for decision in plan.experts:
+        if decision.expert != "shared":
+            group = left.setdefault((decision.layer, routing_group(source, decision.id)), set())
+            identity = resulting_id(decision)
+            group |= {identity} if identity else set()
+    counts = {place: len(identities) for place, identities in left.items()}
+    first, count = next(iter(counts.items()))
+    for other, other_count in counts.items():
+        if other_count != count:
+            raise RecipeError(
+                f"{where}: {other_count} experts are left in group {other[1]} of layer {other[0]}, "
+                f"but {count} in group {first[1]} of layer {first[0]}; no engine loads layers or "
+                "routing groups of different sizes"
+            )
+    grouped = len({group for _, group in counts}) > 1
+    if count < (LEAST_IN_GROUP if grouped else 1):
+        raise RecipeError(
+            f"{where}: {count} experts are left in each "
+            + (f"routing group; {LEAST_IN_GROUP} are needed" if grouped else "layer; 1 is needed")
+        )
+
+
+def _origin(source: ModelSource, plan: CompressionPlan) -> dict[ExpertId, tuple[ExpertId, ...]]:
+    found: dict[ExpertId, tuple[ExpertId, ...]] = {}
+    for identity in source.experts:
+        new = resulting_id(plan.by_id[identity])
+        if new is not None:
+            found[new] = (*found.get(new, ()), identity)
+    return {identity: found[identity] for identity in sorted(found)}
+
+
+def _inner_plan(
+    plan: CompressionPlan, origin: Mapping[ExpertId, tuple[ExpertId, ...]]
+) -> CompressionPlan:
+    decisions = []
+    for new, members in origin.items():
+        old = plan.by_id[members[0]]
+        widths = {old.bits, old.down_bits} - {None}
+        action: Action = "keep" if widths == {SOURCE_BITS} else "quantize"
+        decisions.append(
+            ExpertDecision(new.layer, new.expert, action, old.bits, old.reason, old.down_bits)
+        )
+    protected = [new for new, members in origin.items() if members[0] in plan.protected]
+    return replace(plan, protected=tuple(protected), experts=tuple(decisions))
+
+
+def lifted(structure: CompressionPlan, inner: CompressionPlan) -> CompressionPlan:
+    """A plan for the source from one for the smaller model: what `structure` does with each expert,
+    and the widths of `inner` for those that are left."""
+    decisions = []
+    for decision in structure.experts:
+        new = resulting_id(decision)
+        if new is not None:
+            chosen = inner.by_id[new]
+            surgical = decision.action in SURGICAL
+            decision = replace(
+                decision,
+                action=decision.action if surgical else chosen.action,
+                bits=chosen.bits,
+                down_bits=chosen.down_bits,
+                reason=f"{decision.reason}; {chosen.reason}" if surgical else chosen.reason,
+            )
+        decisions.append(decision)
+    return replace(
+        inner,
+        source_size_bytes=structure.source_size_bytes,
+        protected=structure.protected,
+        notes=structure.notes + inner.notes,
+        experts=tuple(decisions),
+    )
+
+
+def shrunk_profile(profile: ExpertProfile, plan: CompressionPlan, small: Shrunk) -> ExpertProfile:
+    """The profile as the smaller model's planner needs it: statistics of its experts by their new
+    ids. What members of a merged expert lose by rounding adds up; a zeroed one loses nothing."""
+    experts = []
+    for new, members in small.origin.items():
+        stats = [profile.by_id[member] for member in members]
+        silent = plan.by_id[members[0]].action == "zero"
+        experts.append(_combined(new, stats, silent))
+    return replace(profile, experts=tuple(experts))
+
+
+def _combined(new: ExpertId, members: list[ExpertStats], silent: bool) -> ExpertStats:
+    first = max(members, key=lambda stats: stats.tokens)
+    factor = 0.0 if silent else 1.0
+    parts = [[stats.loss_gate_up for stats in members], [stats.loss_down for stats in members]]
+    gate_up, down = (
+        {width: factor * sum(loss[width] for loss in losses) for width in losses[0]}
+        for losses in parts
+    )
+    return replace(
+        first,
+        layer=new.layer,
+        expert=new.expert,
+        tokens=sum(stats.tokens for stats in members),
+        gate_mass=sum(stats.gate_mass for stats in members),
+        loss_gate_up=gate_up,
+        loss_down=down,
+    )
+
+
+# ------------------------------------------------------------------------------ config and tensors
+
+
+def _config(source: ModelSource, count: int, top_k: int) -> dict[str, Any]:
+    """The config with the new counts. Layers for multi-token prediction have experts too, but are
+    not run and so not measured; as one config speaks for all layers, they go."""
+    family, config = FAMILIES[source.family], dict(source.config)
+    if count == source.expert_count:
+        return config
+    config |= {key: count for key in COUNT_KEYS if key in config}
+    config["num_experts_per_tok"] = top_k
+    config |= {key: 0 for key in NEXT_TOKEN_KEYS if setting(config, key)}
+    if not is_grouped(family, config):
+        # Groups that the router does not look at; some engines do, and they have to fit the count.
+        config |= {key: 1 for key in ("n_group", "topk_group") if config.get(key)}
+    return config
+
+
+def behind_decoder(source: ModelSource) -> list[str]:
+    """Names of the tensors of layers behind the last decoder layer (multi-token prediction)."""
+    pattern = re.compile(r"model\.layers\.(\d+)\.")
+    matches = ((name, pattern.match(name)) for name in source.tensors)
+    return [name for name, match in matches if match and int(match[1]) >= source.layer_count]
+
+
+def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator[TensorInfo]:
+    family = FAMILIES[source.family]
+    dropped = set(behind_decoder(source)) if count != source.expert_count else set()
+    dtypes = _merged_dtypes(source, plan)
+    seen: set[str] = set()
+    for info in source.tensors.values():
+        if info.name in dropped:
+            continue
+        if info.role is not None and info.layer is not None and info.expert is not None:
+            decision = plan.by_id[ExpertId(info.layer, info.expert)]
+            moved = _expert_tensor(info, decision, family)
+            if moved is not None and moved.name not in seen:
+                seen.add(moved.name)
+                if moved.name in dtypes:
+                    moved = _made(replace(moved, dtype=dtypes[moved.name]))
+                yield moved
+        elif (
+            count != source.expert_count
+            and info.layer is not None
+            and info.name in per_expert_tensors(family, info.layer)
+        ):
+            yield _made(replace(info, shape=(count, *info.shape[1:])))
+        else:
+            yield info
+
+
+def anchor_of(shares: Sequence[float]) -> int:
+    """The member that the others of a merged expert are aligned to, and whose dtype it has: that of
+    the largest share, the first of equals."""
+    return max(range(len(shares)), key=lambda member: shares[member])
+
+
+def _merged_dtypes(source: ModelSource, plan: CompressionPlan) -> dict[str, str]:
+    """Name of each tensor of a merged expert -> its dtype: members may have several."""
+    members: dict[ExpertId, list[ExpertDecision]] = {}
+    for decision in sorted(plan.experts, key=lambda d: d.id):
+        new = resulting_id(decision)
+        if decision.action == "merge" and new is not None:
+            members.setdefault(new, []).append(decision)
+    family, dtypes = FAMILIES[source.family], dict[str, str]()
+    for merged in members.values():
+        anchor = merged[anchor_of([decision.share or 0.0 for decision in merged])]
+        for info in source.experts[anchor.id].values():
+            moved = _expert_tensor(info, anchor, family)
+            if moved is not None:
+                dtypes[moved.name] = info.dtype
+    return dtypes
+
+
+def _expert_tensor(info: TensorInfo, decision: ExpertDecision, family: Family) -> TensorInfo | None:
+    new = resulting_id(decision)
+    if new is None:
+        return None
+    projection = info.name.split(".")[-2]
+    if isinstance(new.expert, int):
+        name = family.expert.format(layer=new.layer, expert=new.expert, projection=projection)
+        info = replace(info, name=name, expert=new.expert)
+    made = decision.action == "merge" or (decision.action == "zero" and info.role == "down")
+    return _made(info) if made else info
+
+
+def _made(info: TensorInfo) -> TensorInfo:
+    items = 1
+    for extent in info.shape:
+        items *= extent
+    return replace(info, file="", begin=0, end=items * ITEM_BYTES[info.dtype])

@@ -1,0 +1,1 @@
+"""A model, opened: where it is, what its files and config say, where every tensor belongs."""

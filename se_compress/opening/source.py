@@ -1,0 +1,80 @@
+"""Open a model: config, headers, and the account of every tensor. No weight is read; no torch."""
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from se_compress.artifacts import ModelSource
+from se_compress.errors import SourceError
+from se_compress.opening import families
+from se_compress.opening.account import bind
+from se_compress.opening.config_rules import check_rules, settle
+from se_compress.opening.config_values import take_values
+from se_compress.opening.digest import contents_digest
+from se_compress.opening.headers import read_headers
+from se_compress.opening.hub import locate
+from se_compress.opening.modelfiles import check_file, check_place, read_json, shown
+
+_LARGEST_CONFIG_BYTES = 2**23
+
+
+def open_source(model: str, keep_code: bool = False) -> ModelSource:
+    """Open a model directory, or a model of the Hub (`id` or `id@revision`).
+
+    `keep_code` has a model of the Hub fetched with its Python files, which nothing here runs.
+    The config's values are taken for what they are, every tensor is bound to its place in the model
+    or explained. Raises SourceError with the tensor, file or key that is wrong.
+    """
+    path = locate(model, keep_code)
+    file = str(path / "config.json")
+    found = read_config(path)
+    family = families.family_of(found, str(path))
+    _check_plain(found, file)
+    config = settle(take_values(found, file), family, file)
+    headers = read_headers(path)
+    check_rules(config, family, len(headers), file)
+    tensors = bind(headers, family, config, path)
+    return ModelSource(
+        path=path,
+        name=model,
+        family=family.model_type,
+        config=config,
+        tensors=tensors,
+        layer_count=families.layer_count(config),
+        moe_layers=families.moe_layers(config),
+        expert_count=int(config[families.count_key(family, config)]),
+        top_k=int(config["num_experts_per_tok"]),
+        contents=partial(contents_digest, config, tensors),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory, as it is there."""
+    file = path / "config.json"
+    if not os.path.lexists(file):
+        raise SourceError(f"{path}: has no config.json, so it is not a model directory")
+    check_file(file)
+    check_place(file, path)
+    config = read_json(file, _LARGEST_CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise SourceError(f"{file}: is not a JSON object")
+    return config
+
+
+def _check_plain(config: Mapping[str, Any], file: str) -> None:
+    """Raises SourceError for a checkpoint that says of itself that it is quantised."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+    if method == "fp8":
+        raise SourceError(
+            f"{file}: the model is FP8, as some are published (quantization_config says fp8); such "
+            "weights cannot be read yet: convert them to bfloat16 first"
+        )
+    raise SourceError(
+        f"{file}: the model is already quantised ({shown(method)}); give the original checkpoint, "
+        "or one that is converted to bfloat16"
+    )

@@ -1,0 +1,278 @@
+"""Decide which experts go and which fall silent, before any width is chosen. Pure Python: no torch.
+
+The same number goes from every layer, and from every routing group where the router is
+group-limited: nothing else makes a checkpoint that loads. Protected experts stay. Ties are broken
+by id, so equal inputs give an equal choice.
+"""
+
+import itertools
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+from se_compress.artifacts import (
+    SOURCE_BITS,
+    Action,
+    CompressionPlan,
+    ExpertDecision,
+    ExpertId,
+    ExpertProfile,
+    ExpertStats,
+    ModelSource,
+)
+from se_compress.errors import RecipeError
+from se_compress.model.surgery import behind_decoder, routing_group, valid_top_k
+from se_compress.opening.config_rules import LEAST_IN_GROUP
+from se_compress.opening.families import FAMILIES, routing_groups
+from se_compress.recipe import ExpertName, Policy
+
+SCORES: Mapping[str, str] = {
+    "reap": "saliency {:.4g}",
+    "frequency": "{:.0f} tokens",
+    "gate": "gate mass {:.4g}",
+}
+
+
+def score_of(stats: ExpertStats, score: str) -> float:
+    """What an expert is worth by one of the scores of a recipe's `policy.prune`."""
+    return {"reap": stats.saliency, "frequency": float(stats.tokens), "gate": stats.gate_mass}[
+        score
+    ]
+
+
+def steps(source: ModelSource, protected: AbstractSet[ExpertId]) -> list[int]:
+    """How many experts can go from each routing group, 0 first: the protected ones stay, and enough
+    for the router to choose from."""
+    each, groups = _group_size(source)
+    least = LEAST_IN_GROUP if groups > 1 else 1
+    kept = max((len(members & protected) for members in _groups(source).values()), default=0)
+    return list(range(each - max(least, kept) + 1))
+
+
+def prune(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    protected: AbstractSet[ExpertId],
+    score: str,
+    count: int,
+) -> list[ExpertDecision]:
+    """Drop `count` experts of every routing group of every layer, those of the least score first.
+    Without a profile the last ones, which makes no difference to the sizes."""
+    decisions = []
+    for members in _groups(source).values() if count else ():
+        worth = {
+            identity: score_of(profile.by_id[identity], score) if profile else 0.0
+            for identity in members - protected
+        }
+        ranked = sorted(worth, key=lambda i: (worth[i], i) if profile else (0.0, _reversed(i)))
+        gone, rest = ranked[:count], ranked[count:]
+        kept = SCORES[score].format(worth[rest[0]]) if rest else "protected"
+        decisions += [
+            _gone(i, "prune", f"pruned: {SCORES[score].format(worth[i])}, least kept {kept}")
+            if profile
+            else _gone(i, "prune", "pruned in this estimate: no profile yet")
+            for i in gone
+        ]
+    return decisions
+
+
+def merge(
+    source: ModelSource,
+    profile: ExpertProfile | None,
+    protected: AbstractSet[ExpertId],
+    count: int,
+) -> list[ExpertDecision]:
+    """Merge experts of every routing group of every layer, so that `count` fewer are left: the
+    groups of average linkage on the distances of their mean outputs (HC-SMoE). The weight of each
+    in the average is its share of the group's tokens. Without a profile that measured them the
+    first ones are merged, which makes no difference to the sizes."""
+    distances = {part.layer: part.distances for part in profile.similarities} if profile else {}
+    decisions = []
+    for (layer, _), members in _groups(source).items():
+        free = sorted(members - protected)
+        if distances:
+            apart = [_distance(distances[layer], source.expert_count, *p) for p in pairs(free)]
+            clusters = _clusters(free, apart, len(free) - count)
+        else:
+            clusters = [free[: count + 1]]
+        for cluster in clusters:
+            if len(cluster) > 1:
+                decisions += _merged(cluster, profile)
+    return decisions
+
+
+def pairs(experts: Sequence[ExpertId]) -> list[tuple[ExpertId, ExpertId]]:
+    """All pairs, in the order of scipy's condensed distances."""
+    return list(itertools.combinations(experts, 2))
+
+
+def _distance(distances: Sequence[float], count: int, first: ExpertId, second: ExpertId) -> float:
+    assert isinstance(first.expert, int)
+    assert isinstance(second.expert, int)
+    i, j = first.expert, second.expert
+    return distances[i * count - i * (i + 1) // 2 + j - i - 1]
+
+
+def _clusters(
+    experts: Sequence[ExpertId], distances: Sequence[float], count: int
+) -> list[list[ExpertId]]:
+    """Exactly `count` clusters, by average linkage."""
+    from scipy.cluster.hierarchy import average, cut_tree
+
+    if count >= len(experts):
+        return [[expert] for expert in experts]
+    labels = cut_tree(average(distances), n_clusters=count)[:, 0]
+    found: dict[int, list[ExpertId]] = {}
+    for expert, label in zip(experts, labels.tolist(), strict=True):
+        found.setdefault(label, []).append(expert)
+    return list(found.values())
+
+
+def _merged(cluster: Sequence[ExpertId], profile: ExpertProfile | None) -> list[ExpertDecision]:
+    tokens = [profile.by_id[i].tokens if profile else 0 for i in cluster]
+    total = sum(tokens)
+    shares = [count / total for count in tokens] if total else [1 / len(cluster)] * len(cluster)
+    first, names = cluster[0].expert, ", ".join(str(i.expert) for i in cluster)
+    assert isinstance(first, int)
+    reason = f"merged: experts {names}, by their outputs"
+    return [
+        ExpertDecision(i.layer, i.expert, "merge", None, reason, becomes=first, share=share)
+        for i, share in zip(cluster, shares, strict=True)
+    ]
+
+
+def count_of(
+    source: ModelSource, protected: AbstractSet[ExpertId], fraction: float, key: str
+) -> int:
+    """A fraction of each routing group in experts. Raises RecipeError, naming the recipe's `key`,
+    if that is none or more than can go."""
+    each, groups = _group_size(source)
+    count = int(fraction * each + 1e-9)
+    most = steps(source, protected)[-1]
+    unit = f"routing group of {each}" if groups > 1 else f"layer of {each}"
+    if count < 1:
+        raise RecipeError(
+            f"{key} is {fraction}, less than one expert of a {unit}; the least is {1 / each:.4g}"
+        )
+    if count > most:
+        raise RecipeError(
+            f"{key} is {fraction}: {count} experts of each {unit}, but {most} is the most that can "
+            "go: protected experts stay, and enough for the router to choose from"
+        )
+    return count
+
+
+def zero(
+    source: ModelSource, profile: ExpertProfile | None, policy: Policy
+) -> list[ExpertDecision]:
+    """Silence the experts of `policy.zero`. Without a profile no super expert is known."""
+    if isinstance(policy.zero, tuple):
+        chosen = listed(source, policy.zero, "policy.zero")
+        why = "listed in policy.zero"
+    else:
+        chosen = [expert.id for expert in profile.super_experts] if profile else []
+        why = "super expert"
+    if policy.zero == "random":
+        chosen, why = (
+            _others(source, chosen, policy.zero_seed),
+            "random, in place of a super expert",
+        )
+    return [_gone(identity, "zero", f"zeroed: {why}") for identity in sorted(set(chosen))]
+
+
+def listed(source: ModelSource, names: Sequence[ExpertName], key: str) -> list[ExpertId]:
+    """The experts that a recipe names under `key`. Raises RecipeError for one that is not there."""
+    identities = []
+    for i, name in enumerate(names):
+        identity = ExpertId(name.layer, name.expert)
+        if identity not in source.experts:
+            layers = source.moe_layers
+            raise RecipeError(
+                f"{key}.{i}: there is no expert {identity}; expert layers are {layers[0]} "
+                f"to {layers[-1]}, experts 0 to {source.expert_count - 1}"
+            )
+        identities.append(identity)
+    return identities
+
+
+def _others(source: ModelSource, experts: Iterable[ExpertId], seed: int) -> list[ExpertId]:
+    """As many routed experts of the same layers, none of `experts`; an expert takes another's place
+    once."""
+    experts = sorted(experts)
+    chosen: list[ExpertId] = []
+    for identity in experts:
+        free = [
+            other
+            for other in (ExpertId(identity.layer, e) for e in range(source.expert_count))
+            if other not in experts and other not in chosen
+        ]
+        if not free:
+            raise RecipeError(
+                f"policy.zero is random, but layer {identity.layer} has no other expert left"
+            )
+        chosen.append(random.Random(f"{seed} {identity}").choice(free))
+    return chosen
+
+
+def notes(source: ModelSource, count: int, verb: str) -> tuple[str, ...]:
+    """What taking `count` experts from each routing group does beside: a line for each."""
+    if not count:
+        return ()
+    _, groups = _group_size(source)
+    left = source.expert_count - count * groups
+    lines = [f"{count * groups} of {source.expert_count} experts of each layer {verb}: {left} left"]
+    if (top_k := valid_top_k(source, left)) < source.top_k:
+        lines.append(
+            f"num_experts_per_tok is lowered from {source.top_k} to {top_k}, all that the router "
+            "can choose from"
+        )
+    if dropped := behind_decoder(source):
+        lines.append(
+            f"{len(dropped)} tensors of layers behind the decoder (multi-token prediction) are left"
+            " out: their experts are not measured, and the config has one number for all layers"
+        )
+    return tuple(lines)
+
+
+def new_names(plan: CompressionPlan) -> tuple[str, ...]:
+    """What the protected experts are called in the result, where that is something else."""
+    renamed = [
+        plan.by_id[i] for i in plan.protected if plan.by_id[i].becomes not in (None, i.expert)
+    ]
+    if not renamed:
+        return ()
+    names = ", ".join(f"{d.id} is expert {d.becomes} of layer {d.layer}" for d in renamed)
+    return (f"protected experts have new numbers in the result: {names}",)
+
+
+def _gone(identity: ExpertId, action: Action, reason: str) -> ExpertDecision:
+    return ExpertDecision(identity.layer, identity.expert, action, None, reason)
+
+
+def _group_size(source: ModelSource) -> tuple[int, int]:
+    """Experts of a routing group, and groups of a layer."""
+    groups = routing_groups(FAMILIES[source.family], source.config)
+    return source.expert_count // groups, groups
+
+
+def _groups(source: ModelSource) -> dict[tuple[int, int], set[ExpertId]]:
+    """The routed experts by layer and routing group."""
+    found: dict[tuple[int, int], set[ExpertId]] = {}
+    for identity in source.experts:
+        if identity.expert != "shared":
+            found.setdefault((identity.layer, routing_group(source, identity)), set()).add(identity)
+    return found
+
+
+def _reversed(identity: ExpertId) -> ExpertId:
+    assert isinstance(identity.expert, int)
+    return ExpertId(identity.layer, -identity.expert)
+
+
+def complete(source: ModelSource, decisions: Sequence[ExpertDecision]) -> list[ExpertDecision]:
+    """With a line for every expert of the source; those without one are kept."""
+    given = {decision.id: decision for decision in decisions}
+    return [
+        given.get(i) or ExpertDecision(i.layer, i.expert, "keep", SOURCE_BITS, "")
+        for i in source.experts
+    ]

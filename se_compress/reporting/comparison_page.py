@@ -1,0 +1,462 @@
+"""The page from which a newcomer decides which checkpoint to ship.
+
+Everything on it comes from one `Comparison`; the words are in the template, but for the advice.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from se_compress.artifacts import CheckpointSummary, ComparedVariant, Comparison, ExpertId
+from se_compress.limits import missed
+from se_compress.reporting.page import (
+    WORDINGS,
+    WORDS,
+    Figure,
+    Gate,
+    State,
+    Verdict,
+    chart_layout,
+    count,
+    describe_check,
+    number,
+    percent,
+    short,
+    size,
+    template,
+)
+
+EXPLAINED = (
+    "kl_divergence",
+    "massive_activation_ratio",
+    "sink_decay",
+    "router_agreement",
+    "repetition",
+    "reload",
+)
+# What is called the published pattern: the least ratio without super experts is 1.56, the largest
+# without random experts 1.01.
+HARMED, UNHARMED = 1.5, 1.05
+LINE_COLOURS = 10
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon")
+
+
+class Published(NamedTuple):
+    """Perplexity on WikiText-2 after removing super experts or, mean of five draws, as many random
+    experts of the same layers (arXiv:2507.23279v3, section 4)."""
+
+    model: str
+    source: float
+    without_super_experts: float
+    without_random: float
+
+    @property
+    def ratio(self) -> float:
+        return self.without_super_experts / self.source
+
+
+PUBLISHED = (
+    Published("Qwen3-30B-A3B", 8.70, 59.86, 8.70),
+    Published("DeepSeek-V2-Lite", 6.31, 10.75, 6.32),
+    Published("Mixtral-8x7B", 3.84, 6.23, 3.85),
+    Published("DeepSeek-R1", 3.33, 5.18, 3.36),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant in words. `share`: its size, of the source's. `report`: a link from the page."""
+
+    variant: ComparedVariant
+    share: float
+
+    @property
+    def checkpoint(self) -> CheckpointSummary:
+        return self.variant.checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.variant.name
+
+    @property
+    def report(self) -> str:
+        return f"{self.checkpoint.directory}/se_compress/report.html"
+
+    @property
+    def state(self) -> State:
+        return "passed" if self.checkpoint.published else "failed"
+
+    @property
+    def symbol(self) -> str:
+        return WORDS[self.state][0]
+
+    @property
+    def word(self) -> str:
+        return "Passed" if self.checkpoint.published else "Rejected"
+
+    @cached_property
+    def gates(self) -> dict[str, Gate]:
+        return {check.name: describe_check(check) for check in self.checkpoint.checks}
+
+    @property
+    def divergence(self) -> float:
+        """In nats; 0 where it is not known."""
+        gate = self.gates.get("kl_divergence")
+        return (gate.value if gate else None) or 0.0
+
+    @property
+    def not_run(self) -> list[str]:
+        return [gate.title for gate in self.gates.values() if gate.state == "not-run"]
+
+    @property
+    def shippable(self) -> bool:
+        return self.checkpoint.published and not self.variant.zeroed
+
+    def missed(self, rows: Sequence["Row"]) -> list[str]:
+        return missed(self.checkpoint, [row.checkpoint for row in rows])
+
+    @property
+    def no_limit(self) -> list[str]:
+        return [gate.title for gate in self.gates.values() if gate.state == "no-limit"]
+
+    @property
+    def failed(self) -> list[Gate]:
+        return [gate for gate in self.gates.values() if gate.state == "failed"]
+
+
+@dataclass(frozen=True)
+class Zeroing:
+    """A variant in which the output of some experts was set to zero and nothing else was done.
+
+    super_experts   how many of them are super experts
+    ratio           perplexity, result / source
+    """
+
+    row: Row
+    zeroed: tuple[ExpertId, ...]
+    super_experts: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart: the value after each layer, and as a person reads it."""
+
+    name: str
+    rejected: bool
+    values: dict[int, float]
+    texts: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One chart of all variants, layer by layer."""
+
+    key: str
+    title: str
+    summary: str
+    layers: tuple[int, ...]
+    lines: tuple[Line, ...]
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """comparison.html: one file that needs nothing beside it; links lead to the single reports."""
+    rows = [
+        Row(variant, variant.checkpoint.size_bytes / comparison.size_bytes)
+        for variant in comparison.variants
+    ]
+    curves = _curves(comparison)
+    ablations = _zeroings(comparison, rows)
+    return template("comparison.html.j2").render(
+        comparison=comparison,
+        rows=rows,
+        advice=advise(comparison, rows),
+        failures=[(row, gate) for row in rows for gate in row.failed],
+        ablations=ablations,
+        pattern=_pattern(ablations),
+        published=PUBLISHED,
+        curves=curves,
+        words=[WORDINGS[name] for name in EXPLAINED],
+        figures={"trade": _trade_figure(rows)} | {c.key: _curve_figure(c) for c in curves},
+        plotly_js=Markup(get_plotlyjs()),
+    )
+
+
+def advise(comparison: Comparison, rows: Sequence[Row]) -> Verdict:
+    """Which checkpoint to ship and why, for a reader who knows none of the words."""
+    rejected = [row for row in rows if row.failed and not row.variant.zeroed]
+    by_name = {row.name: row for row in rows}
+    if comparison.recommended is None:
+        return Verdict(
+            "failed",
+            WORDS["failed"][0],
+            "Ship none of them",
+            ("Every variant missed a gate of its recipe.", *map(_blame, rejected)),
+        )
+    best = by_name[comparison.recommended]
+    sentences = [_praise(best, rows), *_limits(best, rows)]
+    nearest = by_name[comparison.closest or best.name]
+    if nearest is not best and nearest.share < 1:
+        sentences.append(_alternative(nearest))
+    missing = [name for name in comparison.required if not by_name[name].checkpoint.published]
+    if missing:
+        sentences.append(f"The recipe requires {', '.join(missing)} to pass, which did not.")
+    if best.not_run:
+        sentences.append(f"Not run for {best.name}: {', '.join(best.not_run).lower()}.")
+    if best.no_limit:
+        sentences.append(f"Without a limit for {best.name}: {', '.join(best.no_limit).lower()}.")
+    sentences += map(_blame, rejected)
+    state: State = "passed" if comparison.passed else "failed"
+    return Verdict(state, WORDS[state][0], f"Ship {best.name}", tuple(sentences))
+
+
+def _limits(best: Row, rows: Sequence[Row]) -> Iterator[str]:
+    """What is to be said where a variant has looser limits than another."""
+    if best.missed(rows):
+        yield (
+            f"{best.name} passed by looser limits than a result at least as good was held to, in "
+            f"{_titles(best.missed(rows))}; no other passed by stricter ones."
+        )
+        return
+    for row in rows:
+        if row.shippable and row.missed(rows):
+            yield (
+                f"{row.name} passed by looser limits only: a result at least as good is held to a "
+                f"stricter one in {_titles(row.missed(rows))}."
+            )
+
+
+def _titles(names: Sequence[str]) -> str:
+    return ", ".join(WORDINGS[name].title for name in names).lower()
+
+
+def _praise(row: Row, rows: Sequence[Row]) -> str:
+    one = row.checkpoint
+    published = [r for r in rows if r.shippable and (row.missed(rows) or not r.missed(rows))]
+    smaller = [other.name for other in published if other.share < row.share]
+    why = "the only one that" if len(published) == 1 else "the smallest that"
+    sentences = [
+        f"It is {why} passed every gate: {size(one.size_bytes)}, {percent(row.share)} of the "
+        f"source, {_distance_text(row)}."
+    ]
+    if one.super_experts:
+        whole = one.kept == one.super_experts
+        kept = (
+            "No super expert was" if whole else f"{one.super_experts - one.kept} super experts were"
+        )
+        sentences.append(f"{kept} lost.")
+    if smaller:
+        verb = "is" if len(smaller) == 1 else "are"
+        sentences.append(
+            f"{', '.join(smaller)} {verb} hardly smaller, but farther from the source."
+        )
+    return " ".join(sentences)
+
+
+def _distance_text(row: Row) -> str:
+    gate = row.gates.get("kl_divergence")
+    perplexity = (
+        f"perplexity {number(row.checkpoint.perplexity_source)} → "
+        f"{number(row.checkpoint.perplexity_result)}"
+    )
+    return perplexity + (f", KL divergence {gate.value_text} nats" if gate else "")
+
+
+def _alternative(row: Row) -> str:
+    return (
+        f"If you can afford {size(row.checkpoint.size_bytes)}, {row.name} is nearest to the "
+        f"source: {_distance_text(row)}."
+    )
+
+
+def _blame(row: Row) -> str:
+    """Why a variant was rejected: the mechanism if that is lost, and the gate missed by most."""
+    lost = row.checkpoint.super_experts - row.checkpoint.kept
+    because = f"it lost {count(lost, 'super expert')}; " if lost else ""
+    worst = max(row.failed, key=_excess)
+    reason = f"{because}{worst.title.lower()} is {worst.value_text}"
+    if worst.limit is not None:
+        reason += f", {worst.wording.bound} {worst.limit_text} would do"
+    return f"Do not ship {row.name}: {reason}."
+
+
+def _excess(gate: Gate) -> float:
+    """How many times a gate was missed, whichever side of the limit is the good one."""
+    value, limit = gate.value, gate.limit
+    if value is None or limit is None:
+        return 0.0
+    better, worse = (value, limit) if gate.wording.bound == "at least" else (limit, value)
+    return worse / better if better > 0 else math.inf
+
+
+# --------------------------------------------------------------------------- the paper's experiment
+
+
+def _zeroings(comparison: Comparison, rows: Sequence[Row]) -> list[Zeroing]:
+    supers = set(comparison.super_experts)
+    return [
+        Zeroing(
+            row=row,
+            zeroed=row.variant.zeroed,
+            super_experts=len(supers.intersection(row.variant.zeroed)),
+            ratio=row.checkpoint.perplexity_result / row.checkpoint.perplexity_source,
+        )
+        for row in rows
+        if row.variant.zeroed and not row.variant.removed
+        if row.checkpoint.perplexity_result and row.checkpoint.perplexity_source
+    ]
+
+
+def _pattern(zeroings: Sequence[Zeroing]) -> str:
+    """What the experiment shows here, against what was published."""
+    with_super = [one.ratio for one in zeroings if one.super_experts]
+    random = [one.ratio for one in zeroings if not one.super_experts]
+    if not with_super or not random:
+        return "The experiment needs both, super experts and random experts set to zero."
+    draws = number(random[0], 1.0)
+    if len(random) > 1:
+        least, most = number(min(random), 1.0), number(max(random), 1.0)
+        draws = f"{least} to {most} in {len(random)} draws"
+    seen = (
+        f"Without its super experts the perplexity of the model is {number(min(with_super))} times "
+        f"the source's; without as many random experts of the same layers {draws}."
+    )
+    as_published = min(with_super) >= HARMED and max(random) <= UNHARMED
+    return seen + (
+        " That is the published pattern: super experts decide, others of their layers hardly count."
+        if as_published
+        else " That is not the published pattern, in which only the super experts count."
+    )
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+
+def _curves(comparison: Comparison) -> list[Curve]:
+    compared = [variant for variant in comparison.variants if variant.layers]
+    if not compared:
+        return []
+    top = max(compared[0].layers, key=lambda layer: layer.peak_source)
+    last = compared[0].layers[-1].layer
+    return [
+        _curve(
+            "stream",
+            "Massive activation: largest value in the residual stream",
+            f"In the source it is largest after layer {top.layer}, {number(top.peak_source)}.",
+            compared,
+            "peak",
+        ),
+        _curve(
+            "sinks",
+            "Attention sink: attention to the first token",
+            "Mean over the heads, of queries at position 8 and later.",
+            compared,
+            "sink_mass",
+        ),
+        _curve(
+            "hidden",
+            "Error of the hidden states",
+            f"Distance from the source's, relative to their length. The last layer is {last}.",
+            compared,
+            "hidden_error",
+        ),
+        _curve(
+            "turned",
+            "Change of the sink tokens' state",
+            "How far their hidden state moved, direction included: low widths turn it long before "
+            "they make it smaller.",
+            compared,
+            "sink_error",
+        ),
+    ]
+
+
+def _curve(
+    key: str, title: str, summary: str, compared: Sequence[ComparedVariant], field: str
+) -> Curve:
+    text = number if field == "peak" else percent
+
+    def line(name: str, rejected: bool, attribute: str, of: ComparedVariant) -> Line:
+        values = {layer.layer: float(getattr(layer, attribute)) for layer in of.layers}
+        return Line(name, rejected, values, {at: text(value) for at, value in values.items()})
+
+    paired = hasattr(compared[0].layers[0], f"{field}_source")
+    lines = [line("source", False, f"{field}_source", compared[0])] if paired else []
+    attribute = f"{field}_result" if paired else field
+    lines += [line(v.name, not v.checkpoint.published, attribute, v) for v in compared]
+    layers = tuple(layer.layer for layer in compared[0].layers)
+    return Curve(key, title, summary, layers, tuple(lines))
+
+
+def _curve_figure(curve: Curve) -> Figure:
+    layout = _legend_layout(380, "layer", {"stream": "largest |h|"}.get(curve.key, ""))
+    layout["hovermode"] = "x unified"
+    if curve.key == "stream":
+        layout["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "none"}
+        layout["yaxis"]["separatethousands"] = True
+    elif curve.key == "sinks":
+        layout["yaxis"] |= {"rangemode": "tozero", "tickformat": ".0%"}
+    else:
+        layout["yaxis"] |= {"rangemode": "tozero", "tickformat": "~%"}
+    data = []
+    others = [line.name for line in curve.lines if line.name != "source"]
+    for line in curve.lines:
+        look: dict[str, Any] = {"mode": "lines", "line": {"width": 7}, "opacity": 0.5}
+        tone = "source"
+        if line.name != "source":
+            tone = f"line-{others.index(line.name) % LINE_COLOURS}"
+            dash = "dash" if line.rejected else "solid"
+            look = {"mode": "lines+markers", "line": {"width": 2, "dash": dash}}
+            look["marker"] = {"size": 5, "symbol": SYMBOLS[others.index(line.name) % len(SYMBOLS)]}
+        trace = {"type": "scatter", "name": line.name, "meta": tone, **look}
+        trace |= {"x": list(line.values), "y": [short(v) for v in line.values.values()]}
+        data.append(trace)
+    return {"data": data, "layout": layout}
+
+
+def _trade_figure(rows: Sequence[Row]) -> Figure:
+    """Size across, KL divergence upwards on a logarithmic scale; a point for whatever could have
+    been shipped."""
+    ticks = [digit * 10.0**decade for decade in range(-6, 3) for digit in (1, 3)]
+    layout = _legend_layout(360, "size, MB", "KL to the source, nats")
+    layout["showlegend"] = False
+    layout["yaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
+    layout["xaxis"] |= {"showgrid": True}
+    data = []
+    for state, symbol in (("passed", "circle"), ("failed", "x")):
+        points = [
+            row
+            for row in rows
+            if row.state == state and row.divergence > 0 and not row.variant.zeroed
+        ]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers+text",
+                "meta": state,
+                "x": [row.checkpoint.size_bytes / 1e6 for row in points],
+                "y": [short(row.divergence) for row in points],
+                "text": [row.name for row in points],
+                "textposition": [
+                    ("top center", "bottom center")[i % 2] for i in range(len(points))
+                ],
+                "textfont": {"size": 12},
+                "cliponaxis": False,
+                "marker": {"symbol": symbol, "size": 11},
+                "hovertemplate": "%{text}<br>%{x:.1f} MB, %{y:.3g} nats<extra></extra>",
+            }
+        )
+    return {"data": data, "layout": layout}
+
+
+def _legend_layout(height: int, across: str, upwards: str) -> dict[str, Any]:
+    layout = chart_layout(height, across, upwards)
+    layout["showlegend"] = True
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    layout["margin"]["t"] = 34
+    return layout

@@ -1,0 +1,143 @@
+"""Can it be done here? Asked before the hours, not after them."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from se_compress.artifacts import CompressionPlan, ModelSource
+from se_compress.errors import RecipeError, ResourceError
+from se_compress.opening.auxiliary import find_auxiliary
+from se_compress.recipe import Recipe
+from se_compress.running.memory import MACHINE, available_memory
+from se_compress.running.places import output_of, partial
+
+
+def check_packages(plans: Sequence[CompressionPlan]) -> None:
+    """What the plans need is installed. Raises RecipeError."""
+    methods = {plan.scheme.method for plan in plans}
+    if "bitsandbytes" in methods and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "quantization.method is bitsandbytes, which is not installed: "
+            "pip install 'se-compress[bnb]'"
+        )
+
+
+def check_place(directory: Path) -> None:
+    """A verdict can be written there. Raises RecipeError."""
+    ancestor = directory.absolute()
+    while not os.path.lexists(ancestor):
+        ancestor = ancestor.parent
+    if not os.path.isdir(ancestor):
+        raise RecipeError(f"--output {directory}: {ancestor} is not a directory")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise RecipeError(f"--output {directory}: {ancestor} cannot be written")
+
+
+def check_positions(source: ModelSource, recipe: Recipe) -> None:
+    """No sequence is longer than the model has positions for: beyond them it babbles, whatever is
+    done to its experts. Raises RecipeError."""
+    most = source.config.get("max_position_embeddings")
+    if not isinstance(most, int):
+        return
+    generation = recipe.validation.generation
+    lengths = {
+        "calibration.sequence_length": recipe.calibration.sequence_length,
+        "validation.sequence_length": recipe.validation.sequence_length,
+    }
+    if generation.tokens:
+        key = "validation.generation.prompt_tokens and tokens together"
+        lengths[key] = generation.prompt_tokens + generation.tokens
+    for key, length in lengths.items():
+        if length > most:
+            raise RecipeError(
+                f"{key}: {length} is more than the model's max_position_embeddings, {most} "
+                f"({source.path}/config.json)"
+            )
+
+
+def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> None:
+    """All results of a recipe and the saved progress of one run. Raises ResourceError."""
+    if shortage := disk_shortage(plans, source, recipe):
+        raise ResourceError(shortage)
+
+
+def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> str:
+    """In one sentence what does not fit on the disk of the output; "" if all does. Raises
+    RecipeError if there can be no such directory."""
+    output = output_of(recipe.output)
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise RecipeError(
+            f"output {partial(output)}: cannot be written ({parent} is not a directory)"
+        )
+    tokens = recipe.calibration.samples * recipe.calibration.sequence_length
+    # Two streams of hidden states, the last ones and those that are being written.
+    states = 4 * tokens * int(source.config["hidden_size"]) * _item_bytes(recipe)
+    copied = find_auxiliary(source.path, source.config).size_bytes
+    results = sum(plan.size_bytes + copied for plan in plans)
+    ours = output if recipe.variants else partial(output)
+    there = sum(file.stat().st_size for file in ours.glob("**/*.safetensors"))
+    free = shutil.disk_usage(parent).free + there
+    if results + states <= free:
+        return ""
+    what = "the result takes" if len(plans) == 1 else f"the {len(plans)} results take"
+    return (
+        f"{parent}: {what} {in_units(results)} and saved progress {in_units(states)}, but only "
+        f"{in_units(free)} are free"
+    )
+
+
+def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
+    """The largest layer and the hidden states of all calibration tokens. Raises ResourceError."""
+    item_bytes = _item_bytes(recipe)
+    weights: dict[int | None, int] = {}
+    for info in source.tensors.values():
+        count = 1
+        for extent in info.shape:
+            count *= extent
+        weights[info.layer] = weights.get(info.layer, 0) + count
+    layer = max(count for index, count in weights.items() if index is not None) * item_bytes
+    # Both streams before and after a layer, and the kept input of its experts.
+    hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
+    available = available_memory()
+    if layer + hidden > available.size_bytes:
+        advice = memory_advice(recipe, layer, hidden / tokens, available.size_bytes)
+        if available.limit != MACHINE:
+            advice += ", or raise that limit"
+        raise ResourceError(
+            f"the largest layer takes {in_units(layer)} and the hidden states of {tokens} "
+            f"calibration tokens {in_units(hidden)}, but {in_units(available.size_bytes)} of "
+            f"memory {available.limit} are available; {advice}"
+        )
+
+
+def in_units(size_bytes: int) -> str:
+    """A size for people, in decimal units."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def _item_bytes(recipe: Recipe) -> int:
+    return 4 if recipe.compute_dtype == "float32" else 2
+
+
+def memory_advice(recipe: Recipe, layer: float, token: float, available: int) -> str:
+    """Settings with which a layer and the hidden states fit into the memory that there is; both
+    sizes, that of all hidden states of one token too, are in bytes as the recipe stands."""
+    calibration, advice = recipe.calibration, []
+    half = 0.5 if recipe.compute_dtype == "float32" else 1.0
+    as_it_is, in_bfloat16 = (
+        int((available - share * layer) // (share * token * calibration.sequence_length))
+        for share in (1.0, half)
+    )
+    if as_it_is >= 1:
+        advice.append(f"lower calibration.samples to {as_it_is}")
+    if half < 1 and in_bfloat16 >= calibration.samples:
+        advice.append("set compute_dtype: bfloat16")
+    elif half < 1 and in_bfloat16 > max(as_it_is, 0):
+        lowered = f"set compute_dtype: bfloat16 and lower calibration.samples to {in_bfloat16}"
+        advice.append(lowered)
+    return " or ".join(advice) or "no setting of the recipe makes it fit"

@@ -1,0 +1,1 @@
+"""Text becomes sequences of token ids: sources, chat messages, tokenizers, the drawing."""

@@ -1,0 +1,1 @@
+"""Judge a result beside its source."""
