@@ -1,6 +1,5 @@
 """The command line: arguments, signals and the exit code. What is shown is in screen.py."""
 
-import errno
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -34,10 +33,6 @@ from se_compress.errors import (
     shorten,
 )
 from se_compress.pipeline import (
-    Outcome,
-    Preview,
-    Request,
-    VariantsOutcome,
     judge_existing,
     preview,
     preview_variants,
@@ -45,6 +40,9 @@ from se_compress.pipeline import (
     run_variants,
 )
 from se_compress.recipe import read_recipe, recipe_of
+from se_compress.reporting.comparison import summarize
+from se_compress.request import Outcome, Preview, Request, VariantsOutcome
+from se_compress.running.faults import foreseen
 from se_compress.screen import (
     Screen,
     failed_gates,
@@ -110,7 +108,7 @@ def _command(
             "--help", callback=_show_help, is_eager=True, help="Show this message and exit."
         ),
     ] = False,
-) -> None:
+) -> int:
     """Compress a Mixture-of-Experts checkpoint while its super experts stay provably intact.
 
     Exit codes: 0 exported, all gates passed; 2 bad command line or recipe; 3 model or data cannot
@@ -149,7 +147,7 @@ def _command(
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
         result, show = _finished(outcome), partial(screen.show_result, outcome)
-    _tell(result, show, json)
+    return _tell(result, show, json)
 
 
 def _path(name: str, text: str) -> Path:
@@ -166,23 +164,20 @@ def _beside(directory: Path) -> Path:
     return named.with_name(f"{named.name}.validation")
 
 
-def _tell(result: RunResult, show: Callable[[], None], json: bool) -> None:
-    """A stdout that takes no more does not undo what was made: its exit code stays."""
+def _tell(result: RunResult, show: Callable[[], None], json: bool) -> int:
+    """Show what came out, and return the exit code of the process.
+
+    A stdout that takes no more does not undo what was made: its exit code stays.
+    """
     told = surviving(sys.stderr if json else sys.stdout, show)
-    if result.message:
-        raise _Rejected(result)
+    if result.exit_code:
+        signals.ignore()  # it is done
+        _print_message(result.message)
     if json:
         told = surviving(sys.stdout, lambda: print(to_json_line(result)))
     if not told and result.outcome == "planned":
         raise ResourceError("the plan cannot be written to stdout: its disk is full")
-
-
-class _Rejected(ValidationFailed):
-    """Carries what `--json` tells of a rejected result."""
-
-    def __init__(self, result: RunResult) -> None:
-        super().__init__(result.message)
-        self.result = result
+    return result.exit_code
 
 
 def _planned(previews: Mapping[str, Preview]) -> RunResult:
@@ -205,18 +200,18 @@ def _planned(previews: Mapping[str, Preview]) -> RunResult:
 def _finished(outcome: Outcome | VariantsOutcome) -> RunResult:
     """What came out, as one record."""
     if isinstance(outcome, Outcome):
-        message = "" if outcome.published else why_rejected(outcome)
-        checkpoints, comparison = [outcome.summary("", str(outcome.directory))], None
+        message, comparison = why_rejected(outcome), None
+        checkpoints = [summarize(outcome, "", str(outcome.directory))]
     else:
         message = why_variants_rejected(outcome)
-        checkpoints = [
-            one.summary(name, str(one.directory)) for name, one in outcome.outcomes.items()
-        ]
         comparison = str(outcome.directory / "comparison.json")
+        checkpoints = [
+            summarize(one, name, str(one.directory)) for name, one in outcome.outcomes.items()
+        ]
     return RunResult(
-        outcome="rejected" if message else "published",
-        exit_code=ValidationFailed.exit_code if message else 0,
-        message=message,
+        outcome="published" if outcome.published else "rejected",
+        exit_code=0 if outcome.published else ValidationFailed.exit_code,
+        message="" if outcome.published else message,
         comparison=comparison,
         checkpoints=tuple(checkpoints),
     )
@@ -248,27 +243,41 @@ def main() -> None:
             raise KeyboardInterrupt
         signals.ignore()  # it is done
         sys.exit(code or 0)
-    except _Rejected as error:
-        _exit_with(error.result.message, error.exit_code, error.result)
     except (KeyboardInterrupt, typer.Abort):
-        _exit_with(*signals.reason())
+        _fail(*signals.reason())
     except Exception as error:
         if signals.stopped.is_set():  # and what it raised was taken for something else
-            _exit_with(*signals.reason())
-        foreseen = error if isinstance(error, SeCompressError) else _foreseen(error)
-        if foreseen is None:
+            _fail(*signals.reason())
+        known = error if isinstance(error, SeCompressError) else _usage_error(error)
+        known = known or foreseen(error)
+        if known is None:
             raise
-        _exit_with(str(foreseen), foreseen.exit_code)
+        _fail(str(known), known.exit_code)
 
 
-def _exit_with(message: str, code: int, result: RunResult | None = None) -> None:
+def _usage_error(error: Exception) -> RecipeError | None:
+    """Of typer's errors: they have no public base class, but all can say what is wrong."""
+    format_message = getattr(error, "format_message", None)
+    if format_message is None:
+        return None
+    return RecipeError(f"{format_message()} (--help tells what is accepted)")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """End the process without a result."""
     signals.ignore()
-    message = shorten(printable(" ".join(message.split())), 4 * MESSAGE_LENGTH)
-    surviving(sys.stderr, lambda: print(f"se-compress: {message}", file=sys.stderr))
+    message = _print_message(message)
     if _wants_json(sys.argv[1:]):
-        line = to_json_line(result or RunResult("failed", code, message))
+        line = to_json_line(RunResult("failed", code, message))
         surviving(sys.stdout, lambda: print(line))
     sys.exit(code)
+
+
+def _print_message(message: str) -> str:
+    """The line on stderr that goes with an exit code; returned as it was printed."""
+    message = shorten(printable(" ".join(message.split())), 4 * MESSAGE_LENGTH)
+    surviving(sys.stderr, lambda: print(f"se-compress: {message}", file=sys.stderr))
+    return message
 
 
 def _wants_json(words: Sequence[str]) -> bool:
@@ -284,22 +293,6 @@ def _wants_json(words: Sequence[str]) -> bool:
         if word in valued:
             next(rest, None)
     return False
-
-
-def _foreseen(error: Exception) -> SeCompressError | None:
-    """What a library's error means to the user; None if it is a bug."""
-    text = str(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or re.search(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\)", text):
-        return ResourceError(f"the disk is full ({text}); progress is kept")
-    exhausted = "can't allocate memory" in text or "CUDA out of memory" in text
-    if isinstance(error, MemoryError) or exhausted:
-        return ResourceError("memory is exhausted; lower calibration.samples; progress is kept")
-    # Typer's usage errors have no public base class, but they all can say what is wrong.
-    format_message = getattr(error, "format_message", None)
-    if format_message is not None:
-        return RecipeError(f"{format_message()} (--help tells what is accepted)")
-    return None
 
 
 def _device(name: str) -> str:

@@ -1,73 +1,59 @@
 """The one file that knows the order of things: recipe in, published or rejected checkpoint out.
 
-Started again, a run goes on after the last finished layer. What may be reused is decided by digests
-of everything that went in; a changed setting or source is named, and what depends on it is made
-anew. Where it all lies is in running/run_directory.py.
+Read `_run`: it names every stage, in order. Started again, a run goes on after the last finished
+layer. What may be reused is decided in reuse.py, by digests of everything that went in; a changed
+setting or source is named, and what depends on it is made anew. Where it all lies is in
+running/run_directory.py.
 """
 
-import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from se_compress.artifacts import (
     OURS,
-    CheckpointSummary,
-    Comparison,
     CompressionPlan,
-    CurvePoint,
     ExpertProfile,
     ModelSource,
-    RunOptions,
     ValidationReport,
-    digest_of,
     from_json,
     to_json,
     write_atomically,
 )
-from se_compress.engines.blueprint import draw_blueprint
-from se_compress.errors import RecipeError, ResourceError, SeCompressError, SourceError
+from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
 from se_compress.planning.allocate import scheme_of
 from se_compress.planning.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
-from se_compress.recipe import Recipe, flatten
+from se_compress.recipe import Recipe
 from se_compress.recipe_file import PLAN_BYTES, read_text
-from se_compress.reporting.comparison import compare, describe_variant, summarize
-from se_compress.running.manifest import (
-    FILES_FILE,
-    SETTINGS_FILE,
-    damages,
-    is_intact,
-    restore,
-    write_list,
-)
-from se_compress.running.places import check_apart, expand, output_of, partial, rejected
+from se_compress.reporting.comparison import compare_outcomes
+from se_compress.reporting.files import write_comparison, write_reports
+from se_compress.request import Notice, Outcome, Preview, Request, VariantsOutcome
+from se_compress.reuse import find_finished, find_profile, load_profile, settings_of, try_again
+from se_compress.running.faults import telling_whose
+from se_compress.running.manifest import SETTINGS_FILE, write_list
+from se_compress.running.places import partial
 from se_compress.running.preflight import (
     check_disk,
     check_memory,
     check_packages,
     check_place,
+    check_places,
     check_positions,
     disk_shortage,
 )
 from se_compress.running.publishing import publish, recover
 from se_compress.running.run_directory import (
     STAGED,
-    check_output,
     check_output_of_variants,
     check_replaceable,
     load,
-    load_settings,
     locked,
     prepare,
-    profile_files,
     save,
     save_settings,
 )
@@ -76,133 +62,106 @@ from se_compress.text.overlap import cautions, cautions_before
 if TYPE_CHECKING:
     from se_compress.validation.validator import Original
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: these have a message of their own
-# Files of a result, beside its weights, that only the whole work makes again.
-_RECORDS = ("compression", "profile", "plan", "validation")
-NOT_CHEAP = (FILES_FILE, SETTINGS_FILE, *(f"{OURS}/{name}.json" for name in _RECORDS))
-Notice = Callable[[str], None]
-Tokens = Sequence[Sequence[int]]
+# The source's side of the validation, by what has to be alike for results to share it.
 Originals = dict[object, "Original"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for.
-
-    recipe_text   the recipe file, verbatim
-    recipe_file   where it lies, if it is a file
-    plan_file     a plan to use in place of a fresh one
-    fresh         ignore saved progress and an existing result
-    notice        called with a sentence when something is reused, redone or given up
-    siblings      outputs of the other variants, whose profile may serve this one as well
-    keep_code     the result names the model's own code (auto_map), and has its files
-    """
-
-    recipe: Recipe
-    recipe_text: str
-    options: RunOptions = RunOptions()
-    plan_file: Path | None = None
-    fresh: bool = False
-    notice: Notice = lambda sentence: None
-    siblings: tuple[Path, ...] = ()
-    keep_code: bool = False
-    recipe_file: Path | None = None
-
-    @property
-    def output(self) -> Path:
-        return output_of(self.recipe.output)
-
-    @cached_property
-    def plan_text(self) -> str:
-        """What is in the plan file, "" without one; read once, for it may be a pipe."""
-        if self.plan_file is None:
-            return ""
-        return read_text(self.plan_file, PLAN_BYTES, "a plan", f"--plan {self.plan_file}")
-
-    @property
-    def profile_files(self) -> Iterator[Path]:
-        for output in (self.output, *self.siblings):
-            yield from profile_files(output)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where the checkpoint is, and what was found out. `published` is false if it was rejected."""
-
-    directory: Path
-    published: bool
-    profile: ExpertProfile
-    plan: CompressionPlan
-    validation: ValidationReport
-
-    def summary(self, name: str, directory: str) -> CheckpointSummary:
-        """In numbers, under a variant's name; `directory` as the reader will see it."""
-        found = (self.profile, self.plan, self.validation)
-        return summarize(name, directory, self.published, *found)
-
-
-@dataclass(frozen=True)
-class VariantsOutcome:
-    """What became of each variant; `directory` holds the comparison."""
-
-    directory: Path
-    outcomes: Mapping[str, Outcome]
-    comparison: Comparison
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a dry run can tell without reading a weight; `curve` is what other budgets would buy,
-    `shortage` what the disk here lacks for the run, `cautions` what is doubtful in the recipe."""
-
-    source: ModelSource
-    plan: CompressionPlan
-    profile: ExpertProfile | None
-    curve: tuple[CurvePoint, ...]
-    shortage: str = ""
-    cautions: tuple[str, ...] = ()
-
-
-def preview(request: Request) -> Preview:
-    """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
-    source = open_source(request.recipe.model, request.keep_code)
-    found = _preview(request, source)
-    return replace(found, shortage=disk_shortage([found.plan], source, request.recipe))
-
-
-def preview_variants(request: Request) -> dict[str, Preview]:
-    """The same for each variant, by name."""
-    source = open_source(request.recipe.model, request.keep_code)
-    found = {}
-    for name, one in _requests(request).items():
-        with _naming(name):
-            found[name] = _preview(one, source)
-    shortage = disk_shortage([one.plan for one in found.values()], source, request.recipe)
-    return {name: replace(one, shortage=shortage) for name, one in found.items()}
-
-
-def _preview(request: Request, source: ModelSource) -> Preview:
-    _check_places(request, source)
-    check_positions(source, request.recipe)
-    profiles = filter(None, map(_load_profile, request.profile_files))
-    profile = next((p for p in profiles if p.source_digest == source.digest), None)
-    plan = _plan(source, profile, request)
-    curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
-    return Preview(source, plan, profile, curve, cautions=cautions_before(request.recipe))
 
 
 def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
     source = open_source(request.recipe.model, request.keep_code)
-    _check_places(request, source)
-    check_positions(source, request.recipe)
-    # What can be refused without a profile is refused now, before the hours.
-    plan = _plan(source, None, request)
-    _tell_of_files(source, request)
-    check_packages([plan])
-    check_disk([plan], source, request.recipe)
-    with _told(source, request.output):
+    _check_before({"": request}, source, request)
+    with telling_whose(source.path, request.output):
         return _run(request, source, {})
+
+
+def run_variants(request: Request) -> VariantsOutcome:
+    """The whole flow for each variant of the recipe, and the comparison of their results.
+
+    One profile serves all variants that would measure the same. A rejected variant does not stop
+    the others; what an error leaves behind is taken up by the next run.
+    """
+    source = open_source(request.recipe.model, request.keep_code)
+    check_output_of_variants(request.output)
+    requests = request.by_variant()
+    _check_before(requests, source, request)
+    outcomes: dict[str, Outcome] = {}
+    originals: Originals = {}
+    for name, one in requests.items():
+        with _naming(name), telling_whose(source.path, one.output):
+            outcomes[name] = _run(one, source, originals)
+    comparison = compare_outcomes(request.recipe, outcomes)
+    write_comparison(request.output, comparison)
+    return VariantsOutcome(request.output, outcomes, comparison)
+
+
+def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
+    """One checkpoint, from the drawing of the text to its place.
+
+    originals   filled here, for the variants to share
+    """
+    from se_compress.compression.execute import compress
+    from se_compress.engines.generation import why_not_saved
+    from se_compress.profiling.profiler import STATES_FILE, profile_digest, profile_experts
+    from se_compress.text.calibrate import draw_tokens
+    from se_compress.validation.validator import Original, validate
+
+    recipe, output = request.recipe, request.output
+    calibration = draw_tokens(recipe.calibration, source)
+    held_out = draw_tokens(recipe.validation, source)
+
+    settings = settings_of(request, source.digest, calibration, held_out)
+    if partial(output).exists():
+        with locked(output, request.notice):
+            recover(output, request.notice)
+    if not request.fresh and (finished := find_finished(request, source, settings)):
+        return try_again(finished, source, held_out, request)
+
+    doubts = cautions(calibration, held_out)
+    _tell(doubts, request.notice)
+    beside = [file.name for file in source.path.iterdir()]
+    check_replaceable(output, beside)
+    check_memory(source, recipe, len(calibration) * len(calibration[0]))
+    with locked(output, request.notice) as work:
+        prepare(output, settings, request.fresh, request.notice)
+        options, staged = request.options_in(work), work / STAGED
+
+        profile = find_profile(profile_digest(source, calibration, recipe), request)
+        profile = profile or profile_experts(source, calibration, recipe, options)
+        save(profile, work / "profile.json")
+        (work / STATES_FILE).unlink(missing_ok=True)
+
+        plan = _plan(source, profile, request)
+        plan = _noting(plan, (*filter(None, [why_not_saved(source.path)]), *doubts))
+        _tell(cautions_of(plan, source, profile), request.notice)
+        write_atomically(work / "plan.json", to_json(plan))
+        check_disk([plan], source, recipe)
+
+        compress(source, plan, calibration, recipe, staged, options)
+
+        alike = (recipe.compute_dtype, recipe.validation.generation)
+        if alike not in originals:
+            originals[alike] = Original(source, held_out, recipe, request.options)
+        validation = validate(
+            source, plan, staged, held_out, recipe, request.options, original=originals[alike]
+        )
+
+        outcome = Outcome(request.place_of(validation), profile, plan, validation)
+        write_reports(staged, outcome, request, source.path)
+        save_settings(staged / SETTINGS_FILE, settings.by_name)
+        write_list(staged, request.options.progress)
+        check_replaceable(output, beside)  # again: hours have passed
+        publish(staged, outcome.directory, work)
+    return outcome
+
+
+def preview(request: Request) -> Preview:
+    """Everything up to the pre-flight that needs no weights: sizes, budget, loadability."""
+    return _previews({"": request}, request)[""]
+
+
+def preview_variants(request: Request) -> dict[str, Preview]:
+    """The same for each variant, by name."""
+    return _previews(request.by_variant(), request)
 
 
 def judge_existing(request: Request, directory: Path, output: Path) -> ValidationReport:
@@ -220,17 +179,14 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     check_place(output)
     source = open_source(request.recipe.model, request.keep_code)
     check_positions(source, request.recipe)
-    plan_file, profile_file = (directory / OURS / f"{name}.json" for name in ("plan", "profile"))
-    plan = None
-    if plan_file.exists():
-        text = read_text(plan_file, PLAN_BYTES, "a plan")
-        plan = check_plan(from_json(CompressionPlan, text, str(plan_file)), source, str(plan_file))
-    for caution in cautions_before(request.recipe):
-        request.notice(caution)
+    plan = _plan_in(directory)
+    if plan is not None:
+        plan = check_plan(plan, source, str(directory / OURS / "plan.json"))
+    _tell(cautions_before(request.recipe), request.notice)
     held_out = draw_tokens(request.recipe.validation, source)
     report = validate(source, plan, directory, held_out, request.recipe, request.options)
     write_atomically(output / "validation.json", to_json(report))
-    profile = load(ExpertProfile, profile_file)
+    profile = load(ExpertProfile, directory / OURS / "profile.json")
     if plan is not None and profile is not None:
         html = render_report(request.recipe, profile, plan, report)
         write_atomically(output / "report.html", html)
@@ -239,415 +195,101 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     return report
 
 
-def run_variants(request: Request) -> VariantsOutcome:
-    """The whole flow for each variant of the recipe, and the comparison of their results.
+# --------------------------------------------------------------------------------- before the hours
 
-    One profile serves all variants that would measure the same. A rejected variant does not stop
-    the others; what an error leaves behind is taken up by the next run.
+
+def _check_before(requests: Mapping[str, Request], source: ModelSource, whole: Request) -> None:
+    """What can be refused without a profile is refused now.
+
+    requests   of each variant, by name; a single one is called ""
+    whole      the request that they are made of
     """
-    source = open_source(request.recipe.model, request.keep_code)
-    check_output_of_variants(request.output)
-    requests = _requests(request)
     plans = []
     for name, one in requests.items():
         with _naming(name):
-            _check_places(one, source)
-            check_positions(source, one.recipe)
+            _check_request(one, source)
             plans.append(_plan(source, None, one))
-    _tell_of_files(source, request)
+    _tell(find_auxiliary(source.path, source.config, whole.keep_code).notes, whole.notice)
     check_packages(plans)
-    check_disk(plans, source, request.recipe)
-    outcomes: dict[str, Outcome] = {}
-    originals: Originals = {}
+    check_disk(plans, source, whole.recipe)
+
+
+def _previews(requests: Mapping[str, Request], whole: Request) -> dict[str, Preview]:
+    """A preview of each request, all with what the disk lacks for all of them."""
+    source = open_source(whole.recipe.model, whole.keep_code)
+    found = {}
     for name, one in requests.items():
-        with _naming(name), _told(source, one.output):
-            outcomes[name] = _run(one, source, originals)
-    comparison = _compare(request, outcomes)
-    _write_comparison(request.output, comparison)
-    return VariantsOutcome(request.output, outcomes, comparison)
+        with _naming(name):
+            _check_request(one, source)
+            found[name] = _preview(one, source)
+    shortage = disk_shortage([one.plan for one in found.values()], source, whole.recipe)
+    return {name: replace(one, shortage=shortage) for name, one in found.items()}
 
 
-def _requests(request: Request) -> dict[str, Request]:
-    """A request for each variant, whose messages and progress bear its name."""
-    if request.plan_file is not None:
-        raise RecipeError(
-            f"--plan {request.plan_file}: one plan cannot serve {len(request.recipe.variants)} "
-            "variants; give it to a recipe without variants"
-        )
-    return {name: _request(request, name) for name in request.recipe.variants}
+def _preview(request: Request, source: ModelSource) -> Preview:
+    profiles = filter(None, map(load_profile, request.profile_files))
+    profile = next((p for p in profiles if p.source_digest == source.digest), None)
+    plan = _plan(source, profile, request)
+    curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
+    return Preview(source, plan, profile, curve, cautions=cautions_before(request.recipe))
 
 
-def _request(request: Request, name: str) -> Request:
-    variants, options = request.recipe.variants, request.options
-    return replace(
-        request,
-        recipe=variants[name],
-        options=replace(
-            options, progress=lambda stage, *steps: options.progress(f"{name}: {stage}", *steps)
-        ),
-        notice=lambda sentence: request.notice(f"{name}: {sentence}"),
-        siblings=tuple(output_of(other.output) for key, other in variants.items() if key != name),
-    )
+def _check_request(request: Request, source: ModelSource) -> None:
+    files = {"--plan": request.plan_file, "the recipe": request.recipe_file}
+    check_places(source, request.recipe, files)
+    check_positions(source, request.recipe)
 
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Errors say which variant they come from."""
+    """Errors say which variant they come from. A single result is called "" and not named."""
     try:
         yield
     except SeCompressError as error:
+        if not name:
+            raise
         raise type(error)(f"variant {name}: {error}") from None
 
 
-@contextmanager
-def _told(source: ModelSource, output: Path) -> Iterator[None]:
-    """What the file system refuses in the middle of the work is one line, and whose fault it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL or not isinstance(error.filename, str | Path):
-            raise
-        file = Path(error.filename).absolute()
-        if file.is_relative_to(source.path.absolute()):
-            problem = f"{file}: cannot be read any more ({error.strerror}); the model has changed"
-            raise SourceError(problem) from None
-        places = (output, partial(output), rejected(output))
-        if any(file.is_relative_to(place.absolute()) for place in places):
-            raise ResourceError(f"output {file}: {error.strerror}; progress is kept") from None
-        raise
-
-
-def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome:
-    """`originals` is filled with the source's side of the validation, for the variants to share."""
-    from se_compress.text.calibrate import draw_tokens
-
-    recipe, output = request.recipe, request.output
-    calibration = draw_tokens(recipe.calibration, source)
-    held_out = draw_tokens(recipe.validation, source)
-    settings = _settings(request, source, calibration, held_out)
-    if partial(output).exists():
-        with locked(output, request.notice):
-            recover(output, request.notice)
-    if not request.fresh and (finished := _finished(request, source, settings)):
-        return _tried_again(request, source, held_out, finished)
-    told = cautions(calibration, held_out)
-    for caution in told:
-        request.notice(caution)
-    beside = [file.name for file in source.path.iterdir()]
-    check_replaceable(output, beside)
-    check_memory(source, recipe, len(calibration) * len(calibration[0]))
-    with locked(output, request.notice) as work:
-        prepare(output, settings, request.fresh, request.notice)
-        profile = _profile(source, calibration, work, request)
-        plan = _noting(_with_caution(_plan(source, profile, request), source), told)
-        for caution in cautions_of(plan, source, profile):
-            request.notice(caution)
-        write_atomically(work / "plan.json", to_json(plan))
-        check_disk([plan], source, recipe)
-        staged = work / "checkpoint"
-        _compress(source, plan, calibration, staged, request)
-        validation = _validate(source, plan, staged, held_out, request, originals)
-        _write_reports(source, staged, profile, plan, validation, request)
-        save_settings(staged / SETTINGS_FILE, settings)
-        write_list(staged, request.options.progress)
-        check_replaceable(output, beside)  # again: hours have passed
-        directory = output if validation.passed else rejected(output)
-        publish(staged, directory, work)
-    return Outcome(directory, validation.passed, profile, plan, validation)
-
-
-def _tell_of_files(source: ModelSource, request: Request) -> None:
-    for note in find_auxiliary(source.path, source.config, request.keep_code).notes:
-        request.notice(note)
-
-
-def _tried_again(
-    request: Request,
-    source: ModelSource,
-    held_out: Tokens,
-    finished: Outcome,
-) -> Outcome:
-    """A finished result; what kept a check from being run at the time may be gone by now. A result
-    that fails then is taken back."""
-    if finished.validation.is_final or not finished.published:
-        return finished
-    from se_compress.validation.validator import try_again
-
-    directory, profile, plan = finished.directory, finished.profile, finished.plan
-    request.notice(f"{directory}: trying again what could not be run: reload")
-    validation = try_again(
-        source, plan, directory, held_out, request.recipe, request.options, finished.validation
-    )
-    if validation == finished.validation:
-        return finished
-    _write_reports(source, directory, profile, plan, validation, request)
-    write_list(directory, request.options.progress)
-    if not validation.passed:
-        with locked(request.output, request.notice) as work:
-            staged = directory.rename(work / STAGED)
-            publish(staged, rejected(request.output), work)
-        directory = rejected(request.output)
-    return Outcome(directory, validation.passed, profile, plan, validation)
-
-
-# ------------------------------------------------------------------------------------------- stages
-
-
-def _profile(source: ModelSource, tokens: Tokens, work: Path, request: Request) -> ExpertProfile:
-    from se_compress.profiling.profiler import STATES_FILE, profile_digest, profile_experts
-
-    wanted = profile_digest(source, tokens, request.recipe)
-    for file in request.profile_files:
-        profile = None if request.fresh else _load_profile(file)
-        if profile is None and file.exists() and not request.fresh:
-            request.notice(f"{file} is damaged, or of another version: not used")
-        if profile is not None and profile.digest == wanted:
-            request.notice(f"profile reused from {file}")
-            break
-    else:
-        options = replace(request.options, work=work, notice=request.notice)
-        profile = profile_experts(source, tokens, request.recipe, options)
-    save(profile, work / "profile.json")
-    (work / STATES_FILE).unlink(missing_ok=True)
-    return profile
-
-
-def _load_profile(file: Path) -> ExpertProfile | None:
-    """None if there is none, or if it is not what was written."""
-    listed = file.parent.name == OURS
-    whole = not listed or is_intact(file.parent.parent, f"{OURS}/{file.name}")
-    return load(ExpertProfile, file) if whole else None
+# --------------------------------------------------------------------------------------------- plan
 
 
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
-    notes = find_auxiliary(source.path, source.config, request.keep_code).notes
-    plan = _plan_of_experts(source, profile, request)
-    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
+    """The plan, made or handed in, with notes on the files that lie beside the weights."""
+    plan, name = request.plan, str(request.plan_file)
+    if plan is None:
+        plan = make_plan(source, profile, request.recipe)
+    else:
+        plan = check_plan(plan, source, name)
+        _check_agrees(plan, request.recipe, name)
+        plan = with_cautions(plan, source, profile)
+    return _noting(plan, find_auxiliary(source.path, source.config, request.keep_code).notes)
 
 
-def _plan_of_experts(
-    source: ModelSource, profile: ExpertProfile | None, request: Request
-) -> CompressionPlan:
-    if request.plan_file is None:
-        return make_plan(source, profile, request.recipe)
-    plan = from_json(CompressionPlan, request.plan_text, str(request.plan_file))
-    plan = check_plan(plan, source, str(request.plan_file))
-    wanted = {"target": request.recipe.target}
-    if plan.target == request.recipe.target:
-        wanted |= asdict(scheme_of(request.recipe))
+def _check_agrees(plan: CompressionPlan, recipe: Recipe, name: str) -> None:
+    """Target and scheme of a plan that is handed in are the recipe's. Raises RecipeError."""
+    wanted = {"target": recipe.target}
+    if plan.target == recipe.target:
+        wanted |= asdict(scheme_of(recipe))
     planned = {"target": plan.target, **asdict(plan.scheme)}
     for key, value in wanted.items():
         if planned[key] != value:
-            raise RecipeError(
-                f"{request.plan_file}: {key} is {planned[key]}, but the recipe says {value}"
-            )
-    return with_cautions(plan, source, profile)
+            raise RecipeError(f"{name}: {key} is {planned[key]}, but the recipe says {value}")
+
+
+def _plan_in(directory: Path) -> CompressionPlan | None:
+    """The plan that a checkpoint of ours was made by. None in any other."""
+    file = directory / OURS / "plan.json"
+    if not file.exists():
+        return None
+    return from_json(CompressionPlan, read_text(file, PLAN_BYTES, "a plan"), str(file))
 
 
 def _noting(plan: CompressionPlan, notes: Sequence[str]) -> CompressionPlan:
-    """With further notes; a plan that was handed back may have them already."""
+    """The plan with further notes; one that was handed in may have them already."""
     return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
 
 
-def _with_caution(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
-    """Told of a generation_config.json by the one who reads it; not needed to plan."""
-    from se_compress.engines.generation import why_not_saved
-
-    reason = why_not_saved(source.path)
-    return replace(plan, notes=(*plan.notes, reason)) if reason else plan
-
-
-def _compress(
-    source: ModelSource,
-    plan: CompressionPlan,
-    tokens: Tokens,
-    staged: Path,
-    request: Request,
-) -> None:
-    from se_compress.compression.execute import compress
-
-    options = replace(
-        request.options,
-        work=staged.parent,
-        keep_code=request.keep_code,
-        notice=request.notice,
-    )
-    compress(source, plan, tokens, request.recipe, staged, options)
-
-
-def _validate(
-    source: ModelSource,
-    plan: CompressionPlan,
-    staged: Path,
-    tokens: Tokens,
-    request: Request,
-    originals: Originals,
-) -> ValidationReport:
-    from se_compress.validation.validator import Original, validate
-
-    recipe, options = request.recipe, request.options
-    alike = (recipe.compute_dtype, recipe.validation.generation)
-    if alike not in originals:
-        originals[alike] = Original(source, tokens, recipe, options)
-    return validate(source, plan, staged, tokens, recipe, options, original=originals[alike])
-
-
-def _write_reports(
-    source: ModelSource,
-    staged: Path,
-    profile: ExpertProfile,
-    plan: CompressionPlan,
-    validation: ValidationReport,
-    request: Request,
-) -> None:
-    from se_compress.reporting.report import render_model_card, render_report
-
-    files = {
-        f"{OURS}/recipe.yaml": request.recipe_text,
-        f"{OURS}/profile.json": to_json(profile),
-        f"{OURS}/plan.json": to_json(plan),
-        f"{OURS}/validation.json": to_json(validation),
-        f"{OURS}/report.html": render_report(request.recipe, profile, plan, validation),
-        "README.md": render_model_card(request.recipe, _licence(source), profile, plan, validation),
-    }
-    for name, text in files.items():
-        write_atomically(staged / name, text)
-
-
-def _licence(source: ModelSource) -> str | None:
-    """`license:` of the source's model card, if it has one."""
-    import yaml
-
-    card = source.path / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        text = card.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # a card that cannot be read gives no licence; the weights could be
-        return None
-    parts = text.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None
-    licence = front.get("license") if isinstance(front, dict) else None
-    return str(licence) if licence else None
-
-
-def _compare(request: Request, outcomes: Mapping[str, Outcome]) -> Comparison:
-    variants = [
-        describe_variant(
-            outcome.summary(name, outcome.directory.name),
-            request.recipe,
-            request.recipe.variants[name],
-            outcome.plan,
-            outcome.validation,
-        )
-        for name, outcome in outcomes.items()
-    ]
-    profile = next(iter(outcomes.values())).profile
-    tokens = max(outcome.validation.tokens for outcome in outcomes.values())
-    return compare(request.recipe, profile, tokens, variants)
-
-
-def _write_comparison(output: Path, comparison: Comparison) -> None:
-    from se_compress.reporting.comparison_page import render_comparison
-
-    write_atomically(output / "comparison.json", to_json(comparison))
-    write_atomically(output / "comparison.html", render_comparison(comparison))
-
-
-# ------------------------------------------------------------------------------------------- resume
-
-
-def _settings(
-    request: Request, source: ModelSource, calibration: Tokens, held_out: Tokens
-) -> dict[str, object]:
-    """Everything that decides the result, by name, so that a change can be named."""
-    settings = {k: v for k, v in flatten(request.recipe).items() if k not in ("output", "model")}
-    return settings | {
-        "the version of se-compress": version("se-compress"),
-        "the model's files": source.digest,
-        "the calibration text": digest_of(calibration),
-        "the validation text": digest_of(held_out),
-        "the plan file": digest_of(request.plan_text),
-        "--keep-remote-code": request.keep_code,
-    }
-
-
-def _finished(
-    request: Request, source: ModelSource, settings: Mapping[str, object]
-) -> Outcome | None:
-    """A result that was made from exactly these settings, and is whole: one that passed under its
-    name, one that did not under that of rejected ones."""
-    for directory in (request.output, rejected(request.output)):
-        if load_settings(directory / SETTINGS_FILE) != settings:
-            continue
-        found = _read_outcome(directory, directory == request.output, source, request)
-        if isinstance(found, Outcome):
-            passed = found.validation.passed
-            request.notice(
-                f"{directory} is up to date: nothing in the recipe, the model or the data changed"
-                + ("" if passed else " (--fresh makes it again)")
-            )
-            return found
-        request.notice(f"{directory}: {found}: made again")
-    return None
-
-
-def _read_outcome(
-    directory: Path, passed: bool, source: ModelSource, request: Request
-) -> Outcome | str:
-    """A result as it lies there, or what is wrong with it and cannot be mended at once."""
-    ours = directory / OURS
-    damaged = damages(directory, request.options.progress)
-    problems = list(damaged.values())
-    problem = "".join(problems[:1]) + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
-    if any(name in NOT_CHEAP or name.endswith(".safetensors") for name in damaged):
-        return problem
-    profile = load(ExpertProfile, ours / "profile.json")
-    plan = load(CompressionPlan, ours / "plan.json")
-    validation = load(ValidationReport, ours / "validation.json")
-    if profile is None or plan is None or validation is None:
-        return "its reports cannot be read"
-    if validation.passed != passed:
-        return "holds a result that " + ("did not pass" if passed else "passed")
-    found = Outcome(directory, passed, profile, plan, validation)
-    if damaged and not _restore(found, damaged, source, request):
-        return problem
-    if damaged:
-        request.notice(f"{directory}: {problem}: made again")
-    return found
-
-
-def _restore(
-    found: Outcome, damaged: Mapping[str, str], source: ModelSource, request: Request
-) -> bool:
-    """Make again what costs nothing: config, copies of the source's files, reports. False if they
-    do not come out as they were."""
-    from se_compress.engines.export import export_config
-
-    blueprint = draw_blueprint(source, found.plan)
-    with TemporaryDirectory() as scratch:
-        export_config(blueprint, Path(scratch), request.keep_code)
-        _write_reports(source, Path(scratch), found.profile, found.plan, found.validation, request)
-        return restore(found.directory, damaged.keys(), Path(scratch))
-
-
-def _check_places(request: Request, source: ModelSource) -> None:
-    """The output can be written, and nothing that is read lies where it is replaced."""
-    recipe, output = request.recipe, request.output
-    files = {"--plan": request.plan_file, "the recipe": request.recipe_file}
-    texts = {"calibration": recipe.calibration, "validation": recipe.validation}
-    for word, text in texts.items():
-        for number, one in enumerate(text.data):
-            files[f"{word}.data {number + 1}"] = Path(expand(one.data))
-    check_apart(
-        (output, partial(output), rejected(output)),
-        source.path,
-        {info.file for info in source.tensors.values()},
-        {word: file for word, file in files.items() if file is not None},
-    )
-    check_output(output)
+def _tell(sentences: Iterable[str], notice: Notice) -> None:
+    for sentence in sentences:
+        notice(sentence)

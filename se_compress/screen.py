@@ -28,7 +28,7 @@ from rich.text import Text
 from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
 from se_compress.errors import printable
 from se_compress.limits import missed, unlimited
-from se_compress.pipeline import Outcome, Preview, VariantsOutcome
+from se_compress.request import Outcome, Preview, VariantsOutcome
 from se_compress.running.preflight import in_units
 
 # Seconds between two lines of progress of a stage, where there is no terminal.
@@ -337,9 +337,6 @@ def failed_gates(validation: ValidationReport) -> str:
 
 
 def why_variants_rejected(outcome: VariantsOutcome) -> str:
-    """ "" if nothing that has to pass was rejected."""
-    if outcome.comparison.passed:
-        return ""
     report = f"see {outcome.directory}/comparison.html"
     if outcome.comparison.recommended is None:
         return (

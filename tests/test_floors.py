@@ -19,9 +19,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts", "recipe_file", "signals"),
     ("recipe", "limits", "opening", "quant"),
     ("formats", "running"),
-    ("model", "text", "reload"),
+    ("model", "request", "text", "reload"),
     ("engines",),
     ("profiling", "planning", "compression", "validation", "reporting"),
+    ("reuse",),
     ("pipeline",),
     ("screen",),
     ("cli", "__main__", ""),
@@ -35,7 +36,7 @@ MODULES = {
 }  # fmt: skip
 LIGHT_ROOMS = {
     "", "artifacts", "cli", "errors", "formats", "limits", "opening", "pipeline", "planning",
-    "recipe", "recipe_file", "reporting", "running", "screen", "signals",
+    "recipe", "recipe_file", "reporting", "request", "reuse", "running", "screen", "signals",
 }  # fmt: skip
 LIGHT_MODULES = {
     "engines.bare", "engines.blueprint", "engines.engine_view", "engines.export",

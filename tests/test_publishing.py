@@ -22,6 +22,7 @@ from se_compress.running.manifest import FILES_FILE, damages, write_list
 from se_compress.running.places import partial, rejected
 from se_compress.running.publishing import publish, recover
 from se_compress.running.run_directory import (
+    RunSettings,
     check_output,
     check_replaceable,
     load_settings,
@@ -85,7 +86,7 @@ def make_result(directory: Path, word: str, report: ValidationReport, **settings
 def work_on(output: Path, word: str, report: ValidationReport) -> None:
     """A run as far as it is not the model's: it begins, makes its result and publishes it."""
     with locked(output, pytest.fail) as work:
-        prepare(output, SETTINGS, fresh=True, notice=lambda sentence: None)
+        prepare(output, RunSettings(SETTINGS), fresh=True, notice=lambda sentence: None)
         (work / "profile.json").write_text("{}", encoding="utf-8")
         (work / "compress-states.safetensors").write_text("states", encoding="utf-8")
         make_result(work / "checkpoint", word, report)
@@ -141,7 +142,7 @@ def assert_recovers(output: Path, place: Path, earlier: bool, finished: bool) ->
         return
     with locked(output, pytest.fail) as work:
         assert_trustworthy(work, found)
-        prepare(output, OTHERS, fresh=False, notice=lambda sentence: None)
+        prepare(output, RunSettings(OTHERS), fresh=False, notice=lambda sentence: None)
         assert not (work / "checkpoint").exists()
         assert not (work / "replaced").exists()
     assert (content(place) if place.exists() else None) == found

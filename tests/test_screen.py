@@ -116,7 +116,7 @@ sys.argv = ["se-compress", "r.yaml", *sys.argv[1:]]
 def command(*arguments, **options):
     result, json = RunResult(OUTCOME), "--json" in sys.argv
     screen = cli.Screen.of(False, json)
-    cli._tell(result, lambda: screen.out.print("x" * 100_000), json)
+    return cli._tell(result, lambda: screen.out.print("x" * 100_000), json)
 cli.typer.main.get_command = lambda app: type("Command", (), {"main": command, "params": []})()
 cli.main()
 """

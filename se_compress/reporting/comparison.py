@@ -1,7 +1,7 @@
 """Several results of one model side by side: who passed, what each cost, and which one to ship."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from se_compress.artifacts import (
     Action,
@@ -11,30 +11,27 @@ from se_compress.artifacts import (
     CompressionPlan,
     ExpertId,
     ExpertProfile,
-    ValidationReport,
 )
 from se_compress.limits import distance, missed, undecided
 from se_compress.recipe import Recipe, flatten
+from se_compress.request import Outcome
 
 # Sizes that differ by less are the same to whoever has to choose.
 SAME_SIZE = 1.02
 LOST: frozenset[Action] = frozenset({"prune", "merge", "zero"})
 
 
-def summarize(
-    name: str,
-    directory: str,
-    published: bool,
-    profile: ExpertProfile,
-    plan: CompressionPlan,
-    validation: ValidationReport,
-) -> CheckpointSummary:
-    """One checkpoint in numbers. `directory` is written as given."""
+def summarize(outcome: Outcome, name: str, directory: str) -> CheckpointSummary:
+    """One checkpoint in numbers, under a variant's name.
+
+    directory   as the reader will see it
+    """
+    profile, plan, validation = outcome.profile, outcome.plan, outcome.validation
     fates = [plan.by_id[one.id].action for one in profile.super_experts]
     return CheckpointSummary(
         name=name,
         directory=directory,
-        published=published,
+        published=outcome.published,
         target=plan.target,
         method=plan.scheme.method,
         size_bytes=validation.size_bytes,
@@ -49,26 +46,27 @@ def summarize(
     )
 
 
-def describe_variant(
-    checkpoint: CheckpointSummary,
-    common: Recipe,
-    recipe: Recipe,
-    plan: CompressionPlan,
-    validation: ValidationReport,
-) -> ComparedVariant:
-    """A variant as the comparison shows it. `common` is the recipe without its variants."""
-    base = flatten(common)
-    changes = {
-        key: json.dumps(value, ensure_ascii=False)
-        for key, value in flatten(recipe).items()
-        if key != "output" and value != base.get(key)
-    }
+def compare_outcomes(recipe: Recipe, outcomes: Mapping[str, Outcome]) -> Comparison:
+    """The comparison of what became of the variants of `recipe`, by their names."""
+    variants = [_describe(outcome, name, recipe) for name, outcome in outcomes.items()]
+    profile = next(iter(outcomes.values())).profile
+    tokens = max(outcome.validation.tokens for outcome in outcomes.values())
+    return compare(recipe, profile, tokens, variants)
+
+
+def _describe(outcome: Outcome, name: str, recipe: Recipe) -> ComparedVariant:
+    """A variant as the comparison shows it."""
+    common, own = flatten(recipe), flatten(recipe.variants[name])
     return ComparedVariant(
-        checkpoint=checkpoint,
-        changes=changes,
-        removed=_with_action(plan, "prune", "merge"),
-        zeroed=_with_action(plan, "zero"),
-        layers=validation.layers,
+        checkpoint=summarize(outcome, name, outcome.directory.name),
+        changes={
+            key: json.dumps(value, ensure_ascii=False)
+            for key, value in own.items()
+            if key != "output" and value != common.get(key)
+        },
+        removed=_with_action(outcome.plan, "prune", "merge"),
+        zeroed=_with_action(outcome.plan, "zero"),
+        layers=outcome.validation.layers,
     )
 
 

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from se_compress.artifacts import CompressionPlan, ModelSource
@@ -11,7 +11,8 @@ from se_compress.errors import RecipeError, ResourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.recipe import Recipe
 from se_compress.running.memory import MACHINE, available_memory
-from se_compress.running.places import output_of, partial
+from se_compress.running.places import check_apart, expand, output_of, partial, rejected
+from se_compress.running.run_directory import check_output
 
 
 def check_packages(plans: Sequence[CompressionPlan]) -> None:
@@ -33,6 +34,25 @@ def check_place(directory: Path) -> None:
         raise RecipeError(f"--output {directory}: {ancestor} is not a directory")
     if not os.access(ancestor, os.W_OK | os.X_OK):
         raise RecipeError(f"--output {directory}: {ancestor} cannot be written")
+
+
+def check_places(source: ModelSource, recipe: Recipe, files: Mapping[str, Path | None]) -> None:
+    """The output can be written, and nothing that is read lies where it is replaced.
+
+    files   what is read beside model and texts, by the word that it is given with
+
+    Raises RecipeError.
+    """
+    output = output_of(recipe.output)
+    texts = {"calibration": recipe.calibration, "validation": recipe.validation}
+    read = {word: file for word, file in files.items() if file is not None} | {
+        f"{word}.data {number + 1}": Path(expand(one.data))
+        for word, text in texts.items()
+        for number, one in enumerate(text.data)
+    }
+    shards = {info.file for info in source.tensors.values()}
+    check_apart((output, partial(output), rejected(output)), source.path, shards, read)
+    check_output(output)
 
 
 def check_positions(source: ModelSource, recipe: Recipe) -> None:

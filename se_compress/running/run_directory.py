@@ -18,6 +18,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -46,6 +47,25 @@ LISTED_NAMES = 3
 
 Settings = Mapping[str, object]
 Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides a result, by name, so that a change can be named.
+
+    unspoken   names of those whose values say nothing to a reader, such as digests: of them a
+               change is told without the values
+    """
+
+    by_name: Settings
+    unspoken: frozenset[str] = frozenset()
+
+    def changes_since(self, last: Settings) -> Iterator[str]:
+        """What differs from the settings of another run, in words."""
+        for name, value in self.by_name.items():
+            if last.get(name) != value:
+                values = "" if name in self.unspoken else f": {last.get(name)} -> {value}"
+                yield f"{name} changed{values}"
 
 
 def profile_files(output: Path) -> list[Path]:
@@ -212,25 +232,26 @@ def _busy(work: Path) -> RecipeError:
 # ------------------------------------------------------------------------------- begin, and go on
 
 
-def prepare(output: Path, settings: Settings, fresh: bool, notice: Notice) -> None:
-    """Keep the saved progress if it was made from these settings, otherwise drop it (the finished
-    profile has a digest of its own and may survive); name what changed since the last run."""
+def prepare(output: Path, settings: RunSettings, fresh: bool, notice: Notice) -> None:
+    """Keep the saved progress if it was made from these settings, otherwise drop it.
+
+    The finished profile has a digest of its own and may survive. What changed since the last run is
+    named.
+    """
     work = partial(output)
     mend(work, notice)
     saved = load_settings(work / RUN)
     if saved is None and (work / RUN).exists():
         notice(f"{work / RUN} cannot be read: the progress beside it is dropped")
     last = saved or load_settings(output / SETTINGS_FILE)
-    last = last or load_settings(rejected(output) / SETTINGS_FILE) or settings
-    for key in settings:
-        if last.get(key) != settings[key]:
-            change = f": {last.get(key)} -> {settings[key]}" if "the " not in key else ""
-            notice(f"{key} changed{change}")
-    if saved != settings or fresh:
+    last = last or load_settings(rejected(output) / SETTINGS_FILE) or settings.by_name
+    for change in settings.changes_since(last):
+        notice(change)
+    if saved != settings.by_name or fresh:
         clear(work, (LOCK,) if fresh else (LOCK, "profile.json"))
     elif any(work.glob("*-states.safetensors")):
         notice(f"continuing from {work}")
-    save_settings(work / RUN, settings)
+    save_settings(work / RUN, settings.by_name)
 
 
 def clear(work: Path, kept: Collection[str]) -> None:

@@ -1,0 +1,61 @@
+"""The files that a result and a comparison are told in: reports, model card, JSON beside them.
+
+The pages are imported when they are written: what draws them takes a second to import, which a dry
+run does not have.
+"""
+
+from pathlib import Path
+
+import yaml
+
+from se_compress.artifacts import OURS, Comparison, to_json, write_atomically
+from se_compress.request import Outcome, Request
+
+
+def write_reports(directory: Path, outcome: Outcome, request: Request, model: Path) -> None:
+    """All that is told of a result, into `directory`, where its weights may not yet be published.
+
+    model   directory of the source, whose licence is passed on
+    """
+    from se_compress.reporting.report import render_model_card, render_report
+
+    recipe, profile = request.recipe, outcome.profile
+    plan, validation = outcome.plan, outcome.validation
+    files = {
+        f"{OURS}/recipe.yaml": request.recipe_text,
+        f"{OURS}/profile.json": to_json(profile),
+        f"{OURS}/plan.json": to_json(plan),
+        f"{OURS}/validation.json": to_json(validation),
+        f"{OURS}/report.html": render_report(recipe, profile, plan, validation),
+        "README.md": render_model_card(recipe, licence_of(model), profile, plan, validation),
+    }
+    for name, text in files.items():
+        write_atomically(directory / name, text)
+
+
+def write_comparison(output: Path, comparison: Comparison) -> None:
+    """comparison.json and comparison.html."""
+    from se_compress.reporting.comparison_page import render_comparison
+
+    write_atomically(output / "comparison.json", to_json(comparison))
+    write_atomically(output / "comparison.html", render_comparison(comparison))
+
+
+def licence_of(model: Path) -> str | None:
+    """`license:` of the model card in a directory. None if there is none that can be read."""
+    card = model / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a card that cannot be read gives no licence; the weights could be
+        return None
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    licence = front.get("license") if isinstance(front, dict) else None
+    return str(licence) if licence else None
