@@ -6,27 +6,23 @@ Everything on it comes from one `Comparison`; the words are in the template, but
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from se_compress.artifacts import CheckpointSummary, ComparedVariant, Comparison, ExpertId
-from se_compress.limits import missed
+from se_compress.artifacts import Comparison, ExpertId
+from se_compress.reporting.comparison_charts import curve_figure, curves_of, trade_figure
+from se_compress.reporting.comparison_rows import Row
 from se_compress.reporting.page import (
     WORDINGS,
     WORDS,
-    Figure,
     Gate,
     State,
     Verdict,
-    chart_layout,
     count,
-    describe_check,
     number,
     percent,
-    short,
     size,
     template,
 )
@@ -42,8 +38,6 @@ EXPLAINED = (
 # What is called the published pattern: the least ratio without super experts is 1.56, the largest
 # without random experts 1.01.
 HARMED, UNHARMED = 1.5, 1.05
-LINE_COLOURS = 10
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon")
 
 
 class Published(NamedTuple):
@@ -69,67 +63,6 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """A variant in words. `share`: its size, of the source's. `report`: a link from the page."""
-
-    variant: ComparedVariant
-    share: float
-
-    @property
-    def checkpoint(self) -> CheckpointSummary:
-        return self.variant.checkpoint
-
-    @property
-    def name(self) -> str:
-        return self.variant.name
-
-    @property
-    def report(self) -> str:
-        return f"{self.checkpoint.directory}/se_compress/report.html"
-
-    @property
-    def state(self) -> State:
-        return "passed" if self.checkpoint.published else "failed"
-
-    @property
-    def symbol(self) -> str:
-        return WORDS[self.state][0]
-
-    @property
-    def word(self) -> str:
-        return "Passed" if self.checkpoint.published else "Rejected"
-
-    @cached_property
-    def gates(self) -> dict[str, Gate]:
-        return {check.name: describe_check(check) for check in self.checkpoint.checks}
-
-    @property
-    def divergence(self) -> float:
-        """In nats; 0 where it is not known."""
-        gate = self.gates.get("kl_divergence")
-        return (gate.value if gate else None) or 0.0
-
-    @property
-    def not_run(self) -> list[str]:
-        return [gate.title for gate in self.gates.values() if gate.state == "not-run"]
-
-    @property
-    def shippable(self) -> bool:
-        return self.checkpoint.published and not self.variant.zeroed
-
-    def missed(self, rows: Sequence["Row"]) -> list[str]:
-        return missed(self.checkpoint, [row.checkpoint for row in rows])
-
-    @property
-    def no_limit(self) -> list[str]:
-        return [gate.title for gate in self.gates.values() if gate.state == "no-limit"]
-
-    @property
-    def failed(self) -> list[Gate]:
-        return [gate for gate in self.gates.values() if gate.state == "failed"]
-
-
-@dataclass(frozen=True)
 class Zeroing:
     """A variant in which the output of some experts was set to zero and nothing else was done.
 
@@ -143,34 +76,13 @@ class Zeroing:
     ratio: float
 
 
-@dataclass(frozen=True)
-class Line:
-    """One curve of a chart: the value after each layer, and as a person reads it."""
-
-    name: str
-    rejected: bool
-    values: dict[int, float]
-    texts: dict[int, str]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One chart of all variants, layer by layer."""
-
-    key: str
-    title: str
-    summary: str
-    layers: tuple[int, ...]
-    lines: tuple[Line, ...]
-
-
 def render_comparison(comparison: Comparison) -> str:
     """comparison.html: one file that needs nothing beside it; links lead to the single reports."""
     rows = [
         Row(variant, variant.checkpoint.size_bytes / comparison.size_bytes)
         for variant in comparison.variants
     ]
-    curves = _curves(comparison)
+    curves = curves_of(comparison)
     ablations = _zeroings(comparison, rows)
     return template("comparison.html.j2").render(
         comparison=comparison,
@@ -182,7 +94,7 @@ def render_comparison(comparison: Comparison) -> str:
         published=PUBLISHED,
         curves=curves,
         words=[WORDINGS[name] for name in EXPLAINED],
-        figures={"trade": _trade_figure(rows)} | {c.key: _curve_figure(c) for c in curves},
+        figures={"trade": trade_figure(rows)} | {c.key: curve_figure(c) for c in curves},
         plotly_js=Markup(get_plotlyjs()),
     )
 
@@ -332,131 +244,3 @@ def _pattern(zeroings: Sequence[Zeroing]) -> str:
         if as_published
         else " That is not the published pattern, in which only the super experts count."
     )
-
-
-# ------------------------------------------------------------------------------------------- curves
-
-
-def _curves(comparison: Comparison) -> list[Curve]:
-    compared = [variant for variant in comparison.variants if variant.layers]
-    if not compared:
-        return []
-    top = max(compared[0].layers, key=lambda layer: layer.peak_source)
-    last = compared[0].layers[-1].layer
-    return [
-        _curve(
-            "stream",
-            "Massive activation: largest value in the residual stream",
-            f"In the source it is largest after layer {top.layer}, {number(top.peak_source)}.",
-            compared,
-            "peak",
-        ),
-        _curve(
-            "sinks",
-            "Attention sink: attention to the first token",
-            "Mean over the heads, of queries at position 8 and later.",
-            compared,
-            "sink_mass",
-        ),
-        _curve(
-            "hidden",
-            "Error of the hidden states",
-            f"Distance from the source's, relative to their length. The last layer is {last}.",
-            compared,
-            "hidden_error",
-        ),
-        _curve(
-            "turned",
-            "Change of the sink tokens' state",
-            "How far their hidden state moved, direction included: low widths turn it long before "
-            "they make it smaller.",
-            compared,
-            "sink_error",
-        ),
-    ]
-
-
-def _curve(
-    key: str, title: str, summary: str, compared: Sequence[ComparedVariant], field: str
-) -> Curve:
-    text = number if field == "peak" else percent
-
-    def line(name: str, rejected: bool, attribute: str, of: ComparedVariant) -> Line:
-        values = {layer.layer: float(getattr(layer, attribute)) for layer in of.layers}
-        return Line(name, rejected, values, {at: text(value) for at, value in values.items()})
-
-    paired = hasattr(compared[0].layers[0], f"{field}_source")
-    lines = [line("source", False, f"{field}_source", compared[0])] if paired else []
-    attribute = f"{field}_result" if paired else field
-    lines += [line(v.name, not v.checkpoint.published, attribute, v) for v in compared]
-    layers = tuple(layer.layer for layer in compared[0].layers)
-    return Curve(key, title, summary, layers, tuple(lines))
-
-
-def _curve_figure(curve: Curve) -> Figure:
-    layout = _legend_layout(380, "layer", {"stream": "largest |h|"}.get(curve.key, ""))
-    layout["hovermode"] = "x unified"
-    if curve.key == "stream":
-        layout["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "none"}
-        layout["yaxis"]["separatethousands"] = True
-    elif curve.key == "sinks":
-        layout["yaxis"] |= {"rangemode": "tozero", "tickformat": ".0%"}
-    else:
-        layout["yaxis"] |= {"rangemode": "tozero", "tickformat": "~%"}
-    data = []
-    others = [line.name for line in curve.lines if line.name != "source"]
-    for line in curve.lines:
-        look: dict[str, Any] = {"mode": "lines", "line": {"width": 7}, "opacity": 0.5}
-        tone = "source"
-        if line.name != "source":
-            tone = f"line-{others.index(line.name) % LINE_COLOURS}"
-            dash = "dash" if line.rejected else "solid"
-            look = {"mode": "lines+markers", "line": {"width": 2, "dash": dash}}
-            look["marker"] = {"size": 5, "symbol": SYMBOLS[others.index(line.name) % len(SYMBOLS)]}
-        trace = {"type": "scatter", "name": line.name, "meta": tone, **look}
-        trace |= {"x": list(line.values), "y": [short(v) for v in line.values.values()]}
-        data.append(trace)
-    return {"data": data, "layout": layout}
-
-
-def _trade_figure(rows: Sequence[Row]) -> Figure:
-    """Size across, KL divergence upwards on a logarithmic scale; a point for whatever could have
-    been shipped."""
-    ticks = [digit * 10.0**decade for decade in range(-6, 3) for digit in (1, 3)]
-    layout = _legend_layout(360, "size, MB", "KL to the source, nats")
-    layout["showlegend"] = False
-    layout["yaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
-    layout["xaxis"] |= {"showgrid": True}
-    data = []
-    for state, symbol in (("passed", "circle"), ("failed", "x")):
-        points = [
-            row
-            for row in rows
-            if row.state == state and row.divergence > 0 and not row.variant.zeroed
-        ]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers+text",
-                "meta": state,
-                "x": [row.checkpoint.size_bytes / 1e6 for row in points],
-                "y": [short(row.divergence) for row in points],
-                "text": [row.name for row in points],
-                "textposition": [
-                    ("top center", "bottom center")[i % 2] for i in range(len(points))
-                ],
-                "textfont": {"size": 12},
-                "cliponaxis": False,
-                "marker": {"symbol": symbol, "size": 11},
-                "hovertemplate": "%{text}<br>%{x:.1f} MB, %{y:.3g} nats<extra></extra>",
-            }
-        )
-    return {"data": data, "layout": layout}
-
-
-def _legend_layout(height: int, across: str, upwards: str) -> dict[str, Any]:
-    layout = chart_layout(height, across, upwards)
-    layout["showlegend"] = True
-    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    layout["margin"]["t"] = 34
-    return layout
