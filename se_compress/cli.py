@@ -157,7 +157,7 @@ def _path(name: str, text: str) -> Path:
 
 
 def _beside(directory: Path) -> Path:
-    """Where the verdict on a checkpoint goes unless told."""
+    """Directory for the verdict on a checkpoint, unless told."""
     named = directory if directory.name not in ("", "..") else directory.resolve()
     if not named.name:
         raise RecipeError(f"--validate {directory}: give --output DIR for the verdict as well")
@@ -181,6 +181,7 @@ def _tell(result: RunResult, show: Callable[[], None], json: bool) -> int:
 
 
 def _planned(previews: Mapping[str, Preview]) -> RunResult:
+    """What a dry run found, as one record."""
     plans = [
         PlanSummary(
             name=name,
@@ -218,6 +219,7 @@ def _finished(outcome: Outcome | VariantsOutcome) -> RunResult:
 
 
 def _validated(report: ValidationReport, directory: Path, place: Path) -> RunResult:
+    """The verdict on an existing checkpoint, as one record."""
     failed = f"{directory}: {failed_gates(report)}; report in {place}"
     return RunResult(
         outcome="validated" if report.passed else "rejected",
@@ -228,7 +230,10 @@ def _validated(report: ValidationReport, directory: Path, place: Path) -> RunRes
 
 
 def main() -> None:
-    """Run the command and exit with the contract's code; every foreseen error is one line."""
+    """Run the command and exit with the contract's code.
+
+    Every foreseen error is one line.
+    """
     for stream in (sys.stdout, sys.stderr):  # names need not be of the terminal's encoding
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -256,7 +261,10 @@ def main() -> None:
 
 
 def _usage_error(error: Exception) -> RecipeError | None:
-    """Of typer's errors: they have no public base class, but all can say what is wrong."""
+    """What is wrong with the command line. None if the error is not typer's.
+
+    Its usage errors have no public base class, but all can say what is wrong.
+    """
     format_message = getattr(error, "format_message", None)
     if format_message is None:
         return None
@@ -274,15 +282,17 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _print_message(message: str) -> str:
-    """The line on stderr that goes with an exit code; returned as it was printed."""
+    """Print the line on stderr that goes with an exit code, and return it."""
     message = shorten(printable(" ".join(message.split())), 4 * MESSAGE_LENGTH)
     surviving(sys.stderr, lambda: print(f"se-compress: {message}", file=sys.stderr))
     return message
 
 
 def _wants_json(words: Sequence[str]) -> bool:
-    """Whether --json stands among the words as a flag, also where they cannot be parsed: what
-    follows a flag with a value is the value, whatever it looks like."""
+    """Whether --json stands among the words as a flag, also where they cannot be parsed.
+
+    What follows a flag with a value is the value, whatever it looks like.
+    """
     options = typer.main.get_command(app).params
     valued = {name for option in options if not getattr(option, "is_flag", True)
               for name in option.opts}  # fmt: skip
@@ -296,6 +306,7 @@ def _wants_json(words: Sequence[str]) -> bool:
 
 
 def _device(name: str) -> str:
+    """The device that is meant, as torch names it. Raises RecipeError if it is not there."""
     if name == "cpu":
         return name
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)

@@ -80,7 +80,10 @@ def compare(
     tokens: int,
     variants: Sequence[ComparedVariant],
 ) -> Comparison:
-    """Judge all variants of a recipe, in its order. `tokens` is the number of held-out tokens."""
+    """Judge all variants of a recipe, in its order.
+
+    tokens   how many held-out tokens they were judged on
+    """
     checkpoints = [variant.checkpoint for variant in variants]
     published = {one.name for one in checkpoints if one.published}
     first = checkpoints[0]
@@ -107,8 +110,10 @@ def recommend(variants: Sequence[ComparedVariant]) -> str | None:
 
 
 def closest(variants: Sequence[ComparedVariant]) -> str | None:
-    """Of those that could be shipped, the one with the least KL divergence; of equals the smaller
-    one, then the one of which the gates say more."""
+    """Of those that could be shipped, the one with the least KL divergence.
+
+    Of equals it is the smaller one, then the one of which the gates say more.
+    """
     return _nearest(_candidates(variants), variants)
 
 
@@ -125,8 +130,11 @@ def _nearest(
 
 
 def _candidates(variants: Sequence[ComparedVariant]) -> list[ComparedVariant]:
-    """What could be shipped: experts are set to zero to learn something, not to ship it. Nothing
-    that passed by looser limits than a result at least as good was held to, unless all did."""
+    """What could be shipped.
+
+    Experts are set to zero to learn something, not to ship it. What passed by looser limits than a
+    result at least as good was held to is left out, unless all did.
+    """
     passed = [one for one in variants if one.checkpoint.published and not one.zeroed]
     everything = [variant.checkpoint for variant in variants]
     return [one for one in passed if not missed(one.checkpoint, everything)] or passed

@@ -50,7 +50,7 @@ class Row:
 
     @property
     def divergence(self) -> float:
-        """In nats; 0 where it is not known."""
+        """KL divergence to the source, in nats. 0 where it is not known."""
         gate = self.gates.get("kl_divergence")
         return (gate.value if gate else None) or 0.0
 

@@ -1,6 +1,7 @@
 """The page and the model card that say what was done and whether it may be trusted.
 
-Nothing is measured here. This module selects and draws; the templates hold the words.
+Nothing is measured here. This module selects; report_charts.py draws; the templates have the
+words.
 """
 
 import math
@@ -76,6 +77,7 @@ def render_model_card(
 def _shared_context(
     recipe: Recipe, profile: ExpertProfile, plan: CompressionPlan, validation: ValidationReport
 ) -> dict[str, Any]:
+    """What the templates of report and model card both read."""
     gates = describe_gates(validation)
     kinds = Counter((d.action, d.bits, d.reason) for d in plan.experts)
     return {
@@ -100,8 +102,10 @@ def _shared_context(
 def _remarkable(
     recipe: Recipe, profile: ExpertProfile, plan: CompressionPlan, validation: ValidationReport
 ) -> dict[str, Any]:
-    """Experts and other linears that a reader should hear of: the worst, the rare, those treated
-    differently."""
+    """Experts and other linears that a reader should hear of.
+
+    These are the worst, the rare, and those treated differently.
+    """
     records = [record for layer in validation.records for record in layer.experts]
     linears = [record for layer in validation.records for record in layer.linears]
     rare = [record for record in records if record.shrinkage > 0]
@@ -121,7 +125,7 @@ def _remarkable(
 
 
 def _by_reason(reasons: Iterable[tuple[object, str]]) -> dict[str, list[object]]:
-    """Who has which reason; those without one are left out."""
+    """Reason -> who has it. Those without one are left out."""
     found: dict[str, list[object]] = {}
     for name, reason in reasons:
         if reason:
@@ -135,11 +139,13 @@ def _by_error(record: ExpertRecord) -> tuple[float, ExpertId]:
 
 
 def _layer_roles(profile: ExpertProfile) -> dict[int, str]:
+    """Layer -> what it does to the massive activation, in words."""
     names = {(True, False): "forms", (False, True): "cancels", (True, True): "forms and cancels"}
     return {one.layer: names.get((one.forming, one.cancelling), "") for one in profile.layers}
 
 
 def _counts_by_layer(plan: CompressionPlan) -> dict[int, Counter[int]]:
+    """Layer -> bits -> experts. Experts that are gone count as 0 bits."""
     counts: dict[int, Counter[int]] = {}
     for decision in sorted(plan.experts, key=lambda d: d.id):
         counts.setdefault(decision.layer, Counter())[decision.bits or 0] += 1
@@ -147,7 +153,7 @@ def _counts_by_layer(plan: CompressionPlan) -> dict[int, Counter[int]]:
 
 
 def _sample(continuation: Continuation) -> dict[str, object]:
-    """Both texts, split where they part; whole words only."""
+    """Both texts of a continuation, split where they part, between whole words."""
     source, result = (
         re.findall(r"\s*\S+|\s+$", t) for t in (continuation.source, continuation.result)
     )
@@ -172,6 +178,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(@[\w./-]+)?")
 def _front_matter(
     recipe: Recipe, source_license: str | None, plan: CompressionPlan
 ) -> dict[str, object]:
+    """What the Hub reads at the head of a model card."""
     widths = {d.bits for d in plan.experts if d.action == "quantize" and d.bits is not None}
     tags = ["mixture-of-experts", "super-experts", "se-compress"]
     matter: dict[str, object] = {"base_model": _base_model(recipe.model)}
@@ -187,13 +194,16 @@ def _front_matter(
 
 
 def _hub_id(model: str) -> str | None:
-    """`owner/name` without its revision; None for a directory."""
+    """`owner/name` of a model, without its revision. None for a directory."""
     match = _HUB_ID.fullmatch(model)
     return match[1] if match and not Path(model).exists() else None
 
 
 def _base_model(model: str) -> str:
-    """The Hub's id; of a directory the name only, as where it lies is nobody's business."""
+    """The Hub's id of a model.
+
+    Of a directory only the name, as where it lies is nobody's business.
+    """
     return _hub_id(model) or _directory_name(model)
 
 

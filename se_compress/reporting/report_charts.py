@@ -21,7 +21,10 @@ from se_compress.reporting.page import Figure, chart_layout, number, short, widt
 def figures_of(
     profile: ExpertProfile, plan: CompressionPlan, validation: ValidationReport
 ) -> dict[str, Figure]:
-    """Plotly figures by the id of their place on the page; what was not measured has none."""
+    """Plotly figures by the id of their place on the page.
+
+    What was not measured has none.
+    """
     figures = {}
     if profile.experts:
         figures["peaks"] = _peak_figure(profile)
@@ -33,6 +36,7 @@ def figures_of(
 
 
 def _peak_figure(profile: ExpertProfile) -> Figure:
+    """Peak of every expert, on a logarithmic scale, with a circle round super experts."""
     decades = {stats.id: _log10(stats.peak) for stats in profile.experts}
     known = [decade for decade in decades.values() if decade is not None] or [0.0]
     ticks = range(math.floor(min(known)), math.ceil(max(known)) + 1)
@@ -50,6 +54,7 @@ def _peak_figure(profile: ExpertProfile) -> Figure:
 
 
 def _bits_figure(profile: ExpertProfile, plan: CompressionPlan) -> Figure:
+    """Bits of every expert in the plan, with a circle round super experts."""
     widths = sorted({decision.bits or 0 for decision in plan.experts})
     names = [str(width) if width else "pruned" for width in widths]
     figure = _expert_heat(
@@ -68,6 +73,7 @@ def _bits_figure(profile: ExpertProfile, plan: CompressionPlan) -> Figure:
 
 
 def _layer_figures(profile: ExpertProfile, layers: Sequence[LayerComparison]) -> dict[str, Figure]:
+    """Source and result after each layer."""
     routed = [layer for layer in layers if layer.router_agreement is not None]
     stream = _lines(profile, layers, "largest |h|", source="peak_source", result="peak_result")
     stream["layout"]["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "none"}
@@ -91,6 +97,10 @@ def _layer_figures(profile: ExpertProfile, layers: Sequence[LayerComparison]) ->
 
 
 def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Figure:
+    """Attention to the first token, by layer and head.
+
+    heads   a row for each layer, a column for each head
+    """
     layout = chart_layout(_heat_height(len(layers)), "head", "layer")
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     layout["meta"] = {"scale": ["scale-low", "scale-mid", "scale-high"]}
@@ -112,8 +122,12 @@ def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Fig
 def _lines(
     profile: ExpertProfile, layers: Sequence[LayerComparison], quantity: str, **fields: str
 ) -> Figure:
-    """One line per model, from the named field; the source broad and behind. Dotted lines mark the
-    layers of super experts."""
+    """One line per model, the source's broad and behind.
+
+    fields   name of the model -> field of LayerComparison
+
+    Dotted lines mark the layers of super experts.
+    """
     layout = chart_layout(300, "layer", quantity)
     layout["margin"]["t"] = 34
     layout["hovermode"] = "x unified"
@@ -151,7 +165,14 @@ def _expert_heat(
     shown: Mapping[ExpertId, str],
     marked: Sequence[ExpertId],
 ) -> Figure:
-    """Layers downwards, routed experts across, the shared experts in a column of their own."""
+    """A field for each expert: layers downwards, routed experts across.
+
+    Shared experts have a column of their own.
+
+    values   give the colour
+    shown    text under the pointer
+    marked   experts with a circle
+    """
     layers = sorted({identity.layer for identity in values})
     routed = [identity.expert for identity in values if isinstance(identity.expert, int)]
     layout = chart_layout(_heat_height(len(layers)), "", "layer")
@@ -190,6 +211,7 @@ def _expert_heat(
 
 
 def _circles(axis: str, experts: Sequence[ExpertIndex], marked: Sequence[ExpertId]) -> Figure:
+    """A circle round each marked expert of one axis."""
     here = [identity for identity in marked if identity.expert in experts]
     columns = [experts.index(identity.expert) / len(experts) for identity in here]
     return {
@@ -216,6 +238,7 @@ def _heat_height(rows: int) -> int:
 
 
 def _colorbar(title: str, ticks: Iterable[float], labels: Sequence[str]) -> dict[str, Any]:
+    """The legend of a colour scale, above the chart."""
     return {
         "orientation": "h",
         "thickness": 10,

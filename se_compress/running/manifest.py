@@ -1,5 +1,8 @@
-"""Which files a result consists of, each with its size and hash: what is missing or differs is
-seen, and what somebody put beside them is known to be no part of it."""
+"""The list of the files that a result consists of, each with its size and hash.
+
+By it a file that is missing or differs is seen. What somebody put beside them is known to be no
+part of the result.
+"""
 
 import hashlib
 import json
@@ -35,7 +38,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A file of a result; `name` is its path in the result's directory."""
+    """A file of a result.
+
+    name   its path in the result's directory
+    """
 
     name: str
     size_bytes: int
@@ -66,7 +72,7 @@ def write_list(directory: Path, progress: Progress) -> None:
 
 
 def read_list(directory: Path) -> ResultFiles | None:
-    """None if there is none that can be read."""
+    """The list in a result's directory. None if there is none that can be read."""
     file = directory / FILES_FILE
     try:
         if not file.is_file():
@@ -78,7 +84,7 @@ def read_list(directory: Path) -> ResultFiles | None:
 
 
 def damages(directory: Path, progress: Progress) -> dict[str, str]:
-    """What is wrong with the files of a result, by name; none if it is what was written."""
+    """What is wrong with the files of a result, by name. Empty if all is as it was written."""
     listed = read_list(directory)
     if listed is None:
         return {FILES_FILE: f"there is no list of what was written ({FILES_FILE})"}
@@ -92,6 +98,7 @@ def damages(directory: Path, progress: Progress) -> dict[str, str]:
 
 
 def _damage(directory: Path, file: ResultFile) -> str:
+    """What is wrong with one file, to follow its name. "" if it is as listed."""
     path = directory / file.name
     try:
         if not path.is_file():
@@ -106,8 +113,13 @@ def _damage(directory: Path, file: ResultFile) -> str:
 
 
 def restore(directory: Path, names: Collection[str], copies: Path) -> bool:
-    """Put files that were made once more into their places; false, and nothing is touched, if they
-    are not what was listed."""
+    """Put files that were made once more into their places.
+
+    names    of the files, in the result's directory
+    copies   directory that holds them under the same names
+
+    Returns False, with nothing touched, if they are not what was listed.
+    """
     listed = read_list(directory)
     wanted = [file for file in listed.files if file.name in names] if listed else []
     if len(wanted) != len(names) or any(_damage(copies, file) for file in wanted):
@@ -124,15 +136,18 @@ def restore(directory: Path, names: Collection[str], copies: Path) -> bool:
 
 
 def is_intact(directory: Path, name: str) -> bool:
-    """Whether one file is as listed; True if nothing is known of it."""
+    """Whether one file is as listed. True if nothing is known of it."""
     listed = read_list(directory)
     files = [file for file in listed.files if file.name == name] if listed else []
     return not any(_damage(directory, file) for file in files)
 
 
 def foreign(directory: Path, sources_files: Collection[str]) -> list[str]:
-    """Names in a result's directory that are no part of it. Where it has no list, files that have a
-    name of the source's are taken for copies of them."""
+    """Names in a result's directory that are no part of it.
+
+    sources_files   names of the source's files: without a list, files of such a name are taken for
+                    copies of them
+    """
     if not directory.is_dir():
         return []
     listed = read_list(directory)

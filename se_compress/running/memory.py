@@ -14,7 +14,10 @@ SHELL = "within the limit on address space (ulimit -v)"
 
 @dataclass(frozen=True)
 class Available:
-    """`limit` says what bounds it, so that it can follow "... of memory are available"."""
+    """Memory that may still be taken.
+
+    limit   what bounds it, to follow "... of memory are available"
+    """
 
     size_bytes: int
     limit: str
@@ -36,8 +39,10 @@ _VERSION_2 = _Files(("memory.max", "memory.high"), "memory.current", "inactive_f
 def available_memory(
     groups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self")
 ) -> Available:
-    """The least of what all limits leave. What a control group holds of files that it has not used
-    lately counts as free: the kernel drops it when memory is needed.
+    """The least of what all limits leave.
+
+    What a control group holds of files that it has not used lately counts as free: the kernel drops
+    it when memory is needed.
 
     groups   where the control groups are mounted
     process  the process whose groups and size count
@@ -60,8 +65,11 @@ def _of_groups(groups: Path, process: Path) -> Iterator[Available]:
 
 
 def _memberships(groups: Path, process: Path) -> Iterator[tuple[Path, Path, _Files]]:
-    """Mount point, group and file names for each hierarchy that may limit memory. A container may
-    see its group's path on the host, where only the root exists: `_left` passes over the rest."""
+    """Mount point, group and file names for each hierarchy that may limit memory.
+
+    A container may see its group's path on the host, where only the root exists. `_left` passes
+    over the rest.
+    """
     for line in _text(process / "cgroup").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if "memory" in controllers.split(","):
@@ -72,7 +80,7 @@ def _memberships(groups: Path, process: Path) -> Iterator[tuple[Path, Path, _Fil
 
 
 def _left(group: Path, files: _Files) -> int | None:
-    """Bytes; None without a limit."""
+    """Bytes that a group leaves. None without a limit."""
     limits = [_number(_text(group / name)) for name in files.limits]
     known = [limit for limit in limits if limit is not None]
     if not known:
@@ -84,6 +92,7 @@ def _left(group: Path, files: _Files) -> int | None:
 
 
 def _of_shell(process: Path) -> Iterator[Available]:
+    """What `ulimit -v` leaves, if it is set."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     pages = _number(_text(process / "statm").partition(" ")[0])
     if limit != resource.RLIM_INFINITY and pages is not None:
@@ -91,7 +100,7 @@ def _of_shell(process: Path) -> Iterator[Available]:
 
 
 def _text(file: Path) -> str:
-    """ "" where there is no such file: which of them exist depends on the kernel."""
+    """Text of a file of the kernel. "" without one: which exist depends on its version."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -99,5 +108,5 @@ def _text(file: Path) -> str:
 
 
 def _number(text: str) -> int | None:
-    """None for "max", and for what is not there."""
+    """A number from such a file. None for "max", and for what is not there."""
     return int(text) if text.strip().isdecimal() else None

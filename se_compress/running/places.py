@@ -21,8 +21,12 @@ def expand(text: str) -> str:
 
 
 def output_of(text: str) -> Path:
-    """The directory that `output` of a recipe means. Where it is a link, the result lies behind it,
-    and what is beside the output lies beside that. Raises RecipeError."""
+    """The directory that `output` of a recipe means.
+
+    Where it is a link, the result lies behind it. What is beside the output lies beside that.
+
+    Raises RecipeError.
+    """
     path = Path(expand(text))
     try:
         if "\0" in text:
@@ -67,6 +71,7 @@ def check_directory(directory: Path) -> None:
 
 
 def _check_directory(directory: Path) -> None:
+    """What `check_directory` does, but that the system's own errors pass."""
     if not os.path.lexists(directory):
         _check_ancestor(directory)
         return
@@ -113,7 +118,10 @@ def _check_writable(directory: Path) -> None:
 
 
 def _is_mount(directory: Path) -> bool:
-    """True for a directory bound from the same file system, too, where the system tells of it."""
+    """Whether a file system is mounted there.
+
+    Also true for a directory bound from the same file system, where the system tells of it.
+    """
     if os.path.ismount(directory):
         return True
     try:
@@ -134,11 +142,15 @@ def _octal(match: re.Match[str]) -> str:
 def check_apart(
     directories: Iterable[Path], model: Path, shards: Iterable[str], files: Mapping[str, Path]
 ) -> None:
-    """None of the directories of an output is, holds or lies in the model, or holds a file that is
-    read: it would be replaced by its own result. Raises RecipeError.
+    """None of the directories of an output touches what is read.
+
+    One that is, holds or lies in the model, or holds a file that is read, would replace it by its
+    own result.
 
     shards   the model's weights, which may lie elsewhere, behind links
     files    what else is read, by the word that it is given with
+
+    Raises RecipeError.
     """
     model_chain, there = _chain(model), _identity(model)
     holders = {Path(os.path.realpath(shard)).parent for shard in shards}
@@ -168,7 +180,7 @@ def _identity(path: Path) -> Identity | None:
 
 
 def _chain(path: Path) -> set[Identity]:
-    """A path and all that it lies in, as far as they exist."""
+    """Identities of a path and all that it lies in, as far as they exist."""
     return set(filter(None, map(_identity, _upwards(Path(os.path.realpath(path))))))
 
 

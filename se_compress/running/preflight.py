@@ -1,4 +1,4 @@
-"""Can it be done here? Asked before the hours, not after them."""
+"""Whether it can be done here, asked before the hours and not after them."""
 
 import importlib.util
 import os
@@ -56,8 +56,12 @@ def check_places(source: ModelSource, recipe: Recipe, files: Mapping[str, Path |
 
 
 def check_positions(source: ModelSource, recipe: Recipe) -> None:
-    """No sequence is longer than the model has positions for: beyond them it babbles, whatever is
-    done to its experts. Raises RecipeError."""
+    """No sequence is longer than the model has positions for.
+
+    Beyond them a model babbles, whatever is done to its experts.
+
+    Raises RecipeError.
+    """
     most = source.config.get("max_position_embeddings")
     if not isinstance(most, int):
         return
@@ -78,14 +82,19 @@ def check_positions(source: ModelSource, recipe: Recipe) -> None:
 
 
 def check_disk(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> None:
-    """All results of a recipe and the saved progress of one run. Raises ResourceError."""
+    """All results of a recipe and the saved progress of one run fit on the disk.
+
+    Raises ResourceError.
+    """
     if shortage := disk_shortage(plans, source, recipe):
         raise ResourceError(shortage)
 
 
 def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe: Recipe) -> str:
-    """In one sentence what does not fit on the disk of the output; "" if all does. Raises
-    RecipeError if there can be no such directory."""
+    """One sentence on what does not fit on the disk of the output. "" if all does.
+
+    Raises RecipeError if there can be no such directory.
+    """
     output = output_of(recipe.output)
     parent = output.absolute().parent
     while not parent.exists():
@@ -112,7 +121,12 @@ def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe:
 
 
 def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
-    """The largest layer and the hidden states of all calibration tokens. Raises ResourceError."""
+    """The largest layer and the hidden states of all calibration tokens fit into memory.
+
+    tokens   how many are drawn for calibration
+
+    Raises ResourceError.
+    """
     item_bytes = _item_bytes(recipe)
     weights: dict[int | None, int] = {}
     for info in source.tensors.values():
@@ -145,8 +159,12 @@ def _item_bytes(recipe: Recipe) -> int:
 
 
 def memory_advice(recipe: Recipe, layer: float, token: float, available: int) -> str:
-    """Settings with which a layer and the hidden states fit into the memory that there is; both
-    sizes, that of all hidden states of one token too, are in bytes as the recipe stands."""
+    """Settings with which a layer and the hidden states fit into the memory that there is.
+
+    layer       bytes of the largest layer, as the recipe stands
+    token       bytes of all hidden states of one token, as the recipe stands
+    available   bytes of memory
+    """
     calibration, advice = recipe.calibration, []
     half = 0.5 if recipe.compute_dtype == "float32" else 1.0
     as_it_is, in_bfloat16 = (

@@ -1,9 +1,10 @@
 """Put a finished result into its place so that no moment is without one.
 
 The result that was there and the new one change places in a single step, where the file system can
-do that; elsewhere the old one goes into the work directory first. What is to happen is written down
-before, so that a run which finds it half done knows what to do: an earlier result whose successor
-is not in its place is put back before anything is removed.
+do that. Elsewhere the old one goes into the work directory first.
+
+What is to happen is written down before, so that a run which finds it half done knows what to do:
+an earlier result whose successor is not in its place is put back before anything is removed.
 """
 
 import ctypes
@@ -34,8 +35,13 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def publish(staged: Path, directory: Path, work: Path) -> None:
-    """Move a finished checkpoint into place; what was there (ours) is dropped with `work`. Raises
-    ResourceError, with the checkpoint kept, if it cannot be moved."""
+    """Move a finished checkpoint into place.
+
+    staged      the checkpoint, in `work`
+    directory   its place; a result of ours that is there is dropped with `work`
+
+    Raises ResourceError, with the checkpoint kept, if it cannot be moved.
+    """
     mark = {"directory": directory.name, "files": _list_hash(staged)}
     write_atomically(work / MARK, json.dumps(mark))
     _sync(staged)
@@ -76,7 +82,10 @@ def _put_back(replaced: Path, directory: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Two directories change places, in one step. Raises OSError where that cannot be done."""
+    """Let two directories change places, in one step.
+
+    Raises OSError where that cannot be done.
+    """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         raise OSError("the C library has no renameat2")
@@ -87,8 +96,12 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def recover(output: Path, notice: Callable[[str], None]) -> None:
-    """Finish or undo what a run was killed at while it published. Called with the lock held, before
-    anything is removed. Raises RecipeError if the earlier result's place is taken."""
+    """Finish or undo what a run was killed at while it published.
+
+    Called with the lock held, before anything is removed.
+
+    Raises RecipeError if the earlier result's place is taken.
+    """
     work = partial(output)
     mark = load_settings(work / MARK) or {}
     places = {place.name: place for place in (output, rejected(output))}
@@ -104,8 +117,12 @@ def recover(output: Path, notice: Callable[[str], None]) -> None:
 
 
 def _recover_replaced(directory: Path | None, output: Path, notice: Callable[[str], None]) -> None:
-    """The result that was to be replaced goes back to its place; it is waste if its successor is
-    there already, as versions before this one left it."""
+    """Put the result that was to be replaced back into its place.
+
+    directory   where its successor was to go; None if that was not written down
+
+    It is waste if its successor is there already, as versions before this one left it.
+    """
     replaced = partial(output) / REPLACED
     report = load(ValidationReport, replaced / OURS / "validation.json")
     planned = directory is not None
@@ -123,8 +140,10 @@ def _recover_replaced(directory: Path | None, output: Path, notice: Callable[[st
 
 
 def _recover_staged(work: Path, files: str) -> None:
-    """Progress is continued from only if the checkpoint in it is the one that was to be
-    published."""
+    """Drop the progress unless the checkpoint in it is the one that was to be published.
+
+    files   hash of that one's list
+    """
     if _list_hash(work / STAGED) != files:
         (work / RUN).unlink(missing_ok=True)
     remove(work / MARK)

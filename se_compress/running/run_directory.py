@@ -78,8 +78,12 @@ def profile_files(output: Path) -> list[Path]:
 
 
 def check_output(output: Path) -> None:
-    """A result can be put there, and what is there is ours: nothing else is ever overwritten.
-    Raises RecipeError."""
+    """A result can be put there, and what is there is ours.
+
+    Nothing else is ever overwritten.
+
+    Raises RecipeError.
+    """
     for directory in (output, rejected(output), partial(output)):
         check_directory(directory)
         if os.path.lexists(directory) and not _is_ours(directory, directory == partial(output)):
@@ -90,7 +94,10 @@ def check_output(output: Path) -> None:
 
 
 def check_output_of_variants(output: Path) -> None:
-    """The same for the directory of all variants, which holds results and their comparison only."""
+    """The same for the directory of all variants.
+
+    It holds results and their comparison only.
+    """
     if output.exists() and not output.is_dir():
         raise RecipeError(f"output {shown(output)} exists and is not a directory")
     for entry in output.iterdir() if output.exists() else ():
@@ -101,10 +108,11 @@ def check_output_of_variants(output: Path) -> None:
 
 
 def check_replaceable(output: Path, sources_files: Collection[str]) -> None:
-    """Nothing would be lost if new results took the place of those that are there. Raises
-    RecipeError.
+    """Nothing would be lost if new results took the place of those that are there.
 
     sources_files   names of the files beside the model's weights: copies of them are no loss
+
+    Raises RecipeError.
     """
     for directory in (output, rejected(output)):
         names = foreign(directory, sources_files)
@@ -119,7 +127,10 @@ def check_replaceable(output: Path, sources_files: Collection[str]) -> None:
 
 
 def _is_ours(directory: Path, work: bool) -> bool:
-    """True for an empty directory, too."""
+    """Whether a directory was made by us. True for an empty one, too.
+
+    work   whether it is to hold progress rather than a result
+    """
     if not directory.is_dir():
         return False
     if not any(directory.iterdir()):
@@ -154,8 +165,10 @@ def strangers_in(work: Path) -> list[str]:
 
 
 def _kind_of(entry: Path) -> str | None:
-    """What an entry of a work directory is meant to be, whatever it is; None: it is not ours. A
-    directory with something in it is never taken for a damaged file."""
+    """What an entry of a work directory is meant to be, whatever it is. None if it is not ours.
+
+    A directory with something in it is never taken for a damaged file.
+    """
     if entry.name in _DIRECTORIES:
         return "directory"
     filled = entry.is_dir() and not entry.is_symlink() and any(entry.iterdir())
@@ -163,8 +176,10 @@ def _kind_of(entry: Path) -> str | None:
 
 
 def mend(work: Path, notice: Notice) -> None:
-    """Remove what cannot be progress of ours: a directory or a link in place of a file, a file in
-    place of a directory."""
+    """Remove what cannot be progress of ours.
+
+    That is a directory or a link in place of a file, or a file in place of a directory.
+    """
     for entry in work.iterdir():
         kind, mode = _kind_of(entry), entry.lstat().st_mode
         if kind is None or (stat.S_ISDIR if kind == "directory" else stat.S_ISREG)(mode):
@@ -178,7 +193,7 @@ def mend(work: Path, notice: Notice) -> None:
 
 
 def remove(entry: Path) -> None:
-    """A file, a link or a whole directory."""
+    """Remove a file, a link or a whole directory."""
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry)
     else:
@@ -255,8 +270,11 @@ def prepare(output: Path, settings: RunSettings, fresh: bool, notice: Notice) ->
 
 
 def clear(work: Path, kept: Collection[str]) -> None:
-    """Remove what is ours. The settings go first: without them, nothing that a kill may leave of
-    the rest is continued from. Last goes what says that a result has been published."""
+    """Remove what is ours, but for the names in `kept`.
+
+    The settings go first: without them, nothing that a kill may leave of the rest is continued
+    from. Last goes what says that a result has been published.
+    """
     (work / RUN).unlink(missing_ok=True)
     for entry in sorted(work.iterdir(), key=lambda entry: entry.name == MARK):
         if entry.name not in kept and _kind_of(entry):
@@ -264,7 +282,10 @@ def clear(work: Path, kept: Collection[str]) -> None:
 
 
 def discard(work: Path) -> None:
-    """Remove the work directory; its lock goes last, as it is what makes the directory ours."""
+    """Remove the work directory.
+
+    Its lock goes last, as it is what makes the directory ours.
+    """
     clear(work, (LOCK,))
     if [entry.name for entry in work.iterdir()] == [LOCK]:
         (work / LOCK).unlink()
@@ -272,7 +293,7 @@ def discard(work: Path) -> None:
 
 
 def load_settings(file: Path) -> Settings | None:
-    """None if there are none that can be read."""
+    """Saved settings. None if there are none that can be read."""
     try:
         if not file.is_file():
             return None
@@ -292,14 +313,16 @@ _RECORD = '"record": '
 
 
 def save(artifact: object, file: Path) -> None:
-    """Save an artefact with a hash of it; still JSON."""
+    """Save an artefact with a hash of it. The file is still JSON."""
     record = to_json(artifact)
     write_atomically(file, f'{{"sha256": "{_hash(file, record)}",\n{_RECORD}{record}}}\n')
 
 
 def load(kind: type[Artifact], file: Path) -> Artifact | None:
-    """A saved artefact, with a hash or as it is in a result. None if there is none, if it was
-    damaged, or if an older version of the tool wrote it."""
+    """A saved artefact, with a hash or as it is in a result.
+
+    None if there is none, if it was damaged, or if an older version of the tool wrote it.
+    """
     try:
         if not file.is_file():
             return None
@@ -310,7 +333,7 @@ def load(kind: type[Artifact], file: Path) -> Artifact | None:
 
 
 def _opened(file: Path, text: str) -> str:
-    """The record in a text that `save` wrote; another text as it is. Raises ValueError."""
+    """The record in a text that `save` wrote. Another text as it is. Raises ValueError."""
     head, _, rest = text.partition("\n")
     if not head.startswith('{"sha256"'):
         return text
@@ -321,12 +344,15 @@ def _opened(file: Path, text: str) -> str:
 
 
 def _hash(file: Path, record: str) -> str:
-    """Of the name as well: one layer's record is not another's."""
+    """Hash of a record and of its file's name, as one layer's record is not another's."""
     return hashlib.sha256(f"{file.name}\n{record}".encode()).hexdigest()
 
 
 def load_layers(kind: type[Artifact], files: Sequence[Path], notice: Notice) -> list[Artifact]:
-    """The records of finished layers; none at all, and a word, if one of them cannot be read."""
+    """The records of finished layers.
+
+    None at all, and a word to the user, if one of them cannot be read.
+    """
     records = []
     for file in files:
         record = load(kind, file)
