@@ -263,6 +263,32 @@ def test_values_taken_for_what_they_are(
 
 
 @pytest.mark.parametrize(
+    ("name", "foreign"),
+    [
+        # as Qwen/Qwen3-Coder-30B-A3B-Instruct is published
+        ("qwen3_moe", {"shared_expert_intermediate_size": 0, "qkv_bias": False}),
+        ("qwen3_moe", {"first_k_dense_replace": 1, "kv_lora_rank": "none", "clip_qkv": "x"}),
+        ("qwen2_moe", {"n_shared_experts": 0, "topk_method": "top", "n_group": -1}),
+        ("olmoe", {"moe_intermediate_size": 0, "decoder_sparse_step": 0, "mlp_only_layers": [0]}),
+        ("mixtral", {"moe_intermediate_size": -1, "decoder_sparse_step": 2, "mlp_bias": True}),
+        ("deepseek_v2", {"shared_expert_intermediate_size": 0, "mlp_only_layers": 0}),
+        ("deepseek_v3", {"decoder_sparse_step": 2, "topk_method": "my_own", "mlp_bias": True}),
+    ],
+)
+def test_keys_of_other_families_mean_nothing(
+    model_of: Callable[[str], Path], name: str, foreign: Mapping[str, object]
+) -> None:
+    path = model_of(name)
+    plain = open_source(str(path))
+    set_config(path, **foreign)
+    assert is_taken(path, set())
+    source = open_source(str(path))
+    assert source.moe_layers == plain.moe_layers
+    assert source.tensors == plain.tensors
+    assert {key: source.config[key] for key in foreign} == foreign
+
+
+@pytest.mark.parametrize(
     ("text", "match"),
     [
         (

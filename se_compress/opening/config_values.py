@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from se_compress.errors import SourceError
+from se_compress.opening.families import is_foreign
 from se_compress.opening.modelfiles import quoted, shown
 
 _INTEGER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
@@ -214,8 +215,9 @@ def _numbers(value: object) -> list[float] | None:
 
 def take_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config with each value as transformers wants it. Raises SourceError, beginning with
-    `where`, for a value that cannot be one."""
-    taken = _take(config, KINDS, where, "")
+    `where`, for a value that cannot be one. Keys of other families are handed on as they are."""
+    kinds = {key: kind for key, kind in KINDS.items() if not is_foreign(config, key)}
+    taken = _take(config, kinds, where, "")
     for key in ("rope_scaling", "rope_parameters"):
         if key in taken:
             taken[key] = _rope(taken[key], f"{where}: {key}")
