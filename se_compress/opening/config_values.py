@@ -155,7 +155,8 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(
         ("tie_word_embeddings", "use_cache", "output_router_logits", "qkv_bias", "attention_bias",
          "mlp_bias", "use_sliding_window", "return_dict", "is_encoder_decoder",
-         "output_hidden_states", "output_attentions"), _FLAG,
+         "output_hidden_states", "output_attentions", "is_causal", "is_decoder",
+         "add_cross_attention"), _FLAG,
     ),
     "norm_topk_prob": Kind("true or false", flag, False),
     "rope_interleave": Kind("true or false", flag, False),
@@ -172,6 +173,7 @@ KINDS: Mapping[str, Kind] = {
     "dtype": Kind("bfloat16, float16, float32 or float64", _dtype),
     "torch_dtype": Kind("bfloat16, float16, float32 or float64", _dtype),
     "transformers_version": _TEXT,
+    "auto_map": Kind("a mapping", lambda value: value if isinstance(value, dict) else None),
     "id2label": Kind("a mapping", _labels),
     "label2id": Kind("a mapping", _labels),
     "num_labels": _COUNT,
