@@ -32,7 +32,7 @@ def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
     """Raises SourceError with what the tokenizer is, where it is none that can be used."""
     from transformers import AutoTokenizer
 
-    for file in sorted(model_path.iterdir()):
+    for file in sorted(model_path.glob("*")):
         if any(file.match(pattern) for pattern in (*_VOCABULARIES, *_SETTINGS)):
             check_file(file)  # a pipe, say, is waited for without end
     settings = _read_object(model_path / "tokenizer_config.json") or {}
