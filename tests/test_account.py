@@ -326,6 +326,15 @@ def test_a_quantised_weight_without_a_word_in_the_config(
     refusal(path, rf"model\.safetensors: {tensor} {words}, which cannot be read yet; convert")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int16, torch.int64, torch.bool])
+def test_a_weight_of_a_dtype_that_no_quantiser_writes(
+    copy_of: Callable[[str], Path], dtype: torch.dtype
+) -> None:
+    path, tensor = copy_of("olmoe"), "model.layers.1.self_attn.o_proj.weight"
+    edit_weights(path, {tensor: torch.ones(64, 64).to(dtype)})
+    refusal(path, rf"{tensor} is \w+; BF16, F16, F32 can be read")
+
+
 @pytest.mark.parametrize(
     "suffix",
     ["weight_scale_inv", "weight_scale", "input_scale", "weight_zero_point", "scales", "qzeros",

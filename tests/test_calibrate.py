@@ -159,6 +159,25 @@ def test_one_token_less_does_not_suffice(with_bos: Path, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize(("ahead", "fits"), [(15, True), (16, False), (20, False)])
+def test_a_sequence_has_room_for_text(
+    numbers: Path, tmp_path: Path, ahead: int, fits: bool
+) -> None:
+    model = save_tokenizer(tmp_path / "model", bos=True)
+    file = model / "tokenizer.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    single = settings["post_processor"]["single"]
+    settings["post_processor"]["single"] = [single[0]] * ahead + single[1:]
+    write(file, json.dumps(settings))
+    if fits:
+        assert {len(sequence) for sequence in draw(model, numbers)} == {16}
+    else:
+        assert refusal(model, numbers) == (
+            "calibration.sequence_length is 16, but the tokenizer puts "
+            f"{ahead} tokens in front of a text; raise it"
+        )
+
+
 def test_shorter_than_one_sequence(plain: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "too short")
     assert refusal(plain, path, samples=1) == (

@@ -31,6 +31,10 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         ('{"a": 1}', [{"role": "user", "content": '{"a": 1}'}]),
         ("[", [{"role": "user", "content": "["}]),
         ("[]", [{"role": "user", "content": "[]"}]),
+        *(
+            (text, [{"role": "user", "content": text}])
+            for text in ('"Hello"', '"role": "user"', '{"a": 1', "[Hello], 'role': x", '"[1, 2]"')
+        ),
         ('{"from": "Bern"}', [{"role": "user", "content": '{"from": "Bern"}'}]),
         ('[{"role": "x"}]', [{"role": "user", "content": '[{"role": "x"}]'}]),
         ({**HELLO, "messages": None}, [HELLO]),
@@ -132,7 +136,13 @@ def nested(depth: int) -> object:
         ([{"from": "martian", "value": "x"}], "message 1 is from 'martian'"),
         ([{"from": "function_call", "value": "{}"}], "message 1 is from 'function_call'"),
         ([{"from": 5, "value": "x"}], "message 1 is from 5"),
-        ([{"from": "human", "value": None}], "has no role"),
+        ([{"from": "human", "value": None}], "message 1 (human) has no value"),
+        ([{"from": "gpt", "text": "x"}], "message 1 (gpt) has no value"),
+        (str([HELLO]), "that begins like messages, but is not JSON of them"),
+        (str({"conversations": [HELLO]}), "that begins like messages"),
+        (json.dumps([HELLO, HELLO])[:-9], "that begins like messages"),
+        (json.dumps(json.dumps([HELLO])), "that begins like messages"),
+        (f" {json.dumps(HELLO)}\n{json.dumps(HELLO)}\n", "that begins like messages"),
         ([{"role": "user", "content": "x", "more": nested(100_000)}], "nested too deeply"),
     ],
 )

@@ -213,6 +213,8 @@ LLAMA = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_fa
         ("mixtral", {"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor is miss"),
         ("olmoe", {"rope_theta": -1}, "rope_theta is -1; accepted is a number above 1"),
         ("olmoe", {"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'; accepted is a number from 0"),
+        ("mixtral", {"is_causal": "yes"}, "is_causal is 'yes'; accepted is true or false"),
+        ("qwen3_moe", {"auto_map": ["modeling.py"]}, r"auto_map is .*; accepted is a mapping"),
         ("olmoe", {"hidden_size": "x" * 10**6}, r"hidden_size is 'x+\.\.\.'; accepted is"),
         ("olmoe", {"hidden_size": [0] * 10**5}, "hidden_size is a list of 100000 entries"),
         ("olmoe", {"hidden_size": 10**1000}, "hidden_size is an integer of 3322 bits"),
@@ -243,6 +245,8 @@ def test_values_that_cannot_be(
         ("olmoe", {"torch_dtype": "torch.bfloat16"}, {"torch_dtype": "bfloat16"}),
         ("olmoe", {"rope_scaling": None, "rope_theta": "10000"}, {"rope_theta": 10000}),
         ("olmoe", {"tie_word_embeddings": "false"}, {"tie_word_embeddings": False}),
+        ("mixtral", {"auto_map": None, "is_causal": 1}, {"is_causal": True}),
+        ("qwen2_moe", {"is_causal": None, "is_decoder": "false"}, {"is_decoder": False}),
         ("deepseek_v3", {"norm_topk_prob": None}, {"norm_topk_prob": False}),
         ("deepseek_v2", {"n_group": 3, "topk_group": 0}, {"topk_method": "greedy"}),
     ],
@@ -260,6 +264,32 @@ def test_values_taken_for_what_they_are(
     for key, value in expected.items():
         assert config[key] == value
         assert type(config[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign"),
+    [
+        # as Qwen/Qwen3-Coder-30B-A3B-Instruct is published
+        ("qwen3_moe", {"shared_expert_intermediate_size": 0, "qkv_bias": False}),
+        ("qwen3_moe", {"first_k_dense_replace": 1, "kv_lora_rank": "none", "clip_qkv": "x"}),
+        ("qwen2_moe", {"n_shared_experts": 0, "topk_method": "top", "n_group": -1}),
+        ("olmoe", {"moe_intermediate_size": 0, "decoder_sparse_step": 0, "mlp_only_layers": [0]}),
+        ("mixtral", {"moe_intermediate_size": -1, "decoder_sparse_step": 2, "mlp_bias": True}),
+        ("deepseek_v2", {"shared_expert_intermediate_size": 0, "mlp_only_layers": 0}),
+        ("deepseek_v3", {"decoder_sparse_step": 2, "topk_method": "my_own", "mlp_bias": True}),
+    ],
+)
+def test_keys_of_other_families_mean_nothing(
+    model_of: Callable[[str], Path], name: str, foreign: Mapping[str, object]
+) -> None:
+    path = model_of(name)
+    plain = open_source(str(path))
+    set_config(path, **foreign)
+    assert is_taken(path, set())
+    source = open_source(str(path))
+    assert source.moe_layers == plain.moe_layers
+    assert source.tensors == plain.tensors
+    assert {key: source.config[key] for key in foreign} == foreign
 
 
 @pytest.mark.parametrize(

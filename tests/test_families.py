@@ -70,12 +70,13 @@ def test_expert_layers_are_those_of_transformers(tiny_model: TinyModel, name: st
     ("config", "layers"),
     [
         ({}, (0, 1, 2, 3, 4, 5)),
-        ({"first_k_dense_replace": 3}, (3, 4, 5)),
-        ({"decoder_sparse_step": 2}, (1, 3, 5)),
-        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, (5,)),
-        ({"mlp_only_layers": [0, 4]}, (1, 2, 3, 5)),
-        ({"mlp_only_layers": None, "first_k_dense_replace": None}, (0, 1, 2, 3, 4, 5)),
-        ({"first_k_dense_replace": 6}, ()),
+        ({"model_type": "deepseek_v2", "first_k_dense_replace": 3}, (3, 4, 5)),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, (1, 3, 5)),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 3, "mlp_only_layers": [2]}, (5,)),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": [0, 4]}, (1, 2, 3, 5)),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": None}, (0, 1, 2, 3, 4, 5)),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": None}, (0, 1, 2, 3, 4, 5)),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 6}, ()),
     ],
 )
 def test_expert_layers(config: dict[str, object], layers: tuple[int, ...]) -> None:

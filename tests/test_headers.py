@@ -300,7 +300,7 @@ def test_a_single_file_that_leads_out_of_the_directory(tmp_path: Path) -> None:
         read_headers(tmp_path / "model")
 
 
-@pytest.mark.parametrize("shard", ["", "x\0y", "x\ny", "x" * 300, "\ud800"])
+@pytest.mark.parametrize("shard", ["", "x\0y", "x\ny", "x" * 300, "\ud800", "x/", "/"])
 def test_a_shard_that_no_file_can_be(tmp_path: Path, shard: str) -> None:
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(SourceError, match="which no file is called") as caught:

@@ -1,6 +1,7 @@
 """What a model's tokenizer is, is named in one line, and no code of the model's own runs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_code_of_its_own_is_named_and_not_run(
         ({"tokenizer__json": "[]"}, "tokenizer.json is not a JSON object"),
         ({"tokenizer__json": "{}"}, "tokenizer.json has no model in it"),
         ({"tokenizer__json": {"model": {"type": "BPE"}}}, "unusable tokenizer: "),
-        ({"tokenizer__json": POINTER}, "is a Git LFS pointer, not the file; run `git lfs pull`"),
+        ({"tokenizer__json": POINTER}, "is a Git LFS pointer, not the file that it stands for"),
         ({"tokenizer_config__json": "{"}, "tokenizer_config.json is not JSON"),
         ({"tokenizer_config__json": "[1]"}, "tokenizer_config.json is not a JSON object"),
         ({"tokenizer_config__json": {"tokenizer_class": 5}}, "tokenizer_class is 5, not a name"),
@@ -105,6 +106,25 @@ def test_corrupt_files(tmp_path: Path, files: dict[str, object], problem: str) -
     if not {"tokenizer__json", "vocab__json"} & files.keys():
         save_tokenizer(tmp_path)
     assert problem in refusal(model(tmp_path, "qwen2_moe", **files))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+     "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"],
+)  # fmt: skip
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    path = model(save_tokenizer(tmp_path), "qwen2_moe")
+    file = path / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    assert f"{name}: is a device or pipe, not a file" in refusal(path)
+    file.unlink()
+    file.symlink_to("nowhere")
+    assert f"{name}: is a link to nowhere" in refusal(path)
+    file.unlink()
+    file.mkdir()
+    assert f"{name}: is a directory, not a file" in refusal(path)
 
 
 def test_a_class_that_does_not_fit_is_named(tmp_path: Path) -> None:

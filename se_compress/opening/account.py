@@ -221,7 +221,7 @@ def _check_readable(found: Mapping[str, TensorInfo]) -> None:
         scale = _is_quantised(name.rpartition(".")[2])
         if info.dtype in WEIGHT_DTYPES and not scale:
             continue
-        if info.dtype.startswith(("F8", "F6", "F4")):
+        if info.dtype.startswith(("F8", "F6_", "F4")):
             told = f"is {info.dtype}: FP{info.dtype[1]} weights go with scales"
         elif scale or info.dtype in ("I8", "U8"):
             told = f"is {info.dtype}, of weights that are quantised with scales"

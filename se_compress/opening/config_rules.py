@@ -81,7 +81,7 @@ def _check_needed(config: Mapping[str, Any], family: Family, where: str) -> None
     for key in needed:
         if config.get(key) is None:
             raise SourceError(f"{where}: {key} is missing; an integer from 1 is needed")
-    if config.get("mlp_bias"):
+    if setting(config, "mlp_bias"):
         raise _refused(config, "mlp_bias", where, "false: experts with biases cannot be read")
 
 

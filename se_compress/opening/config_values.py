@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from se_compress.errors import SourceError
+from se_compress.opening.families import is_foreign
 from se_compress.opening.modelfiles import quoted, shown
 
 _INTEGER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
@@ -154,7 +155,8 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(
         ("tie_word_embeddings", "use_cache", "output_router_logits", "qkv_bias", "attention_bias",
          "mlp_bias", "use_sliding_window", "return_dict", "is_encoder_decoder",
-         "output_hidden_states", "output_attentions"), _FLAG,
+         "output_hidden_states", "output_attentions", "is_causal", "is_decoder",
+         "add_cross_attention"), _FLAG,
     ),
     "norm_topk_prob": Kind("true or false", flag, False),
     "rope_interleave": Kind("true or false", flag, False),
@@ -171,6 +173,7 @@ KINDS: Mapping[str, Kind] = {
     "dtype": Kind("bfloat16, float16, float32 or float64", _dtype),
     "torch_dtype": Kind("bfloat16, float16, float32 or float64", _dtype),
     "transformers_version": _TEXT,
+    "auto_map": Kind("a mapping", lambda value: value if isinstance(value, dict) else None),
     "id2label": Kind("a mapping", _labels),
     "label2id": Kind("a mapping", _labels),
     "num_labels": _COUNT,
@@ -214,8 +217,9 @@ def _numbers(value: object) -> list[float] | None:
 
 def take_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config with each value as transformers wants it. Raises SourceError, beginning with
-    `where`, for a value that cannot be one."""
-    taken = _take(config, KINDS, where, "")
+    `where`, for a value that cannot be one. Keys of other families are handed on as they are."""
+    kinds = {key: kind for key, kind in KINDS.items() if not is_foreign(config, key)}
+    taken = _take(config, kinds, where, "")
     for key in ("rope_scaling", "rope_parameters"):
         if key in taken:
             taken[key] = _rope(taken[key], f"{where}: {key}")

@@ -59,6 +59,25 @@ class Family:
 
 # The keys of all families. An engine may look at any of them, whatever the family.
 COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
+_QWEN, _DEEPSEEK = ("qwen2_moe", "qwen3_moe"), ("deepseek_v2", "deepseek_v3")
+# Config keys that shape the models of these families only. In a config of any other they mean
+# nothing: Qwen3-Coder has a shared_expert_intermediate_size of 0.
+_OWNERS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("decoder_sparse_step", "mlp_only_layers"), _QWEN),
+    **dict.fromkeys(
+        ("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group", "q_lora_rank",
+         "kv_lora_rank", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+         "routed_scaling_factor", "pretraining_tp"), _DEEPSEEK,
+    ),
+    "moe_intermediate_size": (*_QWEN, *_DEEPSEEK),
+    "shared_expert_intermediate_size": ("qwen2_moe",),
+    "qkv_bias": ("qwen2_moe",),
+    "clip_qkv": ("olmoe",),
+    "topk_method": ("deepseek_v2",),
+    "mlp_bias": ("deepseek_v2",),
+    "rope_interleave": ("deepseek_v3",),
+    "router_jitter_noise": ("mixtral",),
+}  # fmt: skip
 _QWEN3_MOE = Family(
     model_type="qwen3_moe",
     source="transformers, modeling_qwen3_moe.py; Qwen/Qwen3-30B-A3B",
@@ -170,8 +189,16 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
     return any("expert" in key or "moe" in key for key in config)
 
 
+def is_foreign(config: Mapping[str, Any], key: str) -> bool:
+    """The key shapes models of other families only, so that nothing goes by it here."""
+    return key in _OWNERS and config.get("model_type") not in _OWNERS[key]
+
+
 def setting(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a config key; where it is not there, what transformers takes for it."""
+    """The value of a config key; where it is not there, what transformers takes for it. None for a
+    key of other families."""
+    if is_foreign(config, key):
+        return None
     family = FAMILIES.get(str(config.get("model_type")))
     return config.get(key, family.defaults.get(key) if family else None)
 
@@ -210,8 +237,8 @@ def moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     Qwen leaves out `mlp_only_layers` and all but every `decoder_sparse_step`-th layer, DeepSeek the
     first `first_k_dense_replace`; a config without these keys has experts in every layer.
     """
-    dense = set(config.get("mlp_only_layers") or ())
-    step = config.get("decoder_sparse_step") or 1
+    dense = set(setting(config, "mlp_only_layers") or ())
+    step = setting(config, "decoder_sparse_step") or 1
     first = setting(config, "first_k_dense_replace") or 0
     return tuple(
         layer

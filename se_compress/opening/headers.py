@@ -110,7 +110,7 @@ def _read_index(path: Path, index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: cannot be read as an index: it has no weight_map")
     for shard in set(map(str, weight_map.values())):
-        if not 0 < len(shard) < 256 or not shard.isprintable():
+        if not 0 < len(shard) < 256 or not shard.isprintable() or shard.endswith("/"):
             raise SourceError(f"{index}: names a shard {shown(shard)!r}, which no file is called")
         if PurePath(shard).is_absolute() or ".." in PurePath(shard).parts:
             raise SourceError(

@@ -185,7 +185,13 @@ class _Tokens:
 def _draw(demand: _Demand) -> list[tuple[int, ...]]:
     prefix = demand.lexicon.prefix
     _check_known(demand, prefix)
-    corpus, length = _read(demand), demand.length - len(prefix)
+    length = demand.length - len(prefix)
+    if length < 1:
+        raise SourceError(
+            f"{demand.text.where}.sequence_length is {demand.length}, but the tokenizer puts "
+            f"{len(prefix)} tokens in front of a text; raise it"
+        )
+    corpus = _read(demand)
     bodies = _from_strata(demand, corpus, length) or _from_whole(demand, corpus, length)
     return [prefix + body for body in bodies]
 

@@ -7,6 +7,7 @@ under way in C, such as `'x' * 10**10`.
 
 import json
 import multiprocessing
+import re
 import resource
 import signal
 from collections.abc import Callable, Mapping
@@ -23,6 +24,10 @@ SECONDS = 10  # of computing time that a template may take for one row
 MEMORY = 1 << 30  # bytes that it may take beyond those of this process
 _TOO_MUCH = "it takes more than 1 GB of memory"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
+# How messages begin that were written as text, by JSON, by JSON twice over or by Python's repr.
+_LIKE_MESSAGES = re.compile(
+    r"""\"?[\[{][\s\[{]*\\?["'](role|content|from|messages|conversations?)\\?["']\s*:"""
+)
 _SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "system": "system",
@@ -67,12 +72,17 @@ def looks_like_chat(value: object) -> bool:
 
 
 def _messages_in_json(text: str) -> object:
-    """What a text holds that is the JSON of messages; None if it is any other text."""
-    if text.lstrip()[:1] not in ("[", "{"):
+    """What a text holds that is the JSON of messages; None if it is any other text. Raises
+    Unreadable for messages in another notation, or cut off: no user has written these."""
+    if text.lstrip()[:1] not in ("[", "{", '"'):
         return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, (list, dict)):
+        if _LIKE_MESSAGES.match(text.lstrip()):
+            raise Unreadable("that begins like messages, but is not JSON of them") from None
         return None
     items = _inside(found) if isinstance(found, dict) else found
     first = items[0] if isinstance(items, list) and items else None
@@ -95,7 +105,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _message(item: Message, number: int) -> Message:
-    if "role" not in item and {"from", "value"} <= item.keys():
+    if "role" not in item and "from" in item:
         item = _from_sharegpt(item, number)
     role = item.get("role")
     if not isinstance(role, str):
@@ -117,6 +127,8 @@ def _from_sharegpt(item: Message, number: int) -> Message:
             f"whose message {number} is from {one_line(repr(speaker), 40)}; of ShareGPT's, "
             "human, gpt, system and tool are known"
         )
+    if "value" not in item:
+        raise Unreadable(f"whose message {number} ({one_line(speaker, 40)}) has no value")
     rest = {k: v for k, v in item.items() if k not in ("from", "value")}
     return {"role": _SHAREGPT[speaker], "content": item["value"], **rest}
 

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from se_compress.errors import SourceError, one_line
+from se_compress.opening.modelfiles import check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "*.vocab")
+# What transformers reads of a tokenizer beside its vocabulary.
+_SETTINGS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
 _FORMATS = {
     "sentencepiece": ("*.model",),
     "tiktoken": ("*.tiktoken",),
@@ -26,6 +32,9 @@ def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
     """Raises SourceError with what the tokenizer is, where it is none that can be used."""
     from transformers import AutoTokenizer
 
+    for file in sorted(model_path.glob("*")):
+        if any(file.match(pattern) for pattern in (*_VOCABULARIES, *_SETTINGS)):
+            check_file(file)  # a pipe, say, is waited for without end
     settings = _read_object(model_path / "tokenizer_config.json") or {}
     fast = _read_object(model_path / "tokenizer.json")
     code = _code_of(model_path, settings)
@@ -57,8 +66,6 @@ def _read_object(file: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise SourceError(f"{file}: unusable tokenizer: {error.strerror}") from None
-    if content.startswith(b"version https://git-lfs"):
-        raise SourceError(f"{file}: is a Git LFS pointer, not the file; run `git lfs pull`")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
