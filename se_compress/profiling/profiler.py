@@ -50,16 +50,10 @@ from se_compress.model.measures import (
     peak_of,
     sink_rate,
 )
+from se_compress.model.observers import RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_inputs, check_logits, check_states
-from se_compress.model.streaming import (
-    RoutingCapture,
-    SinkCapture,
-    StreamedModel,
-    batches_of,
-    in_pieces,
-    load_states,
-    save_states,
-)
+from se_compress.model.states import batches_of, in_pieces, load_states, save_states
+from se_compress.model.streaming import StreamedModel
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, SuperExperts
 from se_compress.running.run_directory import load_layers, save
