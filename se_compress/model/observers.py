@@ -1,4 +1,8 @@
-"""What a run of a layer tells, and to whom."""
+"""What a run of a layer tells, and to whom.
+
+B sequences of a batch, T positions, N = B * T rows of a batch with H channels, k experts per token,
+n rows and I neurons of one expert. Row = sequence * T + position.
+"""
 
 from functools import cached_property
 
@@ -11,11 +15,16 @@ from se_compress.model.routing import rows_by_expert
 
 
 class Observer:
-    """What a run of a layer reports; override what is needed. Tensors are not to be changed.
+    """What a run of a layer reports, batch by batch. Override what is needed.
 
-    `batch` is set before each batch: its index among the batches. `wants_inner` asks for `expert`
-    of shared experts, whose inner state has to be computed once more for that. Without
-    `runs_experts` the routed experts are told of, not run: they add nothing.
+    The tensors are the run's own and must not be changed. Their dtype is the model's unless a
+    method says otherwise.
+
+    batch            index of the batch that is being run; set by the run
+    wants_attention  `attention` is called; it costs the probabilities of every head
+    wants_inner      `expert` is called for shared experts too; their inner state is computed again
+    runs_experts     False: routed experts are told of, not run, and add nothing to the stream
+    silenced         experts whose output is replaced by zero
     """
 
     batch: int = 0
@@ -25,32 +34,48 @@ class Observer:
     silenced: frozenset[ExpertIndex] = frozenset()
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
-        """Input of the routed experts [N, H], chosen experts [N, k] and their weights [N, k];
-        N = sequences x length, row = sequence * length + position."""
+        """The routing of one batch.
+
+        hidden   input of the routed experts, [N, H]
+        experts  chosen experts, int64 [N, k]
+        weights  their routing weights, floating [N, k]
+        """
 
     def expert(
         self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
     ) -> None:
-        """One expert: its rows [n], input [n, I] and output [n, H] of down_proj, and the weights
-        [n] with which the output enters the sum (the shared expert's: its gate, or 1)."""
+        """What one expert did in one batch; it is not called for an expert without a row.
+
+        rows     its rows, int64 [n], ascending
+        inner    input of its down_proj, [n, I]
+        output   output of its down_proj, [n, H]; zeros if it is silenced
+        weights  factor of the output in the layer's sum, [n]; a shared expert's gate, or 1
+        """
 
     def dense(self, inner: Tensor, output: Tensor) -> None:
         """Input [N, I] and output [N, H] of a dense layer's down_proj."""
 
     def watched(self, sequences: int) -> int:
-        """Of how many sequences of a batch, its leading ones, `attention` is told."""
+        """How many of a batch's sequences, from the first on, `attention` is told about."""
         return sequences
 
     def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
-        """Attention probabilities on position 0, [B, heads, T] per query, and the mean that each
-        key position receives from the queries that can see it, [B, heads, T]."""
+        """Where attention goes in the B watched sequences of a batch; both in float32.
+
+        first_key      probability that each query gives to position 0, [B, heads, T]
+        mean_received  mean probability that each key gets from the queries that see it,
+                       [B, heads, T]
+        """
 
 
 class RoutingCapture(Observer):
     """Keeps the input of a layer's routed experts and the routing, over all batches.
 
-    After the run: `hidden` [N, H], `experts` [N, k], `weights` [N, k], rows in the order of the
-    batches.
+    Available after the run, rows in the order of the batches, N of all batches together.
+
+    hidden   [N, H]
+    experts  int64 [N, k]
+    weights  [N, k]
     """
 
     def __init__(self, *, runs_experts: bool = True) -> None:
@@ -87,23 +112,26 @@ class RoutingCapture(Observer):
         return rows_by_expert(self.experts, self.weights, 0)
 
     def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Rows [n] routed to `expert`, ascending, and their routing weights [n]."""
+        """Rows routed to `expert`, int64 [n], ascending, and their routing weights [n]."""
         if expert < len(self._by_expert):
             return self._by_expert[expert]
         return self.experts.new_empty(0), self.weights.new_empty(0)  # behind the last one chosen
 
 
 class SinkCapture(Observer):
-    """Attention sinks of one layer, mean over the sequences of all batches.
+    """Keeps how much attention position 0 gets in a layer, mean over the sequences of all batches.
 
-    After the run: `sink_mass` [heads], see `measures.sink_mass`, and `received` [heads, T], the
-    mean attention that each position receives from the queries that can see it.
+    Available after the run, float32 on the CPU.
+
+    sink_mass  attention to position 0, see `measures.sink_mass`, [heads]
+    received   mean attention that each position gets from the queries that see it, [heads, T]
     """
 
     wants_attention = True
 
     def __init__(self) -> None:
         super().__init__()
+        # For each batch, its number of sequences and their mean.
         self._mass: list[tuple[int, Tensor]] = []
         self._received: list[tuple[int, Tensor]] = []
 

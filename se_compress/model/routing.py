@@ -1,7 +1,7 @@
 """Which rows of a layer's input go to which of its routed experts, and the sum of what comes back.
 
-Nothing here knows of models or of observers, so that engines can use it while transformers is being
-imported.
+N rows (tokens) with H channels, k experts chosen for each row, n rows of one expert. Nothing here
+knows of models or observers: `engines.loading` imports this while transformers is half imported.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,26 @@ ROW_BLOCK = 64
 def rows_by_expert(
     top_k_index: Tensor, top_k_weights: Tensor, experts: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each expert the rows [n] routed to it, ascending, and their weights [n]; from the chosen
-    experts [N, k] of every row and their weights [N, k]."""
+    """For each expert, its rows [n] (int64, ascending) and their routing weights [n].
+
+    top_k_index    chosen experts of every row, int64 [N, k]
+    top_k_weights  their routing weights, floating [N, k]
+    experts        how many entries the list has at least; those of unused experts are empty
+    """
     chosen, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
     counts = torch.bincount(chosen, minlength=experts).tolist()
+    # A stable sort of the N * k choices: those of one expert lie together, in the order of rows.
     places = torch.split(torch.argsort(chosen, stable=True), counts)
     return [(mine // top_k_index.shape[-1], weights[mine]) for mine in places]
 
 
 def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """hidden[rows], and after them repetitions of row 0 up to a number of which there are few."""
+    """hidden[rows], padded to a rounded number of rows: [n, H] with n >= len(rows).
+
+    The padding repeats row 0; callers cut it off what they compute from it. `hidden` is [N, H],
+    `rows` int64. ROW_BLOCK says why.
+    """
+    # Above ROW_BLOCK, an eighth of the largest power of two in the number: 8 sizes an octave.
     block = max(ROW_BLOCK, 2 ** (len(rows).bit_length() - 4)) if len(rows) > ROW_BLOCK else 1
     missing = -len(rows) % block
     return hidden.index_select(0, nn.functional.pad(rows, (0, missing)))
@@ -40,12 +50,16 @@ def sum_routed(
     experts: int,
     run: Callable[[int, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The weighted sum [N, H] of what the chosen experts make of `hidden` [N, H].
+    """The weighted sum of what the chosen experts make of each row: [N, H], dtype of `hidden`.
 
-    `run` gets an expert, its rows [n] and their weights [n], and returns its output [n, H] before
-    the weights. Tokens are sorted by expert once; each expert then works on its contiguous rows.
-    The weighted outputs of a token are summed in float32 in the order of the experts, so the result
-    is deterministic.
+    Each expert works on its rows at once. The weighted outputs of a token are summed in float32 in
+    the order of the experts, so that the result is deterministic.
+
+    hidden         input of the layer's experts, [N, H]
+    top_k_index    chosen experts of every row, int64 [N, k]
+    top_k_weights  their routing weights, [N, k]
+    experts        number of routed experts
+    run            (expert, its rows [n], their weights [n]) -> its output [n, H] without weights
     """
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     routed = rows_by_expert(top_k_index, top_k_weights, experts)

@@ -1,4 +1,8 @@
-"""Batches of token ids, and the hidden states made of them: cut, saved and loaded again."""
+"""Batches of token ids, and the hidden states made of them: cut, saved and loaded again.
+
+B sequences of a batch, T positions, H channels. A batch has neither padding nor sequences of
+different lengths. Hidden states have the model's dtype and device.
+"""
 
 import json
 import zlib
@@ -9,12 +13,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+# Positions whose logits are in memory at once; at 150,000 words that is 150 MB in float32.
 PIECE_TOKENS = 256
 
 
 def batches_of(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Tensor]:
-    """Batches [B, T] of neighbouring sequences of equal length, at most `batch_tokens` tokens each
-    (but at least one sequence)."""
+    """Batches of neighbouring sequences of equal length: int64 [B, T] each, on the CPU.
+
+    A batch has at most `batch_tokens` tokens, but at least one sequence.
+    """
     batches: list[list[Sequence[int]]] = []
     for sequence in tokens:
         full = batches and (len(batches[-1]) + 1) * len(sequence) > batch_tokens
@@ -25,7 +32,10 @@ def batches_of(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Tenso
 
 
 def leading(hidden: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first sequences of batches [B, T, H], at most `tokens` tokens (but at least one)."""
+    """The first sequences of all batches [B, T, H]: at most `tokens` tokens, but one sequence.
+
+    The batches that are left are views of those given.
+    """
     kept: list[Tensor] = []
     for states in hidden:
         count = min(len(states), tokens // states.shape[1])
@@ -38,8 +48,10 @@ def leading(hidden: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 
 def in_pieces(hidden: Sequence[Tensor]) -> list[Tensor]:
-    """The same states [B, T, H] as pieces [1, n, H] of at most PIECE_TOKENS, in order: logits are
-    wide, and what is computed from them position by position need not hold those of a batch."""
+    """The same states [B, T, H] as views [1, n, H] of at most PIECE_TOKENS positions, in order.
+
+    Logits are wide. What is computed from them position by position need not hold a batch of them.
+    """
     pieces: list[Tensor] = []
     for states in hidden:
         for sequence in states:
@@ -52,7 +64,10 @@ def in_pieces(hidden: Sequence[Tensor]) -> list[Tensor]:
 
 def save_states(path: Path, layer: int, streams: dict[str, list[Tensor]]) -> None:
     """Write the hidden states after `layer`, atomically: the file is the old one or the new one.
-    Streams that are still one and the same list are written once, and come back as one."""
+
+    streams  name -> hidden states [B, T, H] of each batch; two names of one and the same list are
+             written once and come back as one list
+    """
     from safetensors.torch import save_file
 
     names = list(streams)
@@ -76,6 +91,7 @@ def save_states(path: Path, layer: int, streams: dict[str, list[Tensor]]) -> Non
 
 
 def _checksum(states: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor of any shape and dtype."""
     flat = states.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return zlib.crc32(flat.numpy().data)
 
@@ -83,8 +99,11 @@ def _checksum(states: Tensor) -> int:
 def load_states(
     path: Path, device: torch.device, notice: Callable[[str], None]
 ) -> tuple[int, dict[str, list[Tensor]]]:
-    """The inverse of `save_states`; layer -1 and nothing if there is no file, and, with a word, if
-    it is not what was saved."""
+    """The layer and the streams that `save_states` has written, on `device`.
+
+    Layer -1 and no stream if there is no file. The same, with a word to `notice`, if the file is
+    not what was saved.
+    """
     from safetensors import SafetensorError
 
     if not path.exists():
@@ -98,7 +117,7 @@ def load_states(
 
 
 def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[Tensor]]]:
-    """Raises one of many errors, ValueError among them, if the file is not what was saved."""
+    """As `load_states`, but raises one of many errors if the file is not what was saved."""
     from safetensors import safe_open
 
     streams: dict[str, list[Tensor]] = {}
@@ -107,6 +126,7 @@ def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[
         sums = json.loads(metadata["checksums"])
         if metadata["file"] != path.name or sorted(file.keys()) != sorted(sums):
             raise ValueError("holds other states than it should")
+        # Keys are "stream.batch": by number of the batch, as text would put 10 before 2.
         for key in sorted(sums, key=lambda k: (k.split(".")[0], int(k.split(".")[1]))):
             states = file.get_tensor(key)
             if _checksum(states) != sums[key]:

@@ -11,6 +11,9 @@ and tell an observer what happens inside. Every family that uses these interface
 that way.
 
 Batches hold sequences of equal length and no padding, so a call depends on the batch's shape alone.
+
+B sequences of a batch, T positions, H channels, V words of the vocabulary. Hidden states are a list
+of batches [B, T, H] in the model's dtype, on its device.
 """
 
 import copy
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from se_compress.artifacts import ROLES, ExpertId, ModelSource
+from se_compress.artifacts import ROLES, ExpertId, ModelSource, Role
 from se_compress.errors import SourceError
 from se_compress.model.attention import attention_forward
 from se_compress.model.checkpoint import Reader, check_finite
@@ -32,10 +35,12 @@ from se_compress.model.observers import Observer
 from se_compress.opening.families import FAMILIES, Family
 from se_compress.opening.modelfiles import shown
 
+# What our experts and attention functions are called in transformers' tables.
 IMPLEMENTATION = "se_compress"
 
 
 def _register() -> None:
+    """Enter our functions in transformers' tables. Doing it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import sdpa_mask
@@ -47,14 +52,14 @@ def _register() -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a decoder layer is called with, beside the hidden states."""
+    """What a decoder layer is called with beside the hidden states: masks, position embeddings."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and remembers how it was called."""
+    """Stands in for a decoder layer and remembers how it was called. Hidden states pass through."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -74,6 +79,7 @@ class _Streamed(nn.Module):
 
     def __init__(self, model: "StreamedModel", index: int, layer: nn.Module) -> None:
         super().__init__()
+        # Neither is a submodule: `model` holds this one, and `layer` has no weights to count.
         self.__dict__["model"], self.__dict__["layer"] = model, layer
         self.index = index
 
@@ -89,8 +95,15 @@ class _Streamed(nn.Module):
 class StreamedModel:
     """A model whose weights come from `read`, a layer at a time.
 
-    read    one tensor by its name in the source checkpoint: the source's own, or a compressed one
+    Raises SourceError if transformers builds no model from the source's config.
+
+    source  config and tensors of the checkpoint
+    read    reads a tensor by its name in the source; its values may be those of a compressed model
+    device  of weights and hidden states
     dtype   of weights and hidden states
+    model   the transformers model: weights of decoder layers, embeddings and head stay on the meta
+            device, everything else is real
+    layers  its decoder layers, on the meta device
     """
 
     source: ModelSource
@@ -131,18 +144,26 @@ class StreamedModel:
     # -- loading
 
     def load_layer(self, layer: int) -> nn.Module:
-        """Decoder layer `layer` with its weights, on the device. Raises SourceError for NaN."""
+        """A copy of decoder layer `layer` with its weights, on the device.
+
+        Raises SourceError for a weight that is NaN or infinite.
+        """
         module = copy.deepcopy(self.layers[layer])
         self._materialise(module, f"model.layers.{layer}.", skip=())
         return module
 
     def _materialise(self, module: nn.Module, prefix: str, skip: tuple[str, ...]) -> None:
-        """Give every meta parameter and buffer of `module`, but those under `skip`, its value."""
+        """Give every meta parameter and buffer of `module` its value, in place.
+
+        prefix  what transformers puts before the module's own names
+        skip    beginnings of names that are left on the meta device
+        """
         persistent = set(module.state_dict().keys())
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            if not name.startswith(skip) if skip else True:
+            if not name.startswith(skip):
                 self._fill(module, name, value, prefix, name in persistent)
         for child in module.modules():
+            # Buffers that no checkpoint has (rotary frequencies) are computed by transformers.
             computed = child._non_persistent_buffers_set
             if computed and not next(iter(child.buffers())).is_meta:
                 self.model._init_weights(child)
@@ -150,9 +171,11 @@ class StreamedModel:
     def _fill(
         self, module: nn.Module, name: str, value: Tensor, prefix: str, persistent: bool
     ) -> None:
+        """Put a real tensor in the place of the meta tensor `value`, read if it is `persistent`."""
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         is_parameter = leaf in owner._parameters
+        # Floating buffers are router biases and rotary frequencies: float32 in any model.
         dtype = value.dtype if is_parameter or not value.is_floating_point() else torch.float32
         real = torch.empty(value.shape, dtype=dtype, device=self.device)
         if persistent:
@@ -163,23 +186,27 @@ class StreamedModel:
             owner._buffers[leaf] = real
 
     def _read_into(self, target: Tensor, name: str) -> None:
-        """Fill `target` with the tensor that transformers calls `name`, stacking experts."""
+        """Fill `target` with the tensor that transformers calls `name`, in the target's dtype.
+
+        Fused experts, [E, 2I, H] or [E, H, I], are stacked from the matrices of the checkpoint.
+        Raises SourceError for a value that is NaN or infinite.
+        """
         if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             target.copy_(check_finite(name, self.read(self._on_disk(name))))
             return
         layer = int(name.split(".")[2])
         projections = dict(zip(ROLES, self.family.projections, strict=True))
-        roles = ("down",) if name.endswith("down_proj") else ("gate", "up")
+        roles: tuple[Role, ...] = ("down",) if name.endswith("down_proj") else ("gate", "up")
         for expert in range(target.shape[0]):
-            parts = target[expert].chunk(len(roles), dim=0)
-            for part, role in zip(parts, roles, strict=True):
-                projection = projections[role]  # type: ignore[index]
+            matrices = target[expert].chunk(len(roles), dim=0)  # gate above up: [I, H] each
+            for matrix, role in zip(matrices, roles, strict=True):
                 stored = self.family.expert.format(
-                    layer=layer, expert=expert, projection=projection
+                    layer=layer, expert=expert, projection=projections[role]
                 )
-                part.copy_(check_finite(stored, self.read(stored)))
+                matrix.copy_(check_finite(stored, self.read(stored)))
 
     def _on_disk(self, name: str) -> str:
+        """What the checkpoint calls the tensor that transformers calls `name`."""
         for disk, memory in self.family.renames:
             candidate = name.replace(memory, disk)
             if candidate in self.source.tensors:
@@ -189,21 +216,27 @@ class StreamedModel:
         return name
 
     def experts_module(self, module: nn.Module) -> Any:
-        """The fused routed experts of a loaded MoE layer: gate_up_proj [E, 2I, H], down_proj
-        [E, H, I], and what lies between them."""
+        """The fused routed experts of a loaded MoE layer.
+
+        A transformers module with gate_up_proj [E, 2I, H] and down_proj [E, H, I] in the model's
+        dtype; `experts.expert_inner` computes what lies between them.
+        """
         return next(m for m in module.modules() if hasattr(m, "gate_up_proj"))
 
     # -- running
 
     @cached_property
     def _embeddings(self) -> Tensor:
-        """[V, H], as on disk and checked: a map of the file that takes no memory of its own."""
+        """[V, H], dtype as on disk, checked: a map of the file that takes no memory of its own."""
         name = "model.embed_tokens.weight"
         return check_finite(name, self.read(name))
 
     @torch.no_grad()
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Embeddings [B, T, H] of each batch of token ids [B, T]. Raises SourceError for NaN."""
+        """Embeddings [B, T, H] of each batch of token ids, int64 [B, T].
+
+        Raises SourceError for an embedding that is NaN or infinite.
+        """
         return [self._embeddings[batch].to(self.device, self.dtype) for batch in batches]
 
     @torch.no_grad()
@@ -214,7 +247,13 @@ class StreamedModel:
         hidden: Sequence[Tensor],
         observer: Observer | None = None,
     ) -> list[Tensor]:
-        """The hidden states after `module`, for each batch. The input is not changed."""
+        """The hidden states [B, T, H] of each batch after a layer. The input is not changed.
+
+        layer     index of the layer
+        module    the layer itself, from `load_layer`
+        hidden    hidden states before it, [B, T, H] for each batch
+        observer  is told what happens inside; without one nobody is
+        """
         observer = observer or Observer()
         hooks = self._attach(layer, module, observer)
         results = []
@@ -228,37 +267,43 @@ class StreamedModel:
 
     @staticmethod
     def add_routed(hidden: Sequence[Tensor], output: Tensor) -> None:
-        """Complete, in place, what `run_layer` returned without the routed experts by their output
-        [N, H]. In every family of the table it enters the stream as it is."""
+        """Add the routed experts' output [N, H] to what `run_layer` returned without it, in place.
+
+        N rows are those of all batches `hidden` [B, T, H], in order. In every family of the table
+        the output enters the stream as it is.
+        """
         parts = torch.split(output, [states.shape[0] * states.shape[1] for states in hidden])
         for states, part in zip(hidden, parts, strict=True):
             states += part.view_as(states).to(states.dtype)
 
     def _attach(self, layer: int, module: nn.Module, observer: Observer) -> list[RemovableHandle]:
-        """Tell the experts and the attention of a layer whom to report to; the plain MLPs (shared
-        experts, dense layers) have no interface for that and get a hook on their down_proj."""
+        """Tell the parts of a layer whom to report to; returns the hooks to remove afterwards.
+
+        Routed experts and attention find the observer as an attribute. Plain MLPs (shared experts,
+        dense layers) have no interface for that and get a hook.
+        """
         for child in module.modules():
             child.observer = observer  # type: ignore[assignment]
-        down = self.family.projections[2]
         if layer not in self.source.moe_layers:
+            down = self.family.projections[2]
             return [module.get_submodule(f"mlp.{down}").register_forward_hook(dense_hook)]
         if ExpertId(layer, "shared") not in self.source.experts:
             return []
-        path = self.family.shared.removeprefix("model.layers.{layer}.").partition(".{projection}")[
-            0
-        ]
+        within_layer = self.family.shared.removeprefix("model.layers.{layer}.")
+        shared = module.get_submodule(within_layer.partition(".{projection}")[0])
         gate = self.family.shared_gate.removeprefix("model.layers.{layer}.").removesuffix(".weight")
-        shared = module.get_submodule(path)
-        hook = shared_hook(module.get_submodule(gate) if gate else None, down)
+        hook = shared_hook(module.get_submodule(gate) if gate else None)
         return [shared.register_forward_hook(hook)]
 
     def _call(self, layer: int, states: Tensor) -> _Call:
+        """What `layer` is called with for a batch of the shape of `states` [B, T, H]."""
         shape = (states.shape[0], states.shape[1])
         if shape not in self._calls:
             self._calls[shape] = self._record(states)
         return self._calls[shape][layer]
 
     def _record(self, states: Tensor) -> list[_Call]:
+        """Run transformers' own decoder over `states` [B, T, H], with no layer doing anything."""
         recorders = [_Recorder(layer) for layer in self.layers]
         decoder = self.model.model
         decoder.layers = nn.ModuleList(recorders)
@@ -271,11 +316,16 @@ class StreamedModel:
             raise RuntimeError(f"layer {calls.index(None)} was never called")
         return cast(list[_Call], calls)
 
-    @torch.no_grad()
-    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Float32 logits [B, T, V] of each batch, from the hidden states after the last layer."""
+    def _head(self) -> Tensor:
+        """The weight [V, H] that makes logits of hidden states, in the model's dtype."""
         head = torch.empty(self.model.lm_head.weight.shape, dtype=self.dtype, device=self.device)
         self._read_into(head, "lm_head.weight")
+        return head
+
+    @torch.no_grad()
+    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Float32 logits [B, T, V] of each batch, from the last layer's [B, T, H]."""
+        head = self._head()
         for states in hidden:
             normed = self.model.model.norm(states)
             yield nn.functional.linear(normed, head).float()
@@ -284,13 +334,17 @@ class StreamedModel:
     def generate(
         self, prompts: Tensor, tokens: int, on_token: Callable[[], None] = lambda: None
     ) -> Tensor:
-        """Greedy continuations [B, tokens] of prompts [B, P] of equal length; every step loads
-        every layer once. No token ends a continuation early, so that models can be compared."""
+        """Greedy continuations, int64 [B, tokens] on the CPU. Every step loads every layer once.
+
+        No token ends a continuation early, so that models can be compared.
+
+        prompts   token ids of equal length, int64 [B, P]
+        tokens    how many are generated
+        on_token  called after each step
+        """
         from transformers import DynamicCache
 
-        decoder = self.model.model
-        head = torch.empty(self.model.lm_head.weight.shape, dtype=self.dtype, device=self.device)
-        self._read_into(head, "lm_head.weight")
+        decoder, head = self.model.model, self._head()
         streamed = [_Streamed(self, i, layer) for i, layer in enumerate(self.layers)]
         decoder.layers = nn.ModuleList(streamed)
         cache, step, chosen = DynamicCache(config=self.model.config), prompts, []
