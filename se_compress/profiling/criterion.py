@@ -1,6 +1,6 @@
 """Which experts the published criterion proposes as super experts.
 
-Published criterion (arXiv:2507.23279, eq. 6): an expert is a super expert if its peak |down_proj
+The criterion (arXiv:2507.23279, eq. 6): an expert is a super expert if its peak |down_proj
 output| exceeds both the 99.5th percentile of all experts' peaks and a tenth of the greatest, and
 its layer is one of those that form the massive activations. Three things are stricter here than in
 the published code:
@@ -9,9 +9,7 @@ the published code:
 * the forming layers are measured (see `forming_layers`), not the first 75 %;
 * if the model has no massive activation, it has no super expert, however uneven the peaks are.
 
-The criterion is relative and only proposes. What confirms is the cause: with the expert's output
-set to zero, the massive activation has to vanish, and with another expert of the layer it has to
-stay.
+The criterion is relative and only proposes; `confirm` asks for the cause.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,10 +24,7 @@ from se_compress.artifacts import (
     OutlierReason,
     SuperExpert,
 )
-from se_compress.model.measures import (
-    MASSIVE_PEAK,
-    MASSIVE_RATIO,
-)
+from se_compress.model.measures import MASSIVE_PEAK, MASSIVE_RATIO
 from se_compress.recipe import SuperExperts
 
 # A layer forms massive activations if it adds at least this share of the largest addition of any
@@ -41,6 +36,15 @@ CANCELLING_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Proposal:
+    """What the criterion finds in a model.
+
+    super_experts     over both thresholds, in a layer that forms massive activations
+    outliers          over both thresholds in another layer
+    percentile_value  threshold of the first clause of eq. 6, the percentile of all peaks
+    fraction_value    threshold of the second clause, a fraction of the greatest peak
+    notes             why there is no super expert where one might look for it
+    """
+
     super_experts: tuple[SuperExpert, ...]
     outliers: tuple[OutlierExpert, ...]
     percentile_value: float
@@ -53,8 +57,8 @@ def forming_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
 
     After such a layer the residual stream is massive (Sun et al.), and the layer adds to some |h|
     at least FORMING_SHARE of what any layer adds. What counts is the change of an element, not of
-    the maximum: super experts that build one activation up over several layers, or on several
-    channels, are all found; a layer that only carries or cancels it is not.
+    the maximum. So super experts that build one activation up over several layers, or on several
+    channels, are all found. A layer that only carries or cancels it is not.
     """
     greatest = max((layer.rise for layer in layers if layer.massive), default=0.0)
     return frozenset(
@@ -63,7 +67,7 @@ def forming_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
 
 
 def cancelling_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
-    """Layers that take away at least a quarter of the massive activation that reached them."""
+    """Layers that take away at least CANCELLING_SHARE of the massive activation before them."""
     return frozenset(
         layer.layer
         for before, layer in pairwise(layers)
@@ -72,7 +76,10 @@ def cancelling_layers(layers: Sequence[LayerStats]) -> frozenset[int]:
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """Linear interpolation between order statistics, as numpy.percentile does by default."""
+    """The `percent`-th percentile: order statistics, interpolated linearly.
+
+    As numpy.percentile by default. `values` must not be empty.
+    """
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100.0
     below = int(place)
@@ -83,9 +90,13 @@ def percentile(values: Iterable[float], percent: float) -> float:
 def over_thresholds(
     peaks: Mapping[ExpertId, float], percent: float, fraction: float
 ) -> tuple[list[ExpertId], float, float]:
-    """Experts whose peak exceeds both clauses of eq. 6, and the two values. All experts of the
-    model belong in `peaks`, never-routed ones with 0: leaving some out would shift the
-    percentile."""
+    """Experts whose peak exceeds both clauses of eq. 6, and the values of the two clauses.
+
+    peaks     every expert of the model -> its peak; 0 for one that was never routed to, as leaving
+              some out would shift the percentile
+    percent   first clause: above this percentile of the peaks
+    fraction  second clause: above this fraction of the greatest peak
+    """
     by_percentile = percentile(peaks.values(), percent)
     by_fraction = fraction * max(peaks.values())
     chosen = [e for e, peak in peaks.items() if peak > by_percentile and peak > by_fraction]
@@ -98,13 +109,16 @@ def select_super_experts(
     percent: float = 99.5,
     fraction: float = 0.1,
 ) -> list[ExpertId]:
-    """The criterion as published: over both thresholds, and in a layer that forms massive
-    activations."""
+    """The criterion as published: over both thresholds, in a layer of `forming`.
+
+    The other arguments are those of `over_thresholds`.
+    """
     chosen, _, _ = over_thresholds(peaks, percent, fraction)
     return [identity for identity in chosen if identity.layer in forming]
 
 
 def mark_layers(layers: Sequence[LayerStats]) -> tuple[LayerStats, ...]:
+    """All layers of a model, with `forming` and `cancelling` as they are in its company."""
     forming, cancelling = forming_layers(layers), cancelling_layers(layers)
     return tuple(
         replace(s, forming=s.layer in forming, cancelling=s.layer in cancelling) for s in layers
@@ -112,12 +126,17 @@ def mark_layers(layers: Sequence[LayerStats]) -> tuple[LayerStats, ...]:
 
 
 def propose(
-    layers: Sequence[LayerStats], experts: Sequence[ExpertStats], rule: SuperExperts
+    layers: Sequence[LayerStats], experts: Sequence[ExpertStats], criterion: SuperExperts
 ) -> Proposal:
+    """What the criterion, with the thresholds of `criterion`, finds in layers that are marked.
+
+    layers   all layers of the model, see `mark_layers`
+    experts  all experts of the model
+    """
     stats = {expert.id: expert for expert in experts}
     peaks = {identity: expert.peak for identity, expert in stats.items()}
     chosen, by_percentile, by_fraction = over_thresholds(
-        peaks, rule.percentile, rule.fraction_of_max
+        peaks, criterion.percentile, criterion.fraction_of_max
     )
     marks = {layer.layer: layer for layer in layers}
     supers, outliers = [], []
@@ -134,12 +153,14 @@ def propose(
 
 
 def _why_not(layer: LayerStats, layers: Sequence[LayerStats]) -> OutlierReason:
+    """Why an expert over both thresholds in `layer` is no super expert."""
     if not any(other.massive for other in layers):
         return "model has none"
     return "cancels" if layer.cancelling else "layer forms no massive activation"
 
 
 def _notes(layers: Sequence[LayerStats], with_super_experts: set[int]) -> tuple[str, ...]:
+    """Told to the user: no massive activation at all, or forming layers without a super expert."""
     if not any(layer.massive for layer in layers):
         ratios = {layer: layer.peak / max(layer.median, 1e-12) for layer in layers}
         best = max(layers, key=lambda layer: ratios[layer])

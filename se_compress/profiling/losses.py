@@ -1,30 +1,45 @@
-"""What rounding an expert's weights would cost, from the tokens that are routed to it."""
+"""What rounding an expert's weights would cost, from the tokens that are routed to it.
 
-from collections.abc import Sequence
+Weights are rounded to the nearest codes, without GPTQ; scales are chosen for the power of the
+inputs. One projection group is rounded at a time: gate and up, or down.
+
+N tokens of a layer with H channels, E experts of I neurons, n tokens of one expert, S experts that
+are rounded together.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from se_compress.artifacts import (
-    ExpertIndex,
-    Part,
-)
+from se_compress.artifacts import ExpertIndex, Part
+from se_compress.model.experts import expert_inner
 from se_compress.model.observers import RoutingCapture
-from se_compress.model.streaming import StreamedModel
 from se_compress.quant.grid import Grid, dequantize, rtn
 
 # Tokens per expert on which the loss of rounding is measured; the strongest ones are always among
 # them.
 LOSS_TOKENS = 512
 LOSS_STRONGEST = 32
-LOSS_STACK_ELEMENTS = 2**26
+# Elements of gate_up_proj that are rounded together: 256 MiB in float32.
+STACK_ELEMENTS = 2**26
+
+# Projection group -> bits -> loss.
+Losses = Mapping[Part, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Tokens of one expert: inputs [n, H] and [n, I], output [n, H], and what a squared error of
-    the output counts, [n]: (weight / residual norm)^2 x how many tokens this one stands for."""
+    """Some tokens of one expert. All but `factor` have the model's dtype.
+
+    hidden  inputs of gate_proj and up_proj, [n, H]
+    inner   inputs of down_proj, [n, I]
+    output  outputs of down_proj, [n, H]
+    factor  what a squared error of the output counts, float32 [n]: (routing weight / residual
+            norm)^2 x how many tokens this one stands for
+    """
 
     hidden: Tensor
     inner: Tensor
@@ -33,71 +48,113 @@ class _Sample:
 
 
 def rounding_losses(
-    model: StreamedModel,
-    layer: int,
-    module: nn.Module,
-    watch: RoutingCapture,
-    after: Sequence[Tensor],
-    grids: Sequence[Grid],
-) -> dict[ExpertIndex, dict[Part, dict[int, float]]]:
-    """Expert -> part -> bits -> loss, see ExpertStats; not that of the shared expert."""
-    if layer not in model.source.moe_layers:
-        return {}
-    experts = model.experts_module(module)
+    experts: Any, capture: RoutingCapture, after: Sequence[Tensor], grids: Sequence[Grid]
+) -> dict[ExpertIndex, Losses]:
+    """Routed expert -> its losses, see ExpertStats; not yet times the layer's sensitivity.
+
+    experts  a layer's fused experts, see `StreamedModel.experts_module`
+    capture  what a run of the layer has told
+    after    the hidden states after the layer, [B, T, H] for each batch
+    grids    what the weights are rounded to
+    """
     residual = torch.cat([states.float().flatten(0, 1).norm(dim=1) for states in after])
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    chunk = max(1, LOSS_STACK_ELEMENTS // gate_up[0].numel())
-    losses: dict[ExpertIndex, dict[Part, dict[int, float]]] = {}
-    for start in range(0, gate_up.shape[0], chunk):
-        stop = min(start + chunk, gate_up.shape[0])
-        samples = [_sample(experts, expert, watch, residual) for expert in range(start, stop)]
-        hidden_power = torch.stack([mean_square(s.hidden) for s in samples])
-        inner_power = torch.stack([mean_square(s.inner) for s in samples])
-        for i, sample in enumerate(samples):
-            gone = _loss(sample, sample.output.float(), len(residual))
-            losses[start + i] = {"gate_up": {}, "down": {0: gone}}
-        for grid in grids:
-            rounded_in = dequantize(rtn(gate_up[start:stop].float(), grid, hidden_power))
-            rounded_out = dequantize(rtn(down[start:stop].float(), grid, inner_power))
-            for i, sample in enumerate(samples):
-                inner = experts._apply_gate(sample.hidden.float() @ rounded_in[i].T)
-                outputs: dict[Part, Tensor] = {
-                    "gate_up": inner @ down[start + i].float().T,
-                    "down": sample.inner.float() @ rounded_out[i].T,
-                }
-                for part, output in outputs.items():
-                    error = output - sample.output.float()
-                    losses[start + i][part][grid.bits] = _loss(sample, error, len(residual))
+    losses: dict[ExpertIndex, Losses] = {}
+    for members in stacks_of(experts.gate_up_proj):
+        samples = [_sample(experts, expert, capture, residual) for expert in members]
+        found = _stack_losses(experts, members, samples, grids, len(residual))
+        losses |= zip(members, found, strict=True)
     return losses
 
 
-def _sample(experts: nn.Module, expert: int, watch: RoutingCapture, residual: Tensor) -> _Sample:
-    rows, weights = watch.rows_of(expert)
+def stacks_of(gate_up: Tensor) -> Iterator[range]:
+    """The experts of gate_up_proj [E, 2I, H] in ranges that are rounded together, at least one."""
+    size = max(1, STACK_ELEMENTS // gate_up[0].numel())
+    for start in range(0, gate_up.shape[0], size):
+        yield range(start, min(start + size, gate_up.shape[0]))
+
+
+def _stack_losses(
+    experts: Any,
+    members: range,
+    samples: Sequence[_Sample],
+    grids: Sequence[Grid],
+    tokens: int,
+) -> list[Losses]:
+    """The losses of each of `members`, in a layer of `tokens` tokens; `samples` are theirs."""
+    start, stop = members.start, members.stop
+    hidden_power = torch.stack([mean_square(sample.hidden) for sample in samples])  # [S, H]
+    inner_power = torch.stack([mean_square(sample.inner) for sample in samples])  # [S, I]
+    # 0 bits of down_proj: nothing is left of the output, so the error is the output.
+    losses: list[dict[Part, dict[int, float]]] = [
+        {"gate_up": {}, "down": {0: _loss(sample, sample.output.float(), tokens)}}
+        for sample in samples
+    ]
+    for grid in grids:
+        gate_up = dequantize(rtn(experts.gate_up_proj[start:stop].float(), grid, hidden_power))
+        down = dequantize(rtn(experts.down_proj[start:stop].float(), grid, inner_power))
+        for place, sample in enumerate(samples):
+            errors = _errors(experts, members[place], sample, gate_up[place], down[place])
+            for part, error in errors.items():
+                losses[place][part][grid.bits] = _loss(sample, error, tokens)
+    return list[Losses](losses)
+
+
+def _errors(
+    experts: Any, expert: int, sample: _Sample, gate_up: Tensor, down: Tensor
+) -> dict[Part, Tensor]:
+    """Projection group -> what rounding it alone does to the expert's output, float32 [n, H].
+
+    gate_up, down  the expert's rounded weights, float32 [2I, H] and [H, I]
+    """
+    output = sample.output.float()
+    inner = experts._apply_gate(sample.hidden.float() @ gate_up.T)
+    return {
+        "gate_up": inner @ experts.down_proj[expert].float().T - output,
+        "down": sample.inner.float() @ down.T - output,
+    }
+
+
+def _sample(experts: Any, expert: int, capture: RoutingCapture, residual: Tensor) -> _Sample:
+    """At most LOSS_TOKENS of an expert's tokens; `residual` [N] are the norms after the layer."""
+    rows, weights = capture.rows_of(expert)
     importance = (weights.float() / residual[rows].clamp(min=1e-12)).square()
     stands_for = torch.ones_like(importance)
     if len(rows) > LOSS_TOKENS:
-        strongest = importance.topk(LOSS_STRONGEST).indices
-        rest = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        rest[strongest] = False
-        others = rest.nonzero()[:, 0]
-        step = len(others) / (LOSS_TOKENS - LOSS_STRONGEST)
-        picked = (torch.arange(LOSS_TOKENS - LOSS_STRONGEST, device=rows.device) * step).long()
-        keep = torch.cat([strongest, others[picked]])
-        stands_for = torch.cat(
-            [stands_for[:LOSS_STRONGEST], torch.full((len(picked),), step, device=rows.device)]
-        )
-        rows, importance = rows[keep], importance[keep]
-    hidden = watch.hidden[rows]
-    inner = experts._apply_gate(nn.functional.linear(hidden, experts.gate_up_proj[expert]))  # type: ignore
-    output = nn.functional.linear(inner, experts.down_proj[expert])  # type: ignore[index]
+        kept, stands_for = _thinned(importance)
+        rows, importance = rows[kept], importance[kept]
+    hidden = capture.hidden[rows]
+    inner = expert_inner(experts, expert, hidden)
+    output = nn.functional.linear(inner, experts.down_proj[expert])
     return _Sample(hidden, inner, output, importance * stands_for)
 
 
+def _thinned(importance: Tensor) -> tuple[Tensor, Tensor]:
+    """LOSS_TOKENS places, int64, in `importance` [n], and how many tokens each stands for.
+
+    The strongest are all kept and stand for themselves. The others are taken at even steps, and
+    each stands for a step.
+    """
+    strongest = importance.topk(LOSS_STRONGEST).indices
+    rest = torch.ones(len(importance), dtype=torch.bool, device=importance.device)
+    rest[strongest] = False
+    others = rest.nonzero()[:, 0]
+    count = LOSS_TOKENS - LOSS_STRONGEST
+    step = len(others) / count
+    picked = (torch.arange(count, device=importance.device) * step).long()
+    stands_for = torch.cat(
+        [
+            torch.ones_like(importance)[:LOSS_STRONGEST],
+            torch.full((count,), step, device=importance.device),
+        ]
+    )
+    return torch.cat([strongest, others[picked]]), stands_for
+
+
 def _loss(sample: _Sample, error: Tensor, tokens: int) -> float:
-    """What an error [n, H] of an expert's output costs, over all `tokens` of the layer."""
+    """What an error [n, H] of an expert's output costs, mean over all `tokens` of the layer."""
     return float((error.square().sum(dim=1) * sample.factor).sum() / tokens)
 
 
 def mean_square(inputs: Tensor) -> Tensor:
-    """Per column; zero for an expert that saw no token."""
+    """Mean square of each column of inputs [n, C], float32 [C]; zeros for no input."""
     return inputs.float().square().sum(dim=0) / max(1, len(inputs))

@@ -1,4 +1,11 @@
-"""Profile a model: measure the experts, find the super experts, and confirm them."""
+"""Profile a model: measure the experts, find the super experts, and confirm them.
+
+Three passes over the model, each a layer at a time: one measures every layer and expert (`watch`,
+`losses`, `similarity`), one what an error in each layer costs (`sensitivity`), one silences the
+experts that the `criterion` proposes (`confirm`).
+
+Hidden states are lists of batches [B, T, H] in the model's dtype.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +15,7 @@ import torch
 from torch import Tensor
 
 from se_compress.artifacts import (
-    ExpertId,
+    ExpertIndex,
     ExpertProfile,
     ExpertStats,
     LayerSimilarity,
@@ -23,7 +30,7 @@ from se_compress.model.states import batches_of, load_states, save_states
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.confirm import CONFIRM_SEQUENCES, confirm, doubts
 from se_compress.profiling.criterion import mark_layers, propose
-from se_compress.profiling.losses import rounding_losses
+from se_compress.profiling.losses import Losses, rounding_losses
 from se_compress.profiling.sensitivity import SENSITIVITY_TOKENS, in_nats, measure_sensitivities
 from se_compress.profiling.similarity import output_distances
 from se_compress.profiling.watch import Watch, layer_stats
@@ -32,12 +39,16 @@ from se_compress.recipe import Recipe
 from se_compress.running.run_directory import load_layers, save
 
 STATES_FILE = "profile-states.safetensors"
+# Widths whose losses a profile has.
+MEASURED_BITS = (2, 3, 4, 8)
 
 
 def profile_experts(
     source: ModelSource, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
 ) -> ExpertProfile:
-    """Run the calibration tokens through the model and measure every expert and every layer.
+    """What every expert and every layer of a model does with the calibration tokens.
+
+    Raises SourceError for weights that are NaN or infinite and for activations that overflow.
 
     tokens   sequences of token ids, all of one length
     options  with a work directory, progress is saved after every layer and taken up again;
@@ -48,6 +59,7 @@ def profile_experts(
     layers = mark_layers([part.layer for part in measured])
     experts = tuple(sorted((e for part in measured for e in part.experts), key=lambda e: e.id))
     _assert_all_seen(source, experts)
+    # A few: there will be a stream of them for each MoE layer.
     some = tokens[: max(1, SENSITIVITY_TOKENS // len(tokens[0]))]
     layers, experts = in_nats(layers, experts, measure_sensitivities(model, some, recipe, options))
     found = propose(layers, experts, recipe.super_experts)
@@ -96,7 +108,12 @@ def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedM
 
 @dataclass(frozen=True)
 class _Measured:
-    """One layer's part of the profile, as it is saved while the profile is being made."""
+    """One layer's record, as it is saved while the profile is being made.
+
+    layer       not yet marked as forming or cancelling, without sensitivity
+    experts     losses not yet multiplied by the layer's sensitivity
+    similarity  only for a recipe that merges, and a MoE layer
+    """
 
     layer: LayerStats
     experts: tuple[ExpertStats, ...]
@@ -106,6 +123,7 @@ class _Measured:
 def _measure_layers(
     model: StreamedModel, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
 ) -> list[_Measured]:
+    """The records of all layers, from the work directory as far as they are there."""
     batches = batches_of(tokens, options.batch_tokens)
     measured, hidden = _resume(model, options)
     hidden = hidden or model.embed(batches)
@@ -114,10 +132,11 @@ def _measure_layers(
         options.progress("profile", layer, model.source.layer_count)
         if layer < len(measured):
             continue
-        part, hidden = _measure_layer(model, layer, hidden, batches, recipe)
-        measured.append(part)
+        record, hidden = _measure_layer(model, layer, hidden, batches, recipe)
+        measured.append(record)
         if options.work:
-            save(part, _record_file(options.work, layer))
+            # In this order: a record whose states are missing is measured again, see `_resume`.
+            save(record, _record_file(options.work, layer))
             save_states(options.work / STATES_FILE, layer, {"source": hidden})
     options.progress("profile", model.source.layer_count, model.source.layer_count)
     return measured
@@ -128,8 +147,10 @@ def _record_file(work: Path, layer: int) -> Path:
 
 
 def _resume(model: StreamedModel, options: RunOptions) -> tuple[list[_Measured], list[Tensor]]:
-    """The layers that are measured, and the hidden states behind them; neither without progress
-    that can be read."""
+    """The records of layers that are measured, and the hidden states [B, T, H] behind them.
+
+    Both are empty without progress that can be read. The states decide how many layers are done.
+    """
     if options.work is None:
         return [], []
     done, streams = load_states(options.work / STATES_FILE, model.device, options.notice)
@@ -145,6 +166,13 @@ def _measure_layer(
     batches: Sequence[Tensor],
     recipe: Recipe,
 ) -> tuple[_Measured, list[Tensor]]:
+    """A layer's record, and the hidden states after it.
+
+    hidden   hidden states before the layer, [B, T, H] for each batch
+    batches  token ids of each batch, int64 [B, T]
+
+    Raises SourceError if the source overflows in the layer.
+    """
     module = model.load_layer(layer)
     watch = Watch(batches)
     after = model.run_layer(layer, module, hidden, watch)
@@ -152,20 +180,21 @@ def _measure_layer(
     stats = layer_stats(model.source, layer, hidden, after, watch, batches)
     grids = [
         Grid(bits, recipe.quantization.group_size, recipe.quantization.symmetric)
-        for bits in (2, 3, 4, 8)
+        for bits in MEASURED_BITS
     ]
-    losses = rounding_losses(model, layer, module, watch, after, grids)
+    losses: dict[ExpertIndex, Losses] = {}  # of routed experts only
+    similarity = None
+    if watch.saw_experts:
+        fused = model.experts_module(module)
+        losses = rounding_losses(fused, watch, after, grids)
+        if recipe.policy.merge:
+            similarity = LayerSimilarity(layer, output_distances(fused, watch.hidden))
     total = sum(batch.numel() for batch in batches)
     experts = tuple(
-        watch.stats(ExpertId(layer, expert), total, losses.get(expert, {}))
+        watch.stats(identity, total, losses.get(identity.expert, {}))
         for identity in model.source.experts
         if identity.layer == layer
-        for expert in [identity.expert]
     )
-    similarity = None
-    if recipe.policy.merge and watch.saw_experts:
-        distances = output_distances(model.experts_module(module), watch.hidden)
-        similarity = LayerSimilarity(layer, distances)
     return _Measured(stats, experts, similarity), after
 
 

@@ -1,22 +1,26 @@
-"""What an error in one layer costs the whole model."""
+"""What an error in one layer costs the whole model.
+
+An error is passed on by the later layers. They may drop it, or send tokens to other experts for it:
+how much it costs differs between layers by a factor of three and more. With this factor, losses
+rank like what quantising really costs (benchmarks/rank_correlation.py).
+
+Hidden states are lists of batches [B, T, H] in the model's dtype.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from se_compress.artifacts import (
-    ExpertStats,
-    LayerStats,
-    RunOptions,
-)
+from se_compress.artifacts import ExpertStats, LayerStats, RunOptions
+from se_compress.model.experts import expert_inner
 from se_compress.model.observers import RoutingCapture
 from se_compress.model.states import batches_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.divergence import mean_divergence
-from se_compress.profiling.losses import LOSS_STACK_ELEMENTS, mean_square
+from se_compress.profiling.losses import mean_square, stacks_of
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe
 
@@ -28,8 +32,12 @@ SENSITIVITY_BITS = 3
 
 @dataclass
 class _Rounded:
-    """A copy of the stream behind one layer's rounded experts; `error` is the mean over tokens of
-    the squared relative distance that the rounding made in the layer's output."""
+    """A copy of the stream, forked behind a layer whose experts were rounded.
+
+    layer   the layer
+    error   squared relative distance that the rounding made in the layer's output, mean over tokens
+    hidden  the states after the last layer that was run, [B, T, H] for each batch
+    """
 
     layer: int
     error: float
@@ -41,13 +49,10 @@ def measure_sensitivities(
 ) -> dict[int, float]:
     """MoE layer -> LayerStats.sensitivity.
 
-    An error is passed on by the later layers, which may drop it or send tokens to other experts for
-    it; how much it costs differs between layers by a factor of three and more, and with it, losses
-    rank like what quantising really costs (benchmarks/rank_correlation.py). One pass, the stream
-    forked behind every MoE layer.
+    One pass: the stream is forked behind every MoE layer, once with its experts rounded. Memory
+    holds one stream for each layer, so that `tokens` should be few (SENSITIVITY_TOKENS).
     """
-    rule = recipe.quantization
-    grid = Grid(SENSITIVITY_BITS, rule.group_size, rule.symmetric)
+    grid = Grid(SENSITIVITY_BITS, recipe.quantization.group_size, recipe.quantization.symmetric)
     base, forks = model.embed(batches_of(tokens, options.batch_tokens)), list[_Rounded]()
     count = model.source.layer_count
     for layer in range(count):
@@ -55,6 +60,7 @@ def measure_sensitivities(
         base = _fork_layer(model, layer, base, forks, grid)
     options.progress("sensitivity", count, count)
     costs = (mean_divergence(model, base, fork.hidden) for fork in forks)
+    # Rounding may change nothing, and a mean of divergences may come out just below zero.
     return {
         fork.layer: max(cost, 1e-9) / max(fork.error, 1e-12)
         for fork, cost in zip(forks, costs, strict=True)
@@ -64,12 +70,13 @@ def measure_sensitivities(
 def _fork_layer(
     model: StreamedModel, layer: int, before: list[Tensor], forks: list[_Rounded], grid: Grid
 ) -> list[Tensor]:
-    """Run a layer over the stream and its copies and fork one more; returns the stream after it."""
+    """The stream [B, T, H] after a layer. The forks are run as well, and a MoE layer adds one."""
     module, capture = model.load_layer(layer), RoutingCapture()
     for fork in forks:
         fork.hidden = model.run_layer(layer, module, fork.hidden)
     after = model.run_layer(layer, module, before, capture)
     if layer in model.source.moe_layers:
+        # The layer's own weights are changed: nothing runs through it unrounded after this.
         _round_experts(model.experts_module(module), capture, grid)
         rounded = model.run_layer(layer, module, before)
         forks.append(_Rounded(layer, _squared_distance(rounded, after), rounded))
@@ -78,22 +85,21 @@ def _fork_layer(
 
 def _round_experts(experts: Any, capture: RoutingCapture, grid: Grid) -> None:
     """Round the live weights of a layer's experts to the nearest codes, in place."""
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    chunk = max(1, LOSS_STACK_ELEMENTS // gate_up[0].numel())
-    for start in range(0, gate_up.shape[0], chunk):
-        members = range(start, min(start + chunk, gate_up.shape[0]))
+    for members in stacks_of(experts.gate_up_proj):
+        # Before any weight of these experts is rounded: inner states come from the true gate_up.
         inputs = [capture.hidden[capture.rows_of(expert)[0]] for expert in members]
         inner = [
-            experts._apply_gate(nn.functional.linear(rows, gate_up[expert]))
+            expert_inner(experts, expert, rows)
             for expert, rows in zip(members, inputs, strict=True)
         ]
-        for weight, seen in ((gate_up, inputs), (down, inner)):
-            power = torch.stack([mean_square(rows) for rows in seen])
-            part = weight[members.start : members.stop]
-            part.copy_(dequantize(rtn(part.float(), grid, power)))
+        for weight, seen in ((experts.gate_up_proj, inputs), (experts.down_proj, inner)):
+            power = torch.stack([mean_square(rows) for rows in seen])  # [experts, columns]
+            stack = weight[members.start : members.stop]
+            stack.copy_(dequantize(rtn(stack.float(), grid, power)))
 
 
 def _squared_distance(changed: Sequence[Tensor], states: Sequence[Tensor]) -> float:
+    """(|changed - states| / |states|)^2 of each token's vector, mean over tokens."""
     ratios = [
         ((new.float() - old.float()).norm(dim=-1) / old.float().norm(dim=-1)).square().flatten()
         for new, old in zip(changed, states, strict=True)
@@ -104,7 +110,10 @@ def _squared_distance(changed: Sequence[Tensor], states: Sequence[Tensor]) -> fl
 def in_nats(
     layers: Sequence[LayerStats], experts: Sequence[ExpertStats], sensitivity: Mapping[int, float]
 ) -> tuple[tuple[LayerStats, ...], tuple[ExpertStats, ...]]:
-    """Layers with their sensitivity, and experts whose losses are multiplied by it."""
+    """The layers with their sensitivity, and the experts with losses in nats per token.
+
+    sensitivity  MoE layer -> what `measure_sensitivities` found; it multiplies the losses
+    """
 
     def scaled(loss: Mapping[int, float], layer: int) -> dict[int, float]:
         return {bits: sensitivity[layer] * value for bits, value in loss.items()}
