@@ -33,14 +33,11 @@ from torch import Tensor
 from se_compress.artifacts import ExpertDecision, Scheme
 from se_compress.compression import solver
 from se_compress.model.checkpoint import open_tensors
+from se_compress.model.experts import experts_forward
 from se_compress.model.measures import kl_divergence
-from se_compress.model.streaming import (
-    RoutingCapture,
-    StreamedModel,
-    batches_of,
-    experts_forward,
-    in_pieces,
-)
+from se_compress.model.observers import RoutingCapture
+from se_compress.model.states import batches_of, in_pieces
+from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
 from se_compress.quant.gptq import gptq
 from se_compress.quant.grid import Grid, dequantize

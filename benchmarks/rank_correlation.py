@@ -30,7 +30,9 @@ from torch import Tensor
 from se_compress.artifacts import ExpertId, Part
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.measures import kl_divergence
-from se_compress.model.streaming import RoutingCapture, StreamedModel, batches_of
+from se_compress.model.observers import RoutingCapture
+from se_compress.model.states import batches_of
+from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import Grid, dequantize

@@ -40,7 +40,7 @@ LIGHT_ROOMS = {
 }  # fmt: skip
 LIGHT_MODULES = {
     "engines.bare", "engines.blueprint", "engines.engine_view", "engines.export",
-    "engines.serving", "engines.targets", "model.surgery",
+    "engines.serving", "engines.targets", "model.plan_checks", "model.surgery",
 }  # fmt: skip
 TORCH_FREE = sorted(LIGHT_MODULES | {m for m in MODULES if m.partition(".")[0] in LIGHT_ROOMS})
 

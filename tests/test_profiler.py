@@ -40,15 +40,20 @@ from se_compress.artifacts import (
 )
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.source import open_source
-from se_compress.profiling import profiler
-from se_compress.profiling.profiler import (
+from se_compress.profiling import losses, profiler
+from se_compress.profiling.confirm import control_for
+from se_compress.profiling.criterion import (
+    Proposal,
     cancelling_layers,
     forming_layers,
+    mark_layers,
     over_thresholds,
     percentile,
-    profile_experts,
+    propose,
     select_super_experts,
 )
+from se_compress.profiling.profiler import profile_experts
+from se_compress.profiling.sensitivity import SENSITIVITY_BITS
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import SuperExperts
 
@@ -325,8 +330,8 @@ def expert(layer: int, index: ExpertIndex, peak: float) -> ExpertStats:
     return ExpertStats(layer, index, peak, peak, 7, 0, BOS, 9, 0.5, 1.0, 0.5, {}, {})
 
 
-def select(layers: Sequence[LayerStats], experts: Sequence[ExpertStats]) -> profiler._Selection:
-    return profiler._select(profiler._mark_layers(layers), experts, SuperExperts(**WIDE))
+def select(layers: Sequence[LayerStats], experts: Sequence[ExpertStats]) -> Proposal:
+    return propose(mark_layers(layers), experts, SuperExperts(**WIDE))
 
 
 QUIET = [expert(at, i, 1.0 + i) for at in range(11) for i in range(3)]
@@ -575,7 +580,7 @@ def test_sensitivities_equal_those_of_the_slow_twin(tiny_model: TinyModel, name:
     """One layer's experts rounded in a plain model: what that does to the layer's output, and to
     the prediction."""
     twin, found = Twin(tiny_model(name), TOKENS), profile(tiny_model(name))
-    grid = Grid(profiler.SENSITIVITY_BITS, 32, True)
+    grid = Grid(SENSITIVITY_BITS, 32, True)
     for at in twin.source.moe_layers:
         model = plain_model(tiny_model(name))
         outputs: list[Tensor] = []
@@ -623,8 +628,8 @@ def test_losses_from_some_of_the_tokens_stand_for_all(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = profile(tiny_model("mixtral"))
-    monkeypatch.setattr(profiler, "LOSS_TOKENS", 30)
-    monkeypatch.setattr(profiler, "LOSS_STRONGEST", 10)
+    monkeypatch.setattr(losses, "LOSS_TOKENS", 30)
+    monkeypatch.setattr(losses, "LOSS_STRONGEST", 10)
     some = profile(tiny_model("mixtral"))
     for stats in every.experts:
         for bits in (2, 4):
@@ -761,8 +766,8 @@ def test_the_control_is_no_candidate(tiny_model: TinyModel) -> None:
     for left in everyone[1:]:
         candidates = [identity for identity in everyone if identity != left]
         arguments = (candidates, source, recipe(source.path))
-        assert profiler._control_for(everyone[0], *arguments) == left
-    assert profiler._control_for(everyone[0], everyone, source, recipe(source.path)) is None
+        assert control_for(everyone[0], *arguments) == left
+    assert control_for(everyone[0], everyone, source, recipe(source.path)) is None
 
 
 def test_confirming_is_optional(planted: Path) -> None:

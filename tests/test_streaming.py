@@ -17,17 +17,11 @@ from torch import Tensor, nn
 from se_compress.artifacts import ExpertIndex, ModelSource
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import open_tensors
+from se_compress.model.experts import experts_forward
 from se_compress.model.measures import kl_divergence
-from se_compress.model.streaming import (
-    Observer,
-    RoutingCapture,
-    StreamedModel,
-    batches_of,
-    experts_forward,
-    leading,
-    load_states,
-    save_states,
-)
+from se_compress.model.observers import Observer, RoutingCapture
+from se_compress.model.states import batches_of, leading, load_states, save_states
+from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.source import open_source
 

@@ -65,8 +65,8 @@ class LayerStats:
     median       median |h| over tokens and channels
     rise, fall   most that the layer adds to, takes from, any |h| (per token and channel)
     massive      Sun et al. (arXiv:2402.17762): peak > 100 and peak >= 1000 x median
-    forming      the layer makes massive activations: see `profiler.forming_layers`
-    cancelling   the layer takes away most of a massive activation: `profiler.cancelling_layers`
+    forming      the layer makes massive activations: see `criterion.forming_layers`
+    cancelling   the layer takes away most of a massive activation: `criterion.cancelling_layers`
     mlp_peak     max |down_proj output| of the dense MLP; None in a MoE layer
     sink_mass    per head, mean attention that queries at position >= 8 pay to position 0
     sink_rate    Gu et al. (arXiv:2410.10781): share of heads whose position-0 attention, averaged

@@ -20,7 +20,8 @@ from se_compress.model.measures import (
     overflows,
     sink_decay,
 )
-from se_compress.model.streaming import Observer, StreamedModel
+from se_compress.model.observers import Observer
+from se_compress.model.streaming import StreamedModel
 from se_compress.recipe import Validation
 
 # Sinks vary from layer to layer; they have collapsed if a layer has lost this share of theirs.

@@ -49,18 +49,11 @@ from se_compress.formats import PlannedTensor
 from se_compress.model.checkpoint import Reader, allocate, copy_tensor, open_tensors, write_tensors
 from se_compress.model.digests import by_owner, digest_of_tensor
 from se_compress.model.measures import relative_distance
+from se_compress.model.observers import Observer, RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_states
 from se_compress.model.splice import open_shrunk
-from se_compress.model.streaming import (
-    Observer,
-    RoutingCapture,
-    SinkCapture,
-    StreamedModel,
-    batches_of,
-    leading,
-    load_states,
-    save_states,
-)
+from se_compress.model.states import batches_of, leading, load_states, save_states
+from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import lay_out
 from se_compress.recipe import Recipe

@@ -39,7 +39,9 @@ from se_compress.artifacts import (
 )
 from se_compress.errors import SourceError
 from se_compress.formats import FORMATS
-from se_compress.model.streaming import RoutingCapture, expert_inner, select_rows
+from se_compress.model.experts import expert_inner
+from se_compress.model.observers import RoutingCapture
+from se_compress.model.routing import select_rows
 from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
 from se_compress.quant.grid import SMALLEST_SCALE, Grid, QuantizedStack, dequantize, rtn
 from se_compress.recipe import Quantization, Recipe

@@ -28,7 +28,7 @@ from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.errors import SourceError
 from se_compress.formats import FORMATS
 from se_compress.model.checkpoint import TORCH_DTYPES
-from se_compress.model.streaming import sum_routed
+from se_compress.model.routing import sum_routed
 from se_compress.opening.families import FAMILIES, Family
 from se_compress.opening.headers import read_header
 from se_compress.quant.bnb import dequantize_bnb

@@ -34,10 +34,11 @@ COPY_BYTES = 2**24
 
 
 def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
-    """A function that reads one tensor by name, as it is on disk, through a memory map.
+    """A function that reads one tensor by name through a memory map.
 
-    The tensors share the map's pages and are read-only by convention: change a copy. Raises
-    SourceError for an unknown name or a dtype that torch does not have.
+    Shape and dtype are those on disk. The tensors share the map's pages and are read-only by
+    convention: change a copy. The function raises SourceError for an unknown name, a dtype that
+    torch does not have and a file that has changed.
     """
 
     def read(name: str) -> Tensor:
@@ -52,6 +53,7 @@ def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
 
 
 def _map(info: TensorInfo) -> Tensor:
+    """The tensor, in pages of its file."""
     dtype = TORCH_DTYPES[info.dtype]
     if info.size_bytes == 0:
         return torch.empty(info.shape, dtype=dtype)
@@ -70,8 +72,11 @@ def _map(info: TensorInfo) -> Tensor:
 
 
 def open_whole(info: TensorInfo) -> BinaryIO:
-    """The tensor's file, open. Raises SourceError if it is gone, or has become too short for the
-    tensor: reading a map beyond the end of its file would kill the process."""
+    """The tensor's file, open for reading.
+
+    Raises SourceError if it is gone, or has become too short for the tensor: reading a map beyond
+    the end of its file would kill the process.
+    """
     try:
         stream = open(info.file, "rb")
     except OSError as error:
@@ -90,8 +95,9 @@ def open_result(
     scheme: Scheme,
     names: Mapping[str, str] = {},
 ) -> Reader:
-    """A reader of a compressed checkpoint by the names of its source: packed weights come back
-    dequantised, float32 [rows, columns], everything else as it is on disk.
+    """A reader of a compressed checkpoint by the names of its source.
+
+    Packed weights come back dequantised, float32 [rows, columns], everything else as it is on disk.
 
     found, source   headers of the compressed checkpoint and of its source
     scheme          how the quantised matrices are stored
@@ -117,7 +123,10 @@ def open_result(
 
 
 def copy_tensor(info: TensorInfo, slot: TensorInfo) -> None:
-    """Copy the bytes of a tensor to its place in the result, whatever its dtype."""
+    """Copy the bytes of a tensor to its place in the result, whatever its shape and dtype.
+
+    Raises SourceError if the file has become too short.
+    """
     with open_whole(info) as stream, open(slot.file, "r+b") as target:
         stream.seek(info.begin)
         target.seek(slot.begin)
@@ -131,7 +140,8 @@ def copy_tensor(info: TensorInfo, slot: TensorInfo) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
-    """The same tensor. Raises SourceError if it holds NaN or infinity."""
+    """The same tensor [...]. Raises SourceError, naming it, if it holds NaN or infinity."""
+    # A sum is one pass. It may overflow over finite values, so that a bad sum only asks.
     if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
         bad = int((~torch.isfinite(tensor.float())).sum())
         if bad:
@@ -168,7 +178,7 @@ def allocate(layout: Mapping[str, TensorInfo]) -> tuple[str, ...]:
 
 
 def _allocate_file(path: Path, header: bytes, size_bytes: int) -> bool:
-    """False if the file is there already."""
+    """Make one shard file; False if it is there already."""
     if path.exists() and path.stat().st_size == size_bytes:
         with path.open("rb") as stream:
             if stream.read(len(header)) == header:
@@ -210,6 +220,7 @@ def write_tensors(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor
 
 
 def _write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
+    """Write the bytes of a tensor; one call of the system may take only a part of them."""
     if tensor.numel() == 0:
         return
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -23,13 +23,13 @@ _READ_BYTES = 2**24
 
 
 def digest_of_tensor(tensor: Tensor) -> str:
-    """Of the bytes that the tensor has on disk."""
+    """DIGITS hex digits of the bytes that a tensor of any shape and dtype has on disk."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()[:DIGITS]
 
 
 def digest_on_disk(info: TensorInfo) -> str:
-    """The same of a tensor in a file. A file that ends too early has another one."""
+    """The same of a tensor that is in a file. A file that ends too early has another hash."""
     digest, remaining = hashlib.sha256(), info.size_bytes
     with open(info.file, "rb") as stream:
         stream.seek(info.begin)
@@ -40,14 +40,16 @@ def digest_on_disk(info: TensorInfo) -> str:
 
 
 def by_owner(digests: Mapping[str, str]) -> dict[str, str]:
-    """From the hash of every tensor by name, those of each owner as one string."""
+    """Owner -> the hashes of its tensors as one string, from name of a tensor -> its hash."""
     owners = _owned(digests)
     return {owner: "".join(digests[name] for name in names) for owner, names in owners.items()}
 
 
 def by_name(digests: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The inverse, for tensors whose names are known; those of an owner that has more or fewer
-    hashes than tensors are left out."""
+    """Name of a tensor -> its hash, from owner -> hashes: the inverse of `by_owner`.
+
+    Tensors of an owner that has more or fewer hashes than tensors are left out.
+    """
     found: dict[str, str] = {}
     for owner, owned in _owned(names).items():
         text = digests.get(owner, "")
@@ -58,6 +60,7 @@ def by_name(digests: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
 
 
 def _owned(names: Iterable[str]) -> dict[str, list[str]]:
+    """Owner -> the names of its tensors, sorted."""
     owners = defaultdict[str, list[str]](list)
     for name in sorted(names):
         owners[name.rsplit(".", 2)[0]].append(name)

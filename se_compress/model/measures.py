@@ -1,7 +1,8 @@
 """What is measured of a model and of a pair of models, each measure defined once, with its source.
 
-T positions of a sequence, h residual stream after a layer, p attention probabilities. Hidden states
-are lists of batches [B, T, H]; those of a pair are cut alike. Tensors in, numbers out.
+B sequences of a batch, T positions, H channels, V words; h residual stream after a layer, p
+attention probabilities. Hidden states are lists of batches [B, T, H] of any floating dtype,
+measured in float32; those of a pair are cut alike. Tensors in, numbers out.
 """
 
 from collections import Counter, defaultdict
@@ -35,13 +36,17 @@ LEAST_SEQUENCES = 5  # resampling fewer says nothing
 
 
 def kl_divergence(source: Tensor, result: Tensor) -> Tensor:
-    """KL(source || result) in nats for each position, from logits [..., V]."""
+    """KL(source || result) in nats for each position, [...], from float32 logits [..., V]."""
     source, result = source.log_softmax(-1), result.log_softmax(-1)
     return (source.exp() * (source - result)).sum(-1)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-log probability of `target` [...] in nats for each position, from logits [..., V]."""
+    """-log probability of each target in nats, [...].
+
+    logits  float32 [..., V]
+    target  token ids, int64 [...]
+    """
     return -logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
 
 
@@ -49,8 +54,10 @@ def bootstrap_interval(sums: Tensor, counts: Tensor) -> tuple[float, float] | No
     """Where 95 % of the means sum(sums) / sum(counts) lie when sequences are drawn again.
 
     The percentile bootstrap (Efron 1979): BOOTSTRAP_DRAWS times as many sequences are drawn as
-    there are, with replacement, from a fixed seed. Positions of one sequence depend on each other,
-    so that whole sequences are drawn. sums, counts [S]; None for less than LEAST_SEQUENCES.
+    there are, with replacement, from a fixed seed. Whole sequences are drawn, as the positions of
+    one depend on each other. None for fewer than LEAST_SEQUENCES.
+
+    sums, counts  for each of S sequences, the sum over its positions and their number, [S]
     """
     sequences = len(sums)
     if sequences < LEAST_SEQUENCES:
@@ -66,7 +73,10 @@ def bootstrap_interval(sums: Tensor, counts: Tensor) -> tuple[float, float] | No
 
 
 def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> float:
-    """|result - source| / |source|, mean over tokens: a massive one counts like any other."""
+    """|result - source| / |source| of each token's vector, mean over tokens.
+
+    A token with a massive activation counts like any other.
+    """
     ratios = [
         ((new.float() - old.float()).norm(dim=-1) / old.float().norm(dim=-1)).flatten()
         for new, old in zip(result, source, strict=True)
@@ -75,17 +85,17 @@ def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> flo
 
 
 def overflows(states: Tensor) -> bool:
-    """Whether a vector of `states` [..., C] has a size that float32 does not hold, or a NaN."""
+    """Whether a vector of `states` [..., C] has a NaN or a size whose square leaves float32."""
     return not bool(states.float().square().sum(dim=-1).isfinite().all())
 
 
 def peak_of(states: Sequence[Tensor]) -> float:
-    """The largest |h|; NaN if there is a NaN."""
+    """The largest |h| of all batches [B, T, H]; NaN if there is a NaN."""
     return float(torch.stack([batch.abs().max() for batch in states]).max())
 
 
 def median_of(states: Sequence[Tensor]) -> float:
-    """Median |h| over positions and channels, mean over sequences."""
+    """Median |h| over positions and channels, mean over the sequences of all batches [B, T, H]."""
     medians = [batch.float().abs().flatten(1).median(dim=1).values for batch in states]
     return float(torch.cat(medians).mean())
 
@@ -96,7 +106,10 @@ def is_massive(peak: float, median: float) -> bool:
 
 
 def massive_places(states: Sequence[Tensor]) -> list[Tensor]:
-    """Sequence, position and channel [n, 3] of every massive |h| of each batch (Sun's rule)."""
+    """For each batch [B, T, H], its massive |h| by Sun's rule: int64 [n, 3], a row for each.
+
+    A row is sequence of the batch, position, channel.
+    """
     median = median_of(states)
     return [
         torch.nonzero((size > MASSIVE_PEAK) & (size >= MASSIVE_RATIO * median))
@@ -107,14 +120,17 @@ def massive_places(states: Sequence[Tensor]) -> list[Tensor]:
 def massive_elements(
     source: Sequence[Tensor], result: Sequence[Tensor], places: Sequence[Tensor]
 ) -> tuple[MassiveElement, ...]:
-    """What the result makes of the source's massive activations, by position and channel, the
-    strongest first.
+    """What the result makes of the source's massive activations, the strongest first.
 
-    With r = h_result / h_source, the retention is max(0, min(r, 1/r)), mean over the sequences: too
-    large, too small and of the wrong sign are all losses. Elements at a place that less than
-    COMMON_SHARE of the sequences share are joined under position -1.
+    They are joined by position and channel. With r = h_result / h_source, the retention is
+    max(0, min(r, 1/r)), mean over the sequences: too large, too small and of the wrong sign are all
+    losses. Places that fewer than COMMON_SHARE of the sequences share go under position -1.
+
+    source, result  hidden states [B, T, H] of each batch
+    places          the source's massive elements [n, 3] of each batch, see `massive_places`
     """
     sequences = sum(len(batch) for batch in source)
+    # (position, channel) -> (source, result) of every sequence that is massive there.
     pairs: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for old, new, at in zip(source, result, places, strict=True):
         index = tuple(at.T)
@@ -132,6 +148,7 @@ def massive_elements(
 def _element(
     place: tuple[int, int], pairs: Sequence[tuple[float, float]], sequences: int
 ) -> MassiveElement:
+    """The element at a place (position, channel) from (source, result) of some `sequences`."""
     old, new = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
     ratio = (new / old).clamp(min=1e-6)
     return MassiveElement(
@@ -147,16 +164,19 @@ def _element(
 def sink_token_change(
     source: Sequence[Tensor], result: Sequence[Tensor], places: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """How the residual of the sink tokens has turned: the cosine of h_result and h_source, and
-    |h_result - h_source| / |h_source|, mean over these tokens.
+    """How the residual of the sink tokens has turned.
 
-    Sink tokens are those with a massive activation; where there is none, those at position 0. A
-    massive activation enters every later layer through a norm, so that its direction is what later
-    layers see, and low widths spoil it long before its size.
+    The cosine of h_result and h_source, and |h_result - h_source| / |h_source|, both mean over the
+    sink tokens. These are the tokens with a massive activation; where there is none, those at
+    position 0. A massive activation enters every later layer through a norm. So its direction is
+    what later layers see, and few bits spoil it long before its size.
+
+    source, result  hidden states [B, T, H] of each batch
+    places          the source's massive elements [n, 3] of each batch, see `massive_places`
     """
     cosines, errors = [], []
     for old, new, at in zip(source, result, places, strict=True):
-        tokens = torch.unique(at[:, :2], dim=0)
+        tokens = torch.unique(at[:, :2], dim=0)  # several channels of a token are one token
         if not any(len(part) for part in places):
             tokens = torch.tensor([[sequence, 0] for sequence in range(len(old))])
         a, b = (states[tokens[:, 0], tokens[:, 1]].float() for states in (old, new))
@@ -169,22 +189,27 @@ def sink_token_change(
 
 
 def sink_mass(first_key: Tensor) -> Tensor:
-    """Mean attention to position 0 per head [heads], from probabilities [B, heads, T]; queries from
-    position FIRST_SINK_QUERY on."""
+    """Mean attention to position 0 of each head, [heads], from queries FIRST_SINK_QUERY and later.
+
+    first_key  probability that each query gives to position 0, [B, heads, T]
+    """
     return first_key[..., FIRST_SINK_QUERY:].mean(dim=(0, 2))
 
 
 def mean_over_sequences(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """Mean of (number of sequences, their mean): of what batches of several sizes have shown."""
+    """Mean over all sequences, from (number of sequences, their mean [...]) of each batch."""
     total = sum(count for count, _ in parts)
     return torch.stack([count * value for count, value in parts]).sum(dim=0) / total
 
 
 def sink_rate(received: Tensor) -> Tensor:
-    """Share of the heads for which a position is a sink, [T], from what each head pays to each
-    position, mean over the queries that can see it [heads, T] (Gu et al., arXiv:2410.10781, Sink_k
-    with eps 0.3). Meaningful for the first half of the positions: the last ones have few
-    queries."""
+    """Share of the heads for which each position is a sink, [T].
+
+    Sink_k of Gu et al. (arXiv:2410.10781) with eps 0.3. Meaningful for the first half of the
+    positions: the last ones have few queries.
+
+    received  what each head pays to each position, mean over the queries that see it, [heads, T]
+    """
     return (received > SINK_RATE_THRESHOLD).float().mean(dim=0)
 
 
@@ -205,17 +230,21 @@ def sink_decay(pairs: Iterable[tuple[float, float]]) -> float | None:
 
 
 def distinct(tokens: Sequence[int], n: int = NGRAM) -> float:
-    """Different n-grams / n-grams (Li et al., arXiv:1510.03055): 1 without repetition, near 0 in a
-    loop, 1 for a text that is too short to have any."""
+    """Different n-grams / n-grams (Li et al., arXiv:1510.03055).
+
+    1 without repetition and for a text that is too short to have any n-gram; near 0 in a loop.
+    """
     grams = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
     return len(grams) / grams.total() if grams else 1.0
 
 
 def find_loop(tokens: Sequence[int]) -> Loop | None:
-    """The shortest period p with which the end of a continuation goes on repeating itself:
-    t[i] = t[i - p] for its last tokens, LOOP_REPEATS times over and LOOP_TOKENS at least."""
+    """The shortest period p with which the end of a continuation repeats itself; None if none.
+
+    t[i] = t[i - p] for its last tokens, LOOP_REPEATS times over and for LOOP_TOKENS at least.
+    """
     for period in range(1, len(tokens) // LOOP_REPEATS + 1):
-        length = period
+        length = period  # of the end that repeats; it grows to the left
         while length < len(tokens) and tokens[-length - 1] == tokens[-length - 1 + period]:
             length += 1
         if length >= max(LOOP_REPEATS * period, LOOP_TOKENS):
@@ -224,8 +253,10 @@ def find_loop(tokens: Sequence[int]) -> Loop | None:
 
 
 def weight_cosine(source: Tensor, result: Tensor) -> float | None:
-    """Cosine between two matrices [R, C], taken as vectors; None if the source's is zero. What was
-    quantised keeps its direction, what belongs elsewhere is at a right angle."""
+    """Cosine between two matrices [R, C], taken as vectors; None if the source's is zero.
+
+    What was quantised keeps its direction. What belongs elsewhere is at a right angle.
+    """
     size = float(source.norm())
     if size == 0:
         return None
@@ -233,9 +264,11 @@ def weight_cosine(source: Tensor, result: Tensor) -> float | None:
 
 
 def gain_spread(source: Tensor, result: Tensor) -> float:
-    """Standard deviation over the rows of a matrix [R, C] of <result, source> / <source, source>,
-    rows of zeros left out. Rounding leaves every row its size; a scale that belongs to another row
-    does not."""
+    """Standard deviation over rows of <result, source> / <source, source>, of matrices [R, C].
+
+    Rounding leaves every row its size; a scale that belongs to another row does not. Rows where
+    the source is zero are left out.
+    """
     energy = source.square().sum(1)
     gain = (source * result).sum(1)[energy > 0] / energy[energy > 0]
     return float(gain.std(correction=0)) if len(gain) else 0.0

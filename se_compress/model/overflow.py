@@ -16,8 +16,11 @@ from se_compress.model.streaming import StreamedModel
 
 
 def check_states(model: StreamedModel, layer: int, states: Sequence[Tensor]) -> None:
-    """Raises SourceError if the source's hidden states [B, T, H] after a layer (-1: its embeddings)
-    overflow."""
+    """Raises SourceError if the source's hidden states after a layer overflow.
+
+    layer   the layer; -1 for the embeddings
+    states  [B, T, H] for each batch, in the model's dtype
+    """
     where = f"after layer {layer}" if layer >= 0 else "before layer 0"
     for batch in states:
         if overflows(batch):
@@ -28,31 +31,32 @@ def check_states(model: StreamedModel, layer: int, states: Sequence[Tensor]) -> 
 def check_inputs(
     model: StreamedModel, layer: int, inputs: Tensor, expert: ExpertIndex | None = None
 ) -> None:
-    """The same for what experts of a layer are given [N, H], or for what the down_proj of one of
-    them is given [n, I]."""
+    """Raises SourceError if what experts of a layer are given overflows.
+
+    inputs  input of all routed experts [N, H], or of one expert's down_proj [n, I]
+    expert  the expert whose down_proj it is; None for the input of all
+    """
     if overflows(inputs):
-        what = (
-            f"activations within expert {ExpertId(layer, expert)}"
-            if expert is not None
-            else (f"activations within layer {layer}")
-        )
+        place = f"layer {layer}" if expert is None else f"expert {ExpertId(layer, expert)}"
+        what = f"activations within {place}"
         weights = [i for i in _weights_of(model, layer) if i.expert == expert]
         raise SourceError(_message(model, what, inputs, weights))
 
 
 def check_logits(model: StreamedModel, logits: Tensor) -> Tensor:
-    """The same logits [..., V]. Raises SourceError if one is NaN or infinite."""
+    """The same logits, float32 [..., V]. Raises SourceError if one is NaN or infinite."""
     if not bool(logits.isfinite().all()):
         raise SourceError(_message(model, "logits", logits, _weights_of(model, None)))
     return logits
 
 
 def _weights_of(model: StreamedModel, layer: int | None) -> list[TensorInfo]:
+    """The source's tensors of a layer; None: those outside of the decoder layers."""
     return [info for info in model.source.tensors.values() if info.layer == layer]
 
 
 def _message(model: StreamedModel, what: str, values: Tensor, weights: Sequence[TensorInfo]) -> str:
-    """What overflows, and the largest of the weights that may have done it."""
+    """What overflows in `values` [..., C], and the largest of the weights that may have done it."""
     dtype = str(model.dtype).removeprefix("torch.")
     bad = int((~values.isfinite().all(dim=-1)).sum())
     how = f"are NaN or infinite for {bad} of {values[..., 0].numel()} tokens"
@@ -65,5 +69,6 @@ def _message(model: StreamedModel, what: str, values: Tensor, weights: Sequence[
 
 
 def _largest(model: StreamedModel, info: TensorInfo) -> float:
+    """The greatest |value| of a tensor; 0 if it is empty."""
     weight = model.read(info.name)
     return float(weight.float().abs().max()) if weight.numel() else 0.0

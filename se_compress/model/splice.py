@@ -1,11 +1,13 @@
 """Make the tensors of a smaller model from those of the original: see surgery.py.
 
-A merged expert is the average of its members, weighted by their shares. Hidden neurons of an expert
-have no order, so those of each member are first put into the order in which they match the neurons
-of the member of the largest share best: the assignment that maximises the sum over neurons of the
-inner products of their gate, up and down weights (an assignment of I x I for I neurons, see
+A merged expert is the average of its members, weighted by their shares. The neurons of an expert
+have no order. So those of each member are first put into the order in which they match the neurons
+of the anchor best, the member of the largest share: the assignment that maximises the sum over
+neurons of the inner products of their gate, up and down weights (I x I for I neurons, see
 scipy.optimize.linear_sum_assignment). The rows of the router, and other tensors with a row per
 expert, are averaged with the same shares.
+
+H channels, I neurons of an expert, E experts of a layer: gate and up are [I, H], down is [H, I].
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from se_compress.artifacts import ROLES, ExpertId, Role, TensorInfo
 from se_compress.model.checkpoint import Reader, open_tensors
 from se_compress.model.surgery import Shrunk, anchor_of, is_made
 
+# The three matrices of an expert: gate and up [I, H], down [H, I].
 Weights = Mapping[Role, Tensor]
 
 
@@ -25,9 +28,9 @@ def open_shrunk(small: Shrunk) -> Reader:
     """Reader of the smaller model by its own names.
 
     What merely moved is read where it is. Router rows, and every other tensor that has a row per
-    expert, are those of the experts that are left; a merged expert is the average of its members;
-    the down_proj of a zeroed expert is zero. Dtypes are the source's; of members that have several,
-    that of the one with the largest share.
+    expert, are those of the experts that are left. A merged expert is the average of its members.
+    The down_proj of a zeroed expert is zero. Dtypes are the source's, of merged experts the
+    anchor's; shapes are those of `small.source.tensors`.
     """
     source = small.original
     read_source, read_moved = open_tensors(source.tensors), open_tensors(small.source.tensors)
@@ -56,11 +59,14 @@ def open_shrunk(small: Shrunk) -> Reader:
 
 
 def merge_experts(members: Sequence[Weights], shares: Sequence[float]) -> Weights:
-    """The average of experts (gate and up [I, H], down [H, I]) after aligning their neurons to the
-    member of the largest share; dtypes are that one's."""
+    """The average of experts, summed in float32 after aligning their neurons to the anchor's.
+
+    The anchor is the member of the largest share; its dtypes are the result's.
+    """
     anchor = members[anchor_of(shares)]
     total = {role: torch.zeros_like(anchor[role], dtype=torch.float32) for role in ROLES}
     for member, share in zip(members, shares, strict=True):
+        # down has a column for each neuron, gate and up have a row.
         order = slice(None) if member is anchor else align(anchor, member)
         for role in ROLES:
             weight = member[role].float()
@@ -69,10 +75,10 @@ def merge_experts(members: Sequence[Weights], shares: Sequence[float]) -> Weight
 
 
 def align(anchor: Weights, member: Weights) -> Tensor:
-    """Neurons [I] of `member` in the order in which they match those of `anchor`."""
+    """Neurons of `member` in the order in which they match those of `anchor`, int64 [I]."""
     from scipy.optimize import linear_sum_assignment
 
-    likeness = torch.zeros(())
+    likeness = torch.zeros(())  # becomes [I, I]: a row for each neuron of the anchor
     for role in ROLES:
         first, second = anchor[role].float(), member[role].float()
         likeness = likeness + (first.T @ second if role == "down" else first @ second.T)
@@ -80,13 +86,14 @@ def align(anchor: Weights, member: Weights) -> Tensor:
 
 
 def _identity(info: TensorInfo) -> ExpertId:
+    """The expert that a tensor belongs to. Only for tensors of experts."""
     assert info.layer is not None
     assert info.expert is not None
     return ExpertId(info.layer, info.expert)
 
 
 def _rows(rows: Tensor, small: Shrunk, info: TensorInfo) -> Tensor:
-    """Of a tensor with a row per expert [E, ...], those of the result, in its order."""
+    """Of a tensor with a row per expert of the source, [E, ...], the rows of the smaller model."""
     kept = [
         members
         for identity, members in small.origin.items()
@@ -96,6 +103,7 @@ def _rows(rows: Tensor, small: Shrunk, info: TensorInfo) -> Tensor:
 
 
 def _row(rows: Tensor, members: Sequence[ExpertId], shares: Mapping[ExpertId, float]) -> Tensor:
+    """The row [...] of one expert of the result, from those of its members in [E, ...]."""
     found = rows[[member.expert for member in members if isinstance(member.expert, int)]]
     if len(members) == 1:
         return found[0]

@@ -28,8 +28,7 @@ from se_compress.artifacts import (
     TensorInfo,
     digest_of,
 )
-from se_compress.errors import RecipeError
-from se_compress.opening.config_rules import LEAST_IN_GROUP, NEXT_TOKEN_KEYS
+from se_compress.opening.config_rules import NEXT_TOKEN_KEYS
 from se_compress.opening.families import (
     COUNT_KEYS,
     FAMILIES,
@@ -65,7 +64,10 @@ class Shrunk:
 
 
 def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
-    """The smaller model. The plan has to be consistent, see `check_structure`."""
+    """The smaller model that `plan` leaves of `source`.
+
+    The plan has to be consistent, see `plan_checks.check_structure`. No tensor is read.
+    """
     origin = _origin(source, plan)
     if not any(decision.action in SURGICAL for decision in plan.experts):
         return Shrunk(source, source, plan, origin, {})
@@ -85,12 +87,12 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
 
 
 def is_made(info: TensorInfo) -> bool:
-    """The tensor is in no file: surgery makes it."""
+    """Whether a tensor of the smaller model is in no file, so that surgery has to make it."""
     return not info.file
 
 
 def resulting_id(decision: ExpertDecision) -> ExpertId | None:
-    """What the result calls an expert of the source; None for a pruned one."""
+    """The id that an expert of the source has in the result; None if it is pruned."""
     if decision.action == "prune":
         return None
     if decision.becomes is None:
@@ -99,15 +101,18 @@ def resulting_id(decision: ExpertDecision) -> ExpertId | None:
 
 
 def valid_top_k(source: ModelSource, count: int) -> int:
-    """Experts per token with `count` experts left: as before, or as many as a router can choose
-    from. Fewer than it asks for is what masking the others out of the router would give as well."""
+    """Experts per token with `count` experts left in a layer.
+
+    As many as before, or as many as the router can choose from. Fewer than it asks for is what
+    masking the others out of the router would give as well.
+    """
     family = FAMILIES[source.family]
     each = count // routing_groups(family, source.config)
     return min(source.top_k, each * chosen_groups(family, source.config))
 
 
 def routing_group(source: ModelSource, identity: ExpertId) -> int:
-    """The group of its layer in which a group-limited router finds a routed expert."""
+    """Number of the group in which a group-limited router finds a routed expert, from 0."""
     groups = routing_groups(FAMILIES[source.family], source.config)
     assert isinstance(identity.expert, int)
     return identity.expert * groups // source.expert_count
@@ -117,9 +122,11 @@ def routing_group(source: ModelSource, identity: ExpertId) -> int:
 
 
 def renumbered(source: ModelSource, decisions: Iterable[ExpertDecision]) -> list[ExpertDecision]:
-    """The decisions with `becomes` made anew: what is left of a layer is counted from 0 in the
-    order of the source, a merged expert standing where its first member stood. Among merged experts
-    `becomes` only has to say which belong together."""
+    """The decisions, by id, with `becomes` made anew.
+
+    What is left of a layer is counted from 0 in the order of the source; a merged expert stands
+    where its first member stood. Before, `becomes` only has to say which members belong together.
+    """
     decisions = list(decisions)
     layers = {d.layer for d in decisions if d.action in ("prune", "merge")}
     next_free: Counter[int] = Counter()
@@ -144,76 +151,8 @@ def renumbered(source: ModelSource, decisions: Iterable[ExpertDecision]) -> list
     return result
 
 
-def check_structure(source: ModelSource, plan: CompressionPlan, where: str) -> None:
-    """Raises RecipeError, beginning with `where`, if the experts that are left make no model: as
-    many in each layer, and in each routing group where the router is group-limited."""
-    for decision in plan.experts:
-        if decision.action not in SURGICAL:
-            continue
-        if decision.id in plan.protected:
-            raise RecipeError(
-                f"{where}: expert {decision.id} is protected, but its action is {decision.action}; "
-                "accepted are keep and quantize, unless it is taken off the list of protected"
-            )
-        if decision.expert == "shared" and decision.action != "zero":
-            raise RecipeError(
-                f"{where}: expert {decision.id} cannot be the object of {decision.action}; a "
-                "shared expert stays"
-            )
-    _check_merged(source, plan, where)
-    _check_counts(source, plan, where)
-
-
-def _check_merged(source: ModelSource, plan: CompressionPlan, where: str) -> None:
-    members: dict[ExpertId, list[ExpertDecision]] = {}
-    for decision in plan.experts:
-        if decision.action != "merge":
-            continue
-        if decision.becomes is None or decision.share is None or not 0 <= decision.share <= 1:
-            raise RecipeError(
-                f"{where}: expert {decision.id}: action merge needs becomes, the number of the "
-                "merged expert, and share, its weight in the average, from 0 to 1"
-            )
-        members.setdefault(ExpertId(decision.layer, decision.becomes), []).append(decision)
-    for identity, decisions in members.items():
-        names = ", ".join(str(d.id) for d in decisions)
-        if len(decisions) < 2 or len({routing_group(source, d.id) for d in decisions}) > 1:
-            raise RecipeError(
-                f"{where}: merged expert {identity} has the members {names}; it needs at least two,"
-                " all of one routing group"
-            )
-        total = sum(d.share or 0.0 for d in decisions)
-        if abs(total - 1.0) > 1e-6:
-            raise RecipeError(f"{where}: the shares of {names} add up to {total:.6f}, not 1")
-        if len({(d.bits, d.down_bits) for d in decisions}) > 1:
-            raise RecipeError(f"{where}: {names} become one expert, but their bits differ")
-
-
-def _check_counts(source: ModelSource, plan: CompressionPlan, where: str) -> None:
-    left: dict[tuple[int, int], set[ExpertId]] = {}
-    for decision in plan.experts:
-        if decision.expert != "shared":
-            group = left.setdefault((decision.layer, routing_group(source, decision.id)), set())
-            identity = resulting_id(decision)
-            group |= {identity} if identity else set()
-    counts = {place: len(identities) for place, identities in left.items()}
-    first, count = next(iter(counts.items()))
-    for other, other_count in counts.items():
-        if other_count != count:
-            raise RecipeError(
-                f"{where}: {other_count} experts are left in group {other[1]} of layer {other[0]}, "
-                f"but {count} in group {first[1]} of layer {first[0]}; no engine loads layers or "
-                "routing groups of different sizes"
-            )
-    grouped = len({group for _, group in counts}) > 1
-    if count < (LEAST_IN_GROUP if grouped else 1):
-        raise RecipeError(
-            f"{where}: {count} experts are left in each "
-            + (f"routing group; {LEAST_IN_GROUP} are needed" if grouped else "layer; 1 is needed")
-        )
-
-
 def _origin(source: ModelSource, plan: CompressionPlan) -> dict[ExpertId, tuple[ExpertId, ...]]:
+    """Expert of the smaller model -> those of the source that it stands for, by id."""
     found: dict[ExpertId, tuple[ExpertId, ...]] = {}
     for identity in source.experts:
         new = resulting_id(plan.by_id[identity])
@@ -225,11 +164,12 @@ def _origin(source: ModelSource, plan: CompressionPlan) -> dict[ExpertId, tuple[
 def _inner_plan(
     plan: CompressionPlan, origin: Mapping[ExpertId, tuple[ExpertId, ...]]
 ) -> CompressionPlan:
+    """The plan in ids of the smaller model: what is left is kept or quantised."""
     decisions = []
     for new, members in origin.items():
         old = plan.by_id[members[0]]
-        widths = {old.bits, old.down_bits} - {None}
-        action: Action = "keep" if widths == {SOURCE_BITS} else "quantize"
+        bits = {old.bits, old.down_bits} - {None}
+        action: Action = "keep" if bits == {SOURCE_BITS} else "quantize"
         decisions.append(
             ExpertDecision(new.layer, new.expert, action, old.bits, old.reason, old.down_bits)
         )
@@ -238,8 +178,11 @@ def _inner_plan(
 
 
 def lifted(structure: CompressionPlan, inner: CompressionPlan) -> CompressionPlan:
-    """A plan for the source from one for the smaller model: what `structure` does with each expert,
-    and the widths of `inner` for those that are left."""
+    """A plan for the source from one for the smaller model.
+
+    structure  plan for the source: what is done with each expert
+    inner      plan for the smaller model: the bits of the experts that are left
+    """
     decisions = []
     for decision in structure.experts:
         new = resulting_id(decision)
@@ -264,8 +207,10 @@ def lifted(structure: CompressionPlan, inner: CompressionPlan) -> CompressionPla
 
 
 def shrunk_profile(profile: ExpertProfile, plan: CompressionPlan, small: Shrunk) -> ExpertProfile:
-    """The profile as the smaller model's planner needs it: statistics of its experts by their new
-    ids. What members of a merged expert lose by rounding adds up; a zeroed one loses nothing."""
+    """The profile as planning the smaller model needs it: statistics of its experts by their ids.
+
+    What members of a merged expert lose by rounding adds up. A zeroed expert loses nothing.
+    """
     experts = []
     for new, members in small.origin.items():
         stats = [profile.by_id[member] for member in members]
@@ -275,12 +220,13 @@ def shrunk_profile(profile: ExpertProfile, plan: CompressionPlan, small: Shrunk)
 
 
 def _combined(new: ExpertId, members: list[ExpertStats], silent: bool) -> ExpertStats:
+    """The statistics of one expert of the smaller model from those of its members."""
     first = max(members, key=lambda stats: stats.tokens)
     factor = 0.0 if silent else 1.0
-    parts = [[stats.loss_gate_up for stats in members], [stats.loss_down for stats in members]]
+    groups = [[stats.loss_gate_up for stats in members], [stats.loss_down for stats in members]]
     gate_up, down = (
-        {width: factor * sum(loss[width] for loss in losses) for width in losses[0]}
-        for losses in parts
+        {bits: factor * sum(loss[bits] for loss in losses) for bits in losses[0]}
+        for losses in groups
     )
     return replace(
         first,
@@ -297,8 +243,11 @@ def _combined(new: ExpertId, members: list[ExpertStats], silent: bool) -> Expert
 
 
 def _config(source: ModelSource, count: int, top_k: int) -> dict[str, Any]:
-    """The config with the new counts. Layers for multi-token prediction have experts too, but are
-    not run and so not measured; as one config speaks for all layers, they go."""
+    """The config with `count` experts in a layer and `top_k` per token.
+
+    Layers for multi-token prediction have experts too, but are not run and so not measured. As one
+    config speaks for all layers, they go.
+    """
     family, config = FAMILIES[source.family], dict(source.config)
     if count == source.expert_count:
         return config
@@ -319,6 +268,7 @@ def behind_decoder(source: ModelSource) -> list[str]:
 
 
 def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator[TensorInfo]:
+    """The tensors of the smaller model, with `count` experts in a layer; no name comes twice."""
     family = FAMILIES[source.family]
     dropped = set(behind_decoder(source)) if count != source.expert_count else set()
     dtypes = _merged_dtypes(source, plan)
@@ -345,8 +295,10 @@ def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator
 
 
 def anchor_of(shares: Sequence[float]) -> int:
-    """The member that the others of a merged expert are aligned to, and whose dtype it has: that of
-    the largest share, the first of equals."""
+    """Place of the anchor among the members of a merged expert: the largest share, the first.
+
+    The other members are aligned to the anchor, and the merged expert has its dtypes.
+    """
     return max(range(len(shares)), key=lambda member: shares[member])
 
 
@@ -368,6 +320,7 @@ def _merged_dtypes(source: ModelSource, plan: CompressionPlan) -> dict[str, str]
 
 
 def _expert_tensor(info: TensorInfo, decision: ExpertDecision, family: Family) -> TensorInfo | None:
+    """What becomes of a tensor of an expert of the source; None if the expert is pruned."""
     new = resulting_id(decision)
     if new is None:
         return None
@@ -380,6 +333,7 @@ def _expert_tensor(info: TensorInfo, decision: ExpertDecision, family: Family) -
 
 
 def _made(info: TensorInfo) -> TensorInfo:
+    """The tensor without a file, its bytes counted from 0."""
     items = 1
     for extent in info.shape:
         items *= extent

@@ -35,13 +35,8 @@ from se_compress.engines.targets import (
     widths_of,
 )
 from se_compress.errors import RecipeError
-from se_compress.model.surgery import (
-    check_structure,
-    lifted,
-    renumbered,
-    shrink,
-    shrunk_profile,
-)
+from se_compress.model.plan_checks import check_structure
+from se_compress.model.surgery import lifted, renumbered, shrink, shrunk_profile
 from se_compress.planning import structure
 from se_compress.planning.allocate import allocate, cost_curve, scheme_of, with_sizes
 from se_compress.recipe import Prune, Recipe

@@ -92,16 +92,11 @@ from se_compress.model.measures import (
     sink_token_change,
     weight_cosine,
 )
+from se_compress.model.observers import RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_logits, check_states
 from se_compress.model.splice import open_shrunk
-from se_compress.model.streaming import (
-    PIECE_TOKENS,
-    RoutingCapture,
-    SinkCapture,
-    StreamedModel,
-    batches_of,
-    in_pieces,
-)
+from se_compress.model.states import PIECE_TOKENS, batches_of, in_pieces
+from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.opening.families import FAMILIES, unfused_name
 from se_compress.opening.headers import read_headers

@@ -1,0 +1,149 @@
+"""What a run of a layer tells, and to whom.
+
+B sequences of a batch, T positions, N = B * T rows of a batch with H channels, k experts per token,
+n rows and I neurons of one expert. Row = sequence * T + position.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from se_compress.artifacts import ExpertIndex
+from se_compress.model.measures import mean_over_sequences, sink_mass
+from se_compress.model.routing import rows_by_expert
+
+
+class Observer:
+    """What a run of a layer reports, batch by batch. Override what is needed.
+
+    The tensors are the run's own and must not be changed. Their dtype is the model's unless a
+    method says otherwise.
+
+    batch            index of the batch that is being run; set by the run
+    wants_attention  `attention` is called; it costs the probabilities of every head
+    wants_inner      `expert` is called for shared experts too; their inner state is computed again
+    runs_experts     False: routed experts are told of, not run, and add nothing to the stream
+    silenced         experts whose output is replaced by zero
+    """
+
+    batch: int = 0
+    wants_attention = False
+    wants_inner = False
+    runs_experts = True
+    silenced: frozenset[ExpertIndex] = frozenset()
+
+    def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
+        """The routing of one batch.
+
+        hidden   input of the routed experts, [N, H]
+        experts  chosen experts, int64 [N, k]
+        weights  their routing weights, floating [N, k]
+        """
+
+    def expert(
+        self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
+    ) -> None:
+        """What one expert did in one batch; it is not called for an expert without a row.
+
+        rows     its rows, int64 [n], ascending
+        inner    input of its down_proj, [n, I]
+        output   output of its down_proj, [n, H]; zeros if it is silenced
+        weights  factor of the output in the layer's sum, [n]; a shared expert's gate, or 1
+        """
+
+    def dense(self, inner: Tensor, output: Tensor) -> None:
+        """Input [N, I] and output [N, H] of a dense layer's down_proj."""
+
+    def watched(self, sequences: int) -> int:
+        """How many of a batch's sequences, from the first on, `attention` is told about."""
+        return sequences
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        """Where attention goes in the B watched sequences of a batch; both in float32.
+
+        first_key      probability that each query gives to position 0, [B, heads, T]
+        mean_received  mean probability that each key gets from the queries that see it,
+                       [B, heads, T]
+        """
+
+
+class RoutingCapture(Observer):
+    """Keeps the input of a layer's routed experts and the routing, over all batches.
+
+    Available after the run, rows in the order of the batches, N of all batches together.
+
+    hidden   [N, H]
+    experts  int64 [N, k]
+    weights  [N, k]
+    """
+
+    def __init__(self, *, runs_experts: bool = True) -> None:
+        super().__init__()
+        self.runs_experts = runs_experts
+        self._hidden: list[Tensor] = []
+        self._routings: list[tuple[Tensor, Tensor]] = []
+
+    def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
+        self._hidden.append(hidden.detach())
+        self._routings.append((experts, weights))
+
+    @property
+    def saw_experts(self) -> bool:
+        """False for a dense layer."""
+        return bool(self._routings)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        whole = torch.cat(self._hidden)
+        self._hidden.clear()  # not twice in memory
+        return whole
+
+    @cached_property
+    def experts(self) -> Tensor:
+        return torch.cat([experts for experts, _ in self._routings])
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return torch.cat([weights for _, weights in self._routings])
+
+    @cached_property
+    def _by_expert(self) -> list[tuple[Tensor, Tensor]]:
+        return rows_by_expert(self.experts, self.weights, 0)
+
+    def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Rows routed to `expert`, int64 [n], ascending, and their routing weights [n]."""
+        if expert < len(self._by_expert):
+            return self._by_expert[expert]
+        return self.experts.new_empty(0), self.weights.new_empty(0)  # behind the last one chosen
+
+
+class SinkCapture(Observer):
+    """Keeps how much attention position 0 gets in a layer, mean over the sequences of all batches.
+
+    Available after the run, float32 on the CPU.
+
+    sink_mass  attention to position 0, see `measures.sink_mass`, [heads]
+    received   mean attention that each position gets from the queries that see it, [heads, T]
+    """
+
+    wants_attention = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        # For each batch, its number of sequences and their mean.
+        self._mass: list[tuple[int, Tensor]] = []
+        self._received: list[tuple[int, Tensor]] = []
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        sequences = first_key.shape[0]
+        self._mass.append((sequences, sink_mass(first_key).cpu()))
+        self._received.append((sequences, mean_received.mean(dim=0).cpu()))
+
+    @property
+    def sink_mass(self) -> Tensor:
+        return mean_over_sequences(self._mass)
+
+    @property
+    def received(self) -> Tensor:
+        return mean_over_sequences(self._received)

@@ -1,0 +1,155 @@
+"""What one layer shows while the calibration tokens run through it.
+
+B sequences of a batch, T positions, H channels, n tokens and I neurons of one expert. Measures are
+taken in float32, sums over tokens in float64.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from se_compress.artifacts import ExpertId, ExpertIndex, ExpertStats, LayerStats, ModelSource
+from se_compress.model.measures import is_massive, overflows, sink_rate
+from se_compress.model.observers import RoutingCapture, SinkCapture
+from se_compress.profiling.losses import Losses
+
+
+@dataclass
+class _Peak:
+    """What one expert's outputs have shown so far.
+
+    value                        greatest |output|, before the routing weight
+    weighted                     greatest |output| x routing weight
+    channel, position, token_id  where `value` stands; -1 before any token
+    tokens                       tokens routed to the expert
+    weight_sum                   sum of their routing weights
+    norm_sum                     sum of the L2 norms of their outputs
+    saliency_sum                 sum of routing weight x norm
+    """
+
+    value: float = 0.0
+    weighted: float = 0.0
+    channel: int = -1
+    position: int = -1
+    token_id: int = -1
+    tokens: int = 0
+    weight_sum: float = 0.0
+    norm_sum: float = 0.0
+    saliency_sum: float = 0.0
+
+
+class Watch(RoutingCapture, SinkCapture):
+    """Observes one layer over all batches: experts, dense MLP, attention to the sink.
+
+    batches     token ids of each batch, int64 [B, T]
+    peaks       expert -> what it did; only experts that got a token
+    overflown   expert -> input of its down_proj [n, I] in the first batch where it overflowed
+    dense_peak  greatest |output| of a dense layer's down_proj; None in a MoE layer
+    """
+
+    wants_inner = True
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.batches = batches
+        self.peaks: dict[ExpertIndex, _Peak] = {}
+        self.overflown: dict[ExpertIndex, Tensor] = {}
+        self.dense_peak: float | None = None
+
+    def expert(
+        self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
+    ) -> None:
+        if overflows(inner):
+            self.overflown.setdefault(expert, inner)
+        size = output.float().abs()  # [n, H]; what follows has a number per token, [n]
+        strength, norms = size.amax(dim=1), output.float().norm(dim=1)
+        peak = self.peaks.setdefault(expert, _Peak())
+        at = int(strength.argmax())
+        if float(strength[at]) > peak.value:
+            token_ids = self.batches[self.batch]
+            row = int(rows[at])  # of the batch: sequence * T + position
+            peak.value, peak.channel = float(strength[at]), int(size[at].argmax())
+            peak.position = row % token_ids.shape[1]
+            peak.token_id = int(token_ids.reshape(-1)[row])
+        peak.weighted = max(peak.weighted, float((strength * weights.float()).max()))
+        peak.tokens += len(rows)
+        peak.weight_sum += float(weights.sum(dtype=torch.float64))
+        peak.norm_sum += float(norms.sum(dtype=torch.float64))
+        peak.saliency_sum += float((norms * weights.float()).sum(dtype=torch.float64))
+
+    def dense(self, inner: Tensor, output: Tensor) -> None:
+        self.dense_peak = max(self.dense_peak or 0.0, float(output.float().abs().max()))
+
+    def stats(self, identity: ExpertId, total: int, loss: Losses) -> ExpertStats:
+        """The statistics of one expert; zeros and -1 if it got no token.
+
+        total  number of tokens of all batches
+        loss   what rounding would cost it, see `losses.rounding_losses`
+        """
+        peak = self.peaks.get(identity.expert, _Peak())
+        tokens = max(peak.tokens, 1)
+        return ExpertStats(
+            layer=identity.layer,
+            expert=identity.expert,
+            peak=peak.value,
+            weighted_peak=peak.weighted,
+            channel=peak.channel,
+            position=peak.position,
+            token_id=peak.token_id,
+            tokens=peak.tokens,
+            gate_mass=peak.weight_sum / total,
+            mean_output_norm=peak.norm_sum / tokens,
+            saliency=peak.saliency_sum / tokens,
+            loss_gate_up=loss.get("gate_up", {}),
+            loss_down=loss.get("down", {}),
+        )
+
+
+def layer_stats(
+    source: ModelSource,
+    layer: int,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    watch: Watch,
+    batches: Sequence[Tensor],
+) -> LayerStats:
+    """The residual stream after a layer, and its sinks; `forming`, `cancelling` are not known yet.
+
+    before, after  hidden states [B, T, H] of each batch
+    watch          what the run from one to the other has shown
+    batches        token ids of each batch, int64 [B, T]
+    """
+    peak, place = 0.0, (0, 0, 0, 0)  # batch, sequence, position, channel
+    rise = fall = 0.0
+    medians: list[float] = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        size = new.float().abs()
+        # Of sizes, element by element: positive where |h| grows, whatever the sign of h.
+        change = size - old.float().abs()
+        rise, fall = max(rise, float(change.max())), max(fall, float(-change.min()))
+        medians += size.flatten(1).median(dim=1).values.tolist()
+        if float(size.max()) > peak:
+            peak = float(size.max())
+            at = torch.unravel_index(size.argmax(), size.shape)
+            place = (index, int(at[0]), int(at[1]), int(at[2]))
+    index, sequence, position, channel = place
+    median = sum(medians) / len(medians)
+    return LayerStats(
+        layer=layer,
+        moe=layer in source.moe_layers,
+        peak=peak,
+        position=position,
+        channel=channel,
+        token_id=int(batches[index][sequence, position]),
+        median=median,
+        rise=rise,
+        fall=fall,
+        massive=is_massive(peak, median),
+        forming=False,
+        cancelling=False,
+        mlp_peak=watch.dense_peak,
+        sink_mass=tuple(watch.sink_mass.tolist()),
+        sink_rate=float(sink_rate(watch.received)[0]),
+    )
