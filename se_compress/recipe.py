@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,11 +20,13 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
+from se_compress.artifacts import GATES
 from se_compress.errors import VALUE_LENGTH, RecipeError, brief, shorten
 from se_compress.recipe_file import RECIPE_BYTES, parse_yaml, read_text
 
@@ -291,8 +293,25 @@ class Generation(_Section):
     tokens: Natural = 32
 
 
-class Validation(_Text):
-    """Held-out text and the limit of each gate (defined in validator.py).
+def _limits() -> type[_Text]:
+    """A section of held-out text with a key for the limit of each gate that has one."""
+    above_zero = Annotated[float, Field(gt=0.0)]
+    gates = [gate for gate in GATES.values() if gate.in_recipe]
+    fields: dict[str, Any] = {
+        gate.name: (Fraction if gate.fraction else above_zero, gate.limit) for gate in gates
+    }
+    lines = (f"{gate.name}  limit ({gate.side}) of the {gate.definition}" for gate in gates)
+    return create_model("Limits", __base__=_Text, __doc__="\n".join(lines), **fields)
+
+
+if TYPE_CHECKING:
+    _Limits = _Text
+else:
+    _Limits = _limits()
+
+
+class Validation(_Limits):
+    """Held-out text and the limit of each gate (defined in artifacts/gates.py).
 
     early_stop  stop compressing at the layer after which the massive activation or the sinks of the
                 calibration text are lost
@@ -300,19 +319,12 @@ class Validation(_Text):
 
     samples: Positive = 32
     sequence_length: SequenceLength = 256
-    perplexity_increase: Annotated[float, Field(gt=0.0)] = 0.10
-    kl_divergence: Annotated[float, Field(gt=0.0)] = 0.20
-    massive_activation_ratio: Fraction = 0.75
-    sink_decay: Fraction = 0.10
-    sink_token_error: Annotated[float, Field(gt=0.0)] = 0.30
-    router_agreement: Fraction = 0.70
-    router_agreement_least: Fraction = 0.50
-    repetition: Annotated[float, Field(gt=0.0)] = 0.25
-    loops: Annotated[float, Field(gt=0.0)] = 0.50
-    weight_cosine: Fraction = 0.10
-    weight_gain: Annotated[float, Field(gt=0.0)] = 0.25
     early_stop: bool = True
     generation: Generation = Generation()
+
+    def limit(self, gate: str) -> float:
+        """Of a gate by its name: this recipe's, or the only one where a recipe sets none."""
+        return float(getattr(self, gate, GATES[gate].limit))
 
 
 class Recipe(_Section):

@@ -17,7 +17,7 @@ PACKAGE = Path(se_compress.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("artifacts", "recipe_file", "signals"),
-    ("recipe", "limits", "opening", "quant"),
+    ("recipe", "opening", "quant"),
     ("formats", "running"),
     ("model", "text", "reload"),
     ("engines",),
@@ -34,7 +34,7 @@ MODULES = {
     path for path in PACKAGE.rglob("*.py")
 }  # fmt: skip
 LIGHT_ROOMS = {
-    "", "artifacts", "cli", "errors", "formats", "limits", "opening", "pipeline", "planning",
+    "", "artifacts", "cli", "errors", "formats", "opening", "pipeline", "planning",
     "recipe", "recipe_file", "reporting", "running", "screen", "signals",
 }  # fmt: skip
 LIGHT_MODULES = {

@@ -3,34 +3,29 @@
 import math
 from collections.abc import Sequence
 
-from se_compress.artifacts import Check, LayerComparison
+from se_compress.artifacts import GATES, Check, LayerComparison
 from se_compress.model.measures import COMMON_SHARE, SINK_HEAD_FLOOR, bootstrap_interval, sink_decay
 from se_compress.recipe import Validation
 from se_compress.validation.side_by_side import Compared, Predictions, bounded_exp
 
 
-def at_most(
-    name: str,
+def judged(
+    validation: Validation,
+    gate: str,
     value: float,
-    limit: float,
     detail: str = "",
     interval: tuple[float, float] | None = None,
 ) -> Check:
-    """With an interval the check passes or fails if all of it does; where it holds the limit, the
-    value decides, and the detail says so. NaN fails."""
-    if interval is None:
-        return Check(name, value, limit, value <= limit, detail)
-    low, high = interval
-    if low <= limit < high:
-        detail = "; ".join(filter(None, [detail, "the sample is too small to tell"]))
-    return Check(name, value, limit, value <= limit, detail, low, high)
+    """The check of a gate's value by the limit of the recipe. NaN fails."""
+    return GATES[gate].judge(value, validation.limit(gate), detail, interval)
 
 
-def at_least(name: str, value: float, limit: float, detail: str = "") -> Check:
-    return Check(name, value, limit, value >= limit, detail)
+def not_judged(validation: Validation, gate: str, reason: str) -> Check:
+    """The check of a gate that could not be run."""
+    return Check(gate, None, validation.limit(gate), None, reason)
 
 
-def prediction_checks(found: Predictions, rule: Validation) -> tuple[Check, Check]:
+def prediction_checks(found: Predictions, validation: Validation) -> tuple[Check, Check]:
     total = float(found.tokens.sum())
     loss = found.loss_result - found.loss_source
     loss_interval = bootstrap_interval(loss, found.tokens)
@@ -41,45 +36,47 @@ def prediction_checks(found: Predictions, rule: Validation) -> tuple[Check, Chec
     )
     few = "" if loss_interval else f"{len(loss)} sequences are too few for an interval"
     return (
-        at_most(
+        judged(
+            validation,
             "perplexity_increase",
             bounded_exp(float(loss.sum()) / total) - 1,
-            rule.perplexity_increase,
             few,
             increase,
         ),
-        at_most(
+        judged(
+            validation,
             "kl_divergence",
             float(found.divergence.sum()) / total,
-            rule.kl_divergence,
             few,
             bootstrap_interval(found.divergence, found.tokens),
         ),
     )
 
 
-def massive_checks(layers: Sequence[LayerComparison], rule: Validation) -> tuple[Check, Check]:
+def massive_checks(
+    layers: Sequence[LayerComparison], validation: Validation
+) -> tuple[Check, Check]:
     common = [(e, c) for c in layers for e in c.massive if e.share >= COMMON_SHARE]
     if not common:
         none = "not applicable: the source has no massive activation"
         return (
-            Check("massive_activation_ratio", None, rule.massive_activation_ratio, None, none),
-            Check("sink_token_error", None, rule.sink_token_error, None, none),
+            not_judged(validation, "massive_activation_ratio", none),
+            not_judged(validation, "sink_token_error", none),
         )
     element, layer = min(common, key=lambda pair: sortable(pair[0].retention))
     where = f"position {element.position}" if element.position >= 0 else "several positions"
     worst = max((c for _, c in common), key=lambda c: sortable(c.sink_error, math.inf))
     return (
-        at_least(
+        judged(
+            validation,
             "massive_activation_ratio",
             element.retention,
-            rule.massive_activation_ratio,
             f"least in layer {layer.layer}, {where}, channel {element.channel}",
         ),
-        at_most(
+        judged(
+            validation,
             "sink_token_error",
             worst.sink_error,
-            rule.sink_token_error,
             f"most in layer {worst.layer}, where the cosine is {worst.sink_cosine:.4f}",
         ),
     )
@@ -89,7 +86,7 @@ def sortable(value: float, instead: float = -math.inf) -> float:
     return instead if math.isnan(value) else value
 
 
-def sink_check(compared: Compared, rule: Validation) -> Check:
+def sink_check(compared: Compared, validation: Validation) -> Check:
     decay = sink_decay(
         pair
         for layer in compared.layers
@@ -101,20 +98,20 @@ def sink_check(compared: Compared, rule: Validation) -> Check:
     )
     if decay is None:
         reason = f"not applicable: no head of the source gives position 0 {SINK_HEAD_FLOOR}"
-        return Check("sink_decay", None, rule.sink_decay, None, reason)
-    return at_most("sink_decay", decay, rule.sink_decay, f"sink rates: {sinks}")
+        return not_judged(validation, "sink_decay", reason)
+    return judged(validation, "sink_decay", decay, f"sink rates: {sinks}")
 
 
-def router_checks(layers: Sequence[LayerComparison], rule: Validation) -> tuple[Check, Check]:
+def router_checks(layers: Sequence[LayerComparison], validation: Validation) -> tuple[Check, Check]:
     shares = {c.layer: c.router_agreement for c in layers if c.router_agreement is not None}
     worst = min(shares, key=lambda layer: sortable(shares[layer]))
     mean = sum(shares.values()) / len(shares)
     return (
-        at_least("router_agreement", mean, rule.router_agreement),
-        at_least(
+        judged(validation, "router_agreement", mean),
+        judged(
+            validation,
             "router_agreement_least",
             shares[worst],
-            rule.router_agreement_least,
             f"layer {worst}",
         ),
     )

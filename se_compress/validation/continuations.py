@@ -8,26 +8,25 @@ from se_compress.artifacts import Check, Continuation, ModelSource, RunOptions
 from se_compress.model.measures import distinct, find_loop
 from se_compress.model.streaming import StreamedModel
 from se_compress.recipe import Validation
-from se_compress.validation.checks import at_most
+from se_compress.validation.checks import judged, not_judged
 from se_compress.validation.side_by_side import Original
 
 
 def continue_both(
-    original: Original, result: StreamedModel, rule: Validation, options: RunOptions
+    original: Original, result: StreamedModel, validation: Validation, options: RunOptions
 ) -> tuple[tuple[Continuation, ...], tuple[Check, Check]]:
-    wanted, tokens = rule.generation, original.tokens
+    wanted, tokens = validation.generation, original.tokens
     if not wanted.tokens:
         reason = "not run: validation.generation.tokens is 0"
-        limits = {"repetition": rule.repetition, "loops": rule.loops}
-        repetition, loops = (Check(n, None, at, None, reason) for n, at in limits.items())
-        return (), (repetition, loops)
+        repetition = not_judged(validation, "repetition", reason)
+        return (), (repetition, not_judged(validation, "loops", reason))
     step = max(1, len(tokens) // wanted.prompts)
     prompts = torch.tensor([s[: wanted.prompt_tokens] for s in tokens[::step][: wanted.prompts]])
     steps = _steps("generate", 2 * wanted.tokens, options)
     source_ids = original.generate(prompts, wanted.tokens, lambda: next(steps))
     result_ids = result.generate(prompts, wanted.tokens, lambda: next(steps)).tolist()
     continuations = _continuations(original.model.source, prompts.tolist(), source_ids, result_ids)
-    return continuations, _repetition_checks(source_ids, result_ids, rule)
+    return continuations, _repetition_checks(source_ids, result_ids, validation)
 
 
 def _steps(stage: str, total: int, options: RunOptions) -> Iterator[None]:
@@ -37,7 +36,7 @@ def _steps(stage: str, total: int, options: RunOptions) -> Iterator[None]:
 
 
 def _repetition_checks(
-    source_ids: Sequence[Sequence[int]], result_ids: Sequence[Sequence[int]], rule: Validation
+    source_ids: Sequence[Sequence[int]], result_ids: Sequence[Sequence[int]], validation: Validation
 ) -> tuple[Check, Check]:
     count = len(source_ids)
     old, new = (sum(1 - distinct(ids) for ids in side) / count for side in (source_ids, result_ids))
@@ -50,8 +49,8 @@ def _repetition_checks(
         detail += f"; one says the same {worst.period} tokens for {worst.length}"
     excess = (loops_after - loops_before) / count
     return (
-        at_most("repetition", new - old, rule.repetition, f"source {old:.3f}, result {new:.3f}"),
-        at_most("loops", excess, rule.loops, detail),
+        judged(validation, "repetition", new - old, f"source {old:.3f}, result {new:.3f}"),
+        judged(validation, "loops", excess, detail),
     )
 
 

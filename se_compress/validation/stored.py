@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from se_compress.artifacts import (
+    GATES,
     Check,
     CompressionPlan,
     LayerRecord,
@@ -121,7 +122,9 @@ def foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo
         source=source,
         small=None,
         target=target,
-        accounted=Check("tensors_accounted", share, 1.0, not problems, detail),
+        accounted=Check(
+            "tensors_accounted", share, GATES["tensors_accounted"].limit, not problems, detail
+        ),
         complete=complete,
         read=_usable(open_result(found, source.tensors, Scheme(form, "", -1, True), names), names),
         intended=open_tensors(source.tensors),

@@ -1,41 +1,11 @@
 """Compare what was written with what it was made from, on text that neither has been fitted to.
 
 Everything is read back from disk. Source and result run side by side, one layer of each in memory.
-The measures are defined in `measures.py`; these are the gates:
-
-    perplexity_increase       exp(mean cross-entropy) of the next token, result / source - 1
-    kl_divergence             mean over positions of KL(source || result) of the next token, nats
-    massive_activation_ratio  least retention of any massive activation of the source: per layer,
-                              position and channel, if it is common to half of the sequences
-    sink_token_error          most that the residual of the tokens with a massive activation changes
-                              in a layer, relative to its size
-    sink_decay                share of the attention to position 0 that is gone, queries from
-                              position 8 on, all layers, heads with a sink
-    router_agreement          share of the experts that the source chose for a token which the
-                              result chose too, by their identity in the source: a merged expert
-                              stands for all its members, a pruned one is never chosen; mean over
-                              tokens and layers; `router_agreement_least` is that of the worst layer
-    repetition                share of 4-grams of a greedy continuation that occurred in it before;
-                              result - source, mean over prompts
-    loops                     share of the continuations that end in a loop, result - source
-    weight_cosine             least cosine between a quantised matrix and what it was made from:
-                              experts, layers or files that took each other's place. One that is
-                              next to nothing in both is left out
-    weight_gain               spread of the gains of a matrix's rows (`measures.gain_spread`),
-                              median over the matrices of one kind in a layer, worst layer: scales
-                              that belong to other rows
-    tensors_accounted         share of the planned tensors that are in the result as planned,
-                              unchanged ones byte for byte, packed ones by the hash of what was
-                              written, those that surgery makes (router rows of the experts that
-                              are left, merged and zeroed weights) value for value, with nothing
-                              else beside them; and all of them numbers
-    reload                    relative error of the logits after loading the result with its target
-                              engine, against those that were validated here; median over positions,
-                              as round-off that sends a few tokens to another expert is no fault
+The gates are defined in `artifacts/gates.py`, the measures behind them in `model/measures.py`.
 
 Perplexity and KL divergence come with a 95 % interval: wholly within the limit is a pass, wholly
 beyond it a failure, and in between the value decides and the detail says that the sample is too
-small to tell. The default limits are calibrated by `benchmarks/gates.py`.
+small to tell.
 """
 
 from collections.abc import Mapping, Sequence
@@ -205,16 +175,16 @@ def _judge_behaviour(
     original: Original,
     result: StreamedModel,
     small: Shrunk | None,
-    rule: Validation,
+    validation: Validation,
     options: RunOptions,
 ) -> _Judged:
     compared = compare(original, result, small, options)
-    continuations, repetition = continue_both(original, result, rule, options)
+    continuations, repetition = continue_both(original, result, validation, options)
     checks = (
-        *prediction_checks(compared.predictions, rule),
-        *massive_checks(compared.layers, rule),
-        sink_check(compared, rule),
-        *router_checks(compared.layers, rule),
+        *prediction_checks(compared.predictions, validation),
+        *massive_checks(compared.layers, validation),
+        sink_check(compared, validation),
+        *router_checks(compared.layers, validation),
         *repetition,
     )
     return _Judged(checks, compared, continuations)

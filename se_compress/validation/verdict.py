@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from se_compress.artifacts import (
+    GATES,
     Check,
     Continuation,
     LayerRecord,
@@ -15,21 +16,6 @@ from se_compress.artifacts import (
 )
 from se_compress.validation.side_by_side import Compared
 
-GATES = (
-    "perplexity_increase",
-    "kl_divergence",
-    "massive_activation_ratio",
-    "sink_token_error",
-    "sink_decay",
-    "router_agreement",
-    "router_agreement_least",
-    "repetition",
-    "loops",
-    "weight_cosine",
-    "weight_gain",
-    "tensors_accounted",
-    "reload",
-)
 PACKAGES = (
     "torch",
     "transformers",

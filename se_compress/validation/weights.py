@@ -12,7 +12,7 @@ from se_compress.artifacts import Check, TensorInfo
 from se_compress.model.checkpoint import Reader
 from se_compress.model.measures import gain_spread, weight_cosine
 from se_compress.recipe import Validation
-from se_compress.validation.checks import at_least, at_most, sortable
+from se_compress.validation.checks import judged, sortable
 
 # A matrix below this share of its kind's usual norm is judged by what the model does alone.
 NEGLIGIBLE = 0.01
@@ -33,7 +33,7 @@ class _Matrix:
 
 
 def weight_checks(
-    changed: Iterable[TensorInfo], intended: Reader, read: Reader, rule: Validation
+    changed: Iterable[TensorInfo], intended: Reader, read: Reader, validation: Validation
 ) -> tuple[Check, Check]:
     """Every matrix that may have changed, beside what it was made from. One that was next to
     nothing and still is has lost nothing, whatever its direction: the grid, whose least scale is
@@ -44,22 +44,29 @@ def weight_checks(
         if len(info.shape) == 2
     ]
     usual = _usual_norms(matrices)
-    judged = [m for m in matrices if max(m.before, m.after) > NEGLIGIBLE * usual[m.kind]]
-    cosines = [(m.cosine, m.name) for m in judged if m.cosine is not None]
+    large = [m for m in matrices if max(m.before, m.after) > NEGLIGIBLE * usual[m.kind]]
+    left_out = sum(m.before > 0 for m in matrices) - sum(m.before > 0 for m in large)
+    return _cosine_check(large, left_out, validation), _gain_check(large, validation)
+
+
+def _cosine_check(matrices: Iterable[_Matrix], left_out: int, validation: Validation) -> Check:
+    """Of the matrix that points least the same way. `left_out` counts those that are not here."""
+    cosines = [(m.cosine, m.name) for m in matrices if m.cosine is not None]
     least, name = min(cosines, key=lambda pair: sortable(pair[0]), default=(1.0, ""))
+    details = (f"least in {name}" if least < 1.0 or math.isnan(least) else "", _left_out(left_out))
+    return judged(validation, "weight_cosine", least, "; ".join(filter(None, details)))
+
+
+def _gain_check(matrices: Iterable[_Matrix], validation: Validation) -> Check:
+    """Of the kind of matrices in a layer whose rows lost their sizes most."""
     spreads = defaultdict[tuple[int | None, str], list[float]](list)
-    for matrix in judged:
+    for matrix in matrices:
         spreads[matrix.layer, matrix.kind].append(matrix.spread)
     of_kind = {key: median(values) for key, values in spreads.items()}
     worst = max(of_kind, key=lambda key: sortable(of_kind[key], math.inf), default=None)
     most = of_kind[worst] if worst else 0.0
-    left_out = len([m for m in matrices if m.before > 0]) - len([m for m in judged if m.before > 0])
-    details = (f"least in {name}" if least < 1.0 or math.isnan(least) else "", _left_out(left_out))
     detail = f"most in {worst[1]} of layer {worst[0]}" if worst and most else ""
-    return (
-        at_least("weight_cosine", least, rule.weight_cosine, "; ".join(filter(None, details))),
-        at_most("weight_gain", most, rule.weight_gain, detail),
-    )
+    return judged(validation, "weight_gain", most, detail)
 
 
 def _compare_matrix(info: TensorInfo, before: Tensor, after: Tensor) -> _Matrix:
