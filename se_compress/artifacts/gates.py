@@ -156,7 +156,7 @@ _ROWS = (
     ),
     Gate(
         "router_agreement_least",
-        "router_agreement of the worst layer, mean over its tokens",
+        "router agreement of the layer where it is least, mean over its tokens",
         "Router agreement, worst layer",
         "The same in the layer where they agree least.",
         "worst router",

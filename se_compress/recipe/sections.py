@@ -288,7 +288,7 @@ def _limits() -> type[TextSection]:
     fields: dict[str, Any] = {
         gate.name: (Fraction if gate.fraction else above_zero, gate.limit) for gate in gates
     }
-    lines = (f"{gate.name}  limit ({gate.side}) of the {gate.definition}" for gate in gates)
+    lines = (f"{gate.name}  {gate.side} this: {gate.definition}" for gate in gates)
     return create_model("Limits", __base__=TextSection, __doc__="\n".join(lines), **fields)
 
 

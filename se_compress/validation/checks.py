@@ -26,6 +26,7 @@ def not_judged(validation: Validation, gate: str, reason: str) -> Check:
 
 
 def prediction_checks(found: Predictions, validation: Validation) -> tuple[Check, Check]:
+    """Perplexity and KL divergence, with intervals over the sequences if these are enough."""
     total = float(found.tokens.sum())
     loss = found.loss_result - found.loss_source
     loss_interval = bootstrap_interval(loss, found.tokens)
@@ -56,6 +57,7 @@ def prediction_checks(found: Predictions, validation: Validation) -> tuple[Check
 def massive_checks(
     layers: Sequence[LayerComparison], validation: Validation
 ) -> tuple[Check, Check]:
+    """The massive activations and the tokens that carry them, each by its worst layer."""
     common = [(e, c) for c in layers for e in c.massive if e.share >= COMMON_SHARE]
     if not common:
         none = "not applicable: the source has no massive activation"
@@ -83,10 +85,12 @@ def massive_checks(
 
 
 def sortable(value: float, instead: float = -math.inf) -> float:
+    """The value, or `instead` of NaN: no order holds among numbers that are none."""
     return instead if math.isnan(value) else value
 
 
 def sink_check(compared: Compared, validation: Validation) -> Check:
+    """Attention to position 0 that is gone, over all layers and heads with a sink there."""
     decay = sink_decay(
         pair
         for layer in compared.layers
@@ -103,6 +107,7 @@ def sink_check(compared: Compared, validation: Validation) -> Check:
 
 
 def router_checks(layers: Sequence[LayerComparison], validation: Validation) -> tuple[Check, Check]:
+    """Agreement of the routers, mean over the MoE layers and in the worst of them."""
     shares = {c.layer: c.router_agreement for c in layers if c.router_agreement is not None}
     worst = min(shares, key=lambda layer: sortable(shares[layer]))
     mean = sum(shares.values()) / len(shares)

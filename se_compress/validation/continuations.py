@@ -15,6 +15,7 @@ from se_compress.validation.side_by_side import Original
 def continue_both(
     original: Original, result: StreamedModel, validation: Validation, options: RunOptions
 ) -> tuple[tuple[Continuation, ...], tuple[Check, Check]]:
+    """Both models go on with the beginnings of some held-out sequences, spread over all of them."""
     wanted, tokens = validation.generation, original.tokens
     if not wanted.tokens:
         reason = "not run: validation.generation.tokens is 0"

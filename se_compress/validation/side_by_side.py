@@ -42,8 +42,13 @@ class _Watch(RoutingCapture, SinkCapture):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one model showed of one layer: hidden states after it, sinks, and in a MoE layer the
-    chosen experts [N, k]."""
+    """What one model showed of one layer.
+
+    states     hidden states after it, [B, T, H] for each batch
+    sink_mass  attention to position 0, mean over queries from position 8 on, [heads]
+    received   attention that each position receives, mean over the queries that see it, [heads, T]
+    experts    chosen experts of all N = B x T tokens, [N, k]; None in a dense layer
+    """
 
     states: list[Tensor]
     sink_mass: Tensor
@@ -52,8 +57,11 @@ class Seen:
 
 
 class Original:
-    """The source's side of a comparison. With `keep`, what its layers showed stays in memory, so
-    that several results of a small model are judged at the cost of theirs alone."""
+    """The source's side of a comparison.
+
+    With `keep`, what its layers showed stays in memory. Several results of a small model are then
+    judged at the cost of their own runs alone.
+    """
 
     def __init__(
         self,
@@ -89,11 +97,13 @@ class Original:
 
 
 def stream(source: ModelSource, read: Reader, recipe: Recipe, options: RunOptions) -> StreamedModel:
+    """A model that runs layer by layer on tensors that `read` gives by the names of `source`."""
     dtype = getattr(torch, recipe.compute_dtype)
     return StreamedModel(source, read, torch.device(options.device), dtype)
 
 
 def _walk(model: StreamedModel, batches: Sequence[Tensor]) -> Iterator[Seen]:
+    """What the model shows of each layer; token ids [B, T] for each batch."""
     states = model.embed(batches)
     for layer in range(model.source.layer_count):
         watch = _Watch()
@@ -104,7 +114,12 @@ def _walk(model: StreamedModel, batches: Sequence[Tensor]) -> Iterator[Seen]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Sums over the predicted tokens of each sequence [S], in nats, and the number of these."""
+    """Sums over the predicted tokens of each of S sequences, each [S] float64.
+
+    tokens                    how many these are
+    loss_source, loss_result  cross-entropy of the next token, nats
+    divergence                KL(source || result) of the next token, nats
+    """
 
     tokens: Tensor
     loss_source: Tensor
@@ -119,12 +134,13 @@ class Predictions:
 
 
 def bounded_exp(loss: float) -> float:
+    """Perplexity of a mean cross-entropy; finite however large that is."""
     return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What the two streams showed. `received_*` [heads, T], mean over all layers."""
+    """What the two streams showed: after each layer, of the strongest sinks, and at the end."""
 
     layers: tuple[LayerComparison, ...]
     sinks: tuple[SinkPosition, ...]
@@ -134,6 +150,8 @@ class Compared:
 def compare(
     original: Original, result: StreamedModel, small: Shrunk | None, options: RunOptions
 ) -> Compared:
+    """Run both models over the tokens of `original`. `small` says which experts of the source are
+    left, None if all are. Raises SourceError if the source itself overflows."""
     layers: list[LayerComparison] = []
     sinks = _SinkSums()
     count = result.source.layer_count
@@ -173,8 +191,8 @@ def _compare_layer(layer: int, old: Seen, new: Seen, new_ids: Mapping[int, int])
 
 
 def _new_ids(small: Shrunk | None, layer: int, count: int) -> Mapping[int, int]:
-    """What the result calls each routed expert of the source's layer that it still has; the same
-    without surgery."""
+    """Routed expert of the source's layer -> its index in the result, for those that are left. All
+    stay as they are without surgery (`small` is None)."""
     if small is None:
         return {expert: expert for expert in range(count)}
     return {
@@ -186,6 +204,8 @@ def _new_ids(small: Shrunk | None, layer: int, count: int) -> Mapping[int, int]:
 
 
 def _agreement(old: Tensor | None, new: Tensor | None, new_ids: Mapping[int, int]) -> float | None:
+    """Share of the experts that the source chose for N tokens, `old` [N, k], which the result
+    chose for the same token too, `new` [N, k]. None in a dense layer."""
     if old is None or new is None:
         return None
     renamed = torch.full((int(old.max()) + 1,), -1, device=old.device)
@@ -196,7 +216,10 @@ def _agreement(old: Tensor | None, new: Tensor | None, new_ids: Mapping[int, int
 
 @dataclass
 class _SinkSums:
-    """Over the layers: rate and mass of each position that enough queries can see."""
+    """Attention to each position that enough queries can see, summed over the layers.
+
+    sums  [4, T / 2] float64: mass and rate in the source, then in the result
+    """
 
     layers: int = 0
     sums: Tensor | None = None
@@ -226,6 +249,8 @@ class _SinkSums:
 def _compare_predictions(
     original: Original, result: StreamedModel, old: Seen, new: Seen
 ) -> Predictions:
+    """Sums over the next tokens, from what both models `old` and `new` showed of the last layer."""
+    # Logits of a whole sequence would be larger than any layer: they come in pieces of one row.
     sequences = [row[1:] for batch in original.batches for row in batch]
     pieces = [(i, part) for i, row in enumerate(sequences) for part in row.split(PIECE_TOKENS)]
     ours = in_pieces([states[:, :-1] for states in old.states])

@@ -34,9 +34,17 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint on disk. `source` and `small` describe it as a model, `read` gives its tensors
-    by the names of that and raises Unusable, `intended` what they were made from; of `changed` the
-    values may differ. `target` is the engine that should load it."""
+    """A checkpoint on disk.
+
+    source     it as a model: the source itself, or what surgery left of that
+    small      that surgery; None without
+    target     engine that should load it
+    accounted  the check of its tensors
+    complete   every tensor is there, so that it can be run
+    read       reader of its tensors by the names of `source`; raises Unusable
+    intended   reader of what they were made from, by the same names
+    changed    tensors whose values may differ from that
+    """
 
     source: ModelSource
     small: Shrunk | None
@@ -80,6 +88,7 @@ def planned(
     found: Mapping[str, TensorInfo],
     records: Sequence[LayerRecord],
 ) -> Stored:
+    """The result of a plan of ours, accounted for tensor by tensor with what `records` tell."""
     blueprint = draw_blueprint(source, plan)
     model = blueprint.source
     read = open_result(found, model.tensors, plan.scheme, blueprint.names)
@@ -96,11 +105,35 @@ def planned(
 
 
 def foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo]) -> Stored:
-    """Tensors are looked for by the source's names, and by those of GPTQModel."""
+    """A checkpoint that somebody else made of the source: every tensor of that is there.
+
+    Tensors are looked for by the source's names, and by those of GPTQModel. Raises SourceError for
+    a format that is not read.
+    """
     form, target = _form_of(directory)
-    suffixes = FORMATS[form].suffixes if form != UNQUANTISED else ()
     family = FAMILIES[source.family]
     names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
+    accounted, complete = _account_by_names(source, names, form, found)
+    return Stored(
+        source=source,
+        small=None,
+        target=target,
+        accounted=accounted,
+        complete=complete,
+        read=_usable(open_result(found, source.tensors, Scheme(form, "", -1, True), names), names),
+        intended=open_tensors(source.tensors),
+        changed=tuple(source.tensors.values()),
+    )
+
+
+def _account_by_names(
+    source: ModelSource, names: Mapping[str, str], form: str, found: Mapping[str, TensorInfo]
+) -> tuple[Check, bool]:
+    """The account of a checkpoint without a plan, and whether every tensor is there.
+
+    names  tensor of the source -> what it is called in the checkpoint, if it is there whole
+    """
+    suffixes = FORMATS[form].suffixes if form != UNQUANTISED else ()
     problems, known, same = [], set[str](), 0
     for name, info in source.tensors.items():
         stem = names[name].removesuffix(".weight")
@@ -118,18 +151,8 @@ def foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo
     copied = f"{same} of {len(names)} are the source's own bytes"
     detail = "; ".join([copied, *leading(problems)])
     share = max(0.0, 1.0 - len(problems) / len(names))
-    return Stored(
-        source=source,
-        small=None,
-        target=target,
-        accounted=Check(
-            "tensors_accounted", share, GATES["tensors_accounted"].limit, not problems, detail
-        ),
-        complete=complete,
-        read=_usable(open_result(found, source.tensors, Scheme(form, "", -1, True), names), names),
-        intended=open_tensors(source.tensors),
-        changed=tuple(source.tensors.values()),
-    )
+    gate = GATES["tensors_accounted"]
+    return Check(gate.name, share, gate.limit, not problems, detail), complete
 
 
 def _form_of(directory: Path) -> tuple[str, str]:
