@@ -25,9 +25,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
+from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport, unlimited
 from se_compress.errors import printable
-from se_compress.limits import missed, unlimited
+from se_compress.reporting.limits import missed
 from se_compress.request import Outcome, Preview, VariantsOutcome
 from se_compress.running.preflight import in_units
 

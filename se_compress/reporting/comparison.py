@@ -12,8 +12,8 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
 )
-from se_compress.limits import distance, missed, undecided
 from se_compress.recipe import Recipe, flatten
+from se_compress.reporting.limits import distance, missed, undecided
 from se_compress.request import Outcome
 
 # Sizes that differ by less are the same to whoever has to choose.

@@ -11,13 +11,12 @@ from typing import NamedTuple
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from se_compress.artifacts import Comparison, ExpertId
+from se_compress.artifacts import GATES, Comparison, ExpertId
 from se_compress.reporting.comparison_charts import curve_figure, curves_of, trade_figure
 from se_compress.reporting.comparison_rows import Row
 from se_compress.reporting.page import (
-    WORDINGS,
     WORDS,
-    Gate,
+    CheckInWords,
     State,
     Verdict,
     count,
@@ -93,7 +92,7 @@ def render_comparison(comparison: Comparison) -> str:
         pattern=_pattern(ablations),
         published=PUBLISHED,
         curves=curves,
-        words=[WORDINGS[name] for name in EXPLAINED],
+        gates=[GATES[name] for name in EXPLAINED],
         figures={"trade": trade_figure(rows)} | {c.key: curve_figure(c) for c in curves},
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -144,7 +143,7 @@ def _limits(best: Row, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _titles(names: Sequence[str]) -> str:
-    return ", ".join(WORDINGS[name].title for name in names).lower()
+    return ", ".join(GATES[name].title for name in names).lower()
 
 
 def _praise(row: Row, rows: Sequence[Row]) -> str:
@@ -193,16 +192,16 @@ def _blame(row: Row) -> str:
     worst = max(row.failed, key=_excess)
     reason = f"{because}{worst.title.lower()} is {worst.value_text}"
     if worst.limit is not None:
-        reason += f", {worst.wording.bound} {worst.limit_text} would do"
+        reason += f", {worst.side} {worst.limit_text} would do"
     return f"Do not ship {row.name}: {reason}."
 
 
-def _excess(gate: Gate) -> float:
+def _excess(gate: CheckInWords) -> float:
     """How many times a gate was missed, whichever side of the limit is the good one."""
     value, limit = gate.value, gate.limit
     if value is None or limit is None:
         return 0.0
-    better, worse = (value, limit) if gate.wording.bound == "at least" else (limit, value)
+    better, worse = (value, limit) if gate.side == "at least" else (limit, value)
     return worse / better if better > 0 else math.inf
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from se_compress.artifacts import CheckpointSummary, ComparedVariant
-from se_compress.limits import missed
-from se_compress.reporting.page import WORDS, Gate, State, describe_check
+from se_compress.reporting.limits import missed
+from se_compress.reporting.page import WORDS, CheckInWords, State, describe_check
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Row:
         return "Passed" if self.checkpoint.published else "Rejected"
 
     @cached_property
-    def gates(self) -> dict[str, Gate]:
+    def gates(self) -> dict[str, CheckInWords]:
         return {check.name: describe_check(check) for check in self.checkpoint.checks}
 
     @property
@@ -70,5 +70,5 @@ class Row:
         return [gate.title for gate in self.gates.values() if gate.state == "no-limit"]
 
     @property
-    def failed(self) -> list[Gate]:
+    def failed(self) -> list[CheckInWords]:
         return [gate for gate in self.gates.values() if gate.state == "failed"]
