@@ -32,8 +32,9 @@ from se_compress.model.checkpoint import open_tensors
 from se_compress.model.measures import kl_divergence
 from se_compress.model.streaming import RoutingCapture, StreamedModel, batches_of
 from se_compress.opening.source import open_source
-from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
+from se_compress.quant.gptq import gptq
 from se_compress.quant.grid import Grid, dequantize
+from se_compress.quant.hessian import accumulate_hessian, shrink_towards
 from se_compress.recipe import Recipe
 from se_compress.text.calibrate import draw_sequences
 

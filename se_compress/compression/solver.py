@@ -40,8 +40,9 @@ from se_compress.artifacts import (
 from se_compress.errors import SourceError
 from se_compress.formats import FORMATS
 from se_compress.model.streaming import RoutingCapture, expert_inner, select_rows
-from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
+from se_compress.quant.gptq import gptq
 from se_compress.quant.grid import SMALLEST_SCALE, Grid, QuantizedStack, dequantize, rtn
+from se_compress.quant.hessian import accumulate_hessian, shrink_towards
 from se_compress.recipe import Quantization, Recipe
 
 # Float32 elements of all Hessians and stacks that are held at once: 128 MiB on the CPU, which gains
