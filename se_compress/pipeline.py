@@ -35,8 +35,9 @@ from se_compress.engines.blueprint import draw_blueprint
 from se_compress.errors import RecipeError, ResourceError, SeCompressError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
-from se_compress.planning.allocate import scheme_of
-from se_compress.planning.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import cautions_of, curve_of, make_plan, with_cautions
+from se_compress.planning.terms import terms_of
 from se_compress.recipe import Recipe, flatten
 from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.reporting.comparison import compare, describe_variant, summarize
@@ -434,7 +435,7 @@ def _plan_of_experts(
     plan = check_plan(plan, source, str(request.plan_file))
     wanted = {"target": request.recipe.target}
     if plan.target == request.recipe.target:
-        wanted |= asdict(scheme_of(request.recipe))
+        wanted |= asdict(terms_of(request.recipe).scheme)
     planned = {"target": plan.target, **asdict(plan.scheme)}
     for key, value in wanted.items():
         if planned[key] != value:

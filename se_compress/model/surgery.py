@@ -237,7 +237,7 @@ def _inner_plan(
     return replace(plan, protected=tuple(protected), experts=tuple(decisions))
 
 
-def lifted(structure: CompressionPlan, inner: CompressionPlan) -> CompressionPlan:
+def restored(structure: CompressionPlan, inner: CompressionPlan) -> CompressionPlan:
     """A plan for the source from one for the smaller model: what `structure` does with each expert,
     and the widths of `inner` for those that are left."""
     decisions = []
