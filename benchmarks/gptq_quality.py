@@ -5,7 +5,7 @@
 All 480 routed experts of smollm2-moe in groups of 64, none protected, calibrated on 32 x 256 tokens
 of two corpora and judged on 16 x 256 others by the KL divergence to the source. Seeds draw other
 calibration and other held-out text. A variant is a recipe, which goes through
-`solver.quantize_experts` as in a real run, or an idea that did not make it into the tool and lives
+`quantize_experts` as in a real run, or an idea that did not make it into the tool and lives
 in this file. Differences to the default are paired sequence by sequence, with their standard error.
 
 With --slices, a directory of austen.txt, factbook.txt, bible.txt and handbook.txt, the bars of the
@@ -31,7 +31,7 @@ from results import machine, write_section
 from torch import Tensor
 
 from se_compress.artifacts import ExpertDecision, Scheme
-from se_compress.compression import solver
+from se_compress.compression.experts import quantize_experts
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.experts import experts_forward
 from se_compress.model.measures import kl_divergence
@@ -331,7 +331,7 @@ def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: 
             variant.idea(layer, grid)
         else:
             decisions = [ExpertDecision(number, e, "quantize", variant.bits, "") for e in range(16)]
-            solver.quantize_experts(model.source, experts, capture, decisions, scheme, recipe)
+            quantize_experts(model.source, experts, capture, decisions, scheme, recipe)
         experts.observer = None
         for states, seen in ((calibration, capture), (held_out, other)):
             routing = (seen.hidden, seen.experts, seen.weights)

@@ -34,8 +34,9 @@ from se_compress.model.observers import RoutingCapture
 from se_compress.model.states import batches_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
-from se_compress.quant.gptq import accumulate_hessian, gptq, shrink_towards
+from se_compress.quant.gptq import gptq
 from se_compress.quant.grid import Grid, dequantize
+from se_compress.quant.hessian import accumulate_hessian, shrink_towards
 from se_compress.recipe import Recipe
 from se_compress.text.calibrate import draw_sequences
 

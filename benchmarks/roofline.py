@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from results import machine, write_section
 
-from se_compress.quant.gptq import _factor, accumulate_hessian, gptq
+from se_compress.quant.gptq import gptq
 from se_compress.quant.grid import Grid
+from se_compress.quant.hessian import accumulate_hessian, factorise
 
 BITS, GROUP_SIZE, ROUNDS = 4, 64, 2
 
@@ -143,7 +144,7 @@ def measure(stack: Stack, device: torch.device) -> list[Step]:
     hessian /= n
     weight = torch.randn(stack.run, r, c, device=device) / c**0.5
     grid = Grid(BITS, GROUP_SIZE, True)
-    factor = seconds_of(lambda: _factor(hessian, 0.2, "static"), device)
+    factor = seconds_of(lambda: factorise(hessian, 0.2, "static"), device)
     solve = seconds_of(lambda: gptq(weight, hessian, grid, rounds=ROUNDS), device)
     update = (5 + 4 * ROUNDS) * c**2 * r
     steps.append(Step("factorisation", stack.experts * c**3 / 3, whole * factor))

@@ -26,8 +26,9 @@ from se_compress.artifacts import (
 from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
-from se_compress.planning.allocate import scheme_of
-from se_compress.planning.policy import cautions_of, check_plan, curve_of, make_plan, with_cautions
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import cautions_of, curve_of, make_plan, with_cautions
+from se_compress.planning.terms import terms_of
 from se_compress.recipe import Recipe
 from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.reporting.comparison import compare_outcomes
@@ -270,7 +271,7 @@ def _check_agrees(plan: CompressionPlan, recipe: Recipe, name: str) -> None:
     """Target and scheme of a plan that is handed in are the recipe's. Raises RecipeError."""
     wanted = {"target": recipe.target}
     if plan.target == recipe.target:
-        wanted |= asdict(scheme_of(recipe))
+        wanted |= asdict(terms_of(recipe).scheme)
     planned = {"target": plan.target, **asdict(plan.scheme)}
     for key, value in wanted.items():
         if planned[key] != value:

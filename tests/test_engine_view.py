@@ -19,7 +19,8 @@ from se_compress.engines.targets import find_rules
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import Slot, read_headers
 from se_compress.opening.source import open_source
-from se_compress.planning.policy import check_plan, make_plan
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import make_plan
 from se_compress.validation import stored
 
 TinyModel = Callable[[str], Path]

@@ -39,7 +39,7 @@ from se_compress.artifacts import (
     RunOptions,
     TensorInfo,
 )
-from se_compress.compression import execute, solver
+from se_compress.compression import execute, experts, stacks
 from se_compress.compression.early_warning import SINK_COLLAPSE, Side, early_warning
 from se_compress.compression.execute import compress
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
@@ -432,7 +432,7 @@ def test_gate_and_up_of_another_width_than_down(
 def test_an_expert_that_cannot_be_factorised_is_recovered_alone(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = solver.gptq, []
+    plain, calls = stacks.gptq, []
 
     def with_a_bad_member(weight: Tensor, hessian: Tensor, *rest: Any, **options: Any) -> Any:
         if not calls:  # gate and up of the first layer; the second member is expert 2
@@ -442,10 +442,10 @@ def test_an_expert_that_cannot_be_factorised_is_recovered_alone(
         return plain(weight, hessian, *rest, **options)
 
     good = run(tiny_model("mixtral"), tmp_path / "good")
-    monkeypatch.setattr(solver, "gptq", with_a_bad_member)
+    monkeypatch.setattr(stacks, "gptq", with_a_bad_member)
     made = run(tiny_model("mixtral"), tmp_path / "result")
     first = {e.expert: e for e in made.records[0].experts}
-    assert {e: r.fallback for e, r in first.items()} == {0: "", 2: solver.NOT_FACTORED, 3: ""}
+    assert {e: r.fallback for e, r in first.items()} == {0: "", 2: stacks.NOT_FACTORED, 3: ""}
     assert first[2].damping == 1.0
     for expert in 0, 3:
         for role in ROLES:
@@ -459,7 +459,7 @@ def test_as_many_at_a_time_as_memory_allows(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run(tiny_model("mixtral"), tmp_path / "together")
-    monkeypatch.setattr(solver, "STACK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(experts, "STACK_ELEMENTS", {"cpu": 1})
     alone = run(tiny_model("mixtral"), tmp_path / "alone")
     assert [e.id for e in alone.experts] == [e.id for e in together.experts]
     for name, tensor in together.tensors.items():
@@ -575,13 +575,13 @@ def test_what_sees_the_same_shares_a_hessian(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = []
-    plain = solver.gptq
+    plain = stacks.gptq
 
     def watched(weight: Tensor, hessian: Tensor, *rest: Any, **options: Any) -> Any:
         shapes.append((*weight.shape[:2], len(hessian)))
         return plain(weight, hessian, *rest, **options)
 
-    monkeypatch.setattr(solver, "gptq", watched)
+    monkeypatch.setattr(stacks, "gptq", watched)
     run(tiny_model("qwen2_moe"), tmp_path / "result", others=4, routing="all")
     dense = [(1, 128, 1), (1, 64, 1), (1, 192, 1), (1, 64, 1)]  # q k v | o | gate up | down
     moe = [(1, 128, 1), (1, 64, 1), (7, 64, 1), (7, 64, 7), (1, 128, 1), (1, 64, 1)]
@@ -617,7 +617,7 @@ def test_one_factorisation_for_all_gates_is_exact(tiny_model: TinyModel, tmp_pat
     hidden, _ = twin.routed(0)
     weight, _ = twin.weights(identity)
     moment = hidden.T @ hidden / len(hidden)
-    alone = solver.gptq(weight[None], moment[None], Grid(4, 32, symmetric=True))
+    alone = stacks.gptq(weight[None], moment[None], Grid(4, 32, symmetric=True))
     found = twin.rounded(identity)[0]
     assert torch.isclose(dequantize(alone.stack)[0], found, atol=1e-6).float().mean() > 0.98
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from se_compress.quant import gptq as gptq_module
-from se_compress.quant.gptq import GptqResult, accumulate_hessian, gptq, shrink_towards
+from se_compress.quant import sweep
+from se_compress.quant.gptq import GptqResult, gptq
 from se_compress.quant.grid import (
     SMALLEST_SCALE,
     WIDTHS,
@@ -17,6 +18,7 @@ from se_compress.quant.grid import (
     dequantize,
     rtn,
 )
+from se_compress.quant.hessian import accumulate_hessian, shrink_towards
 
 MEMBERS, ROWS, COLUMNS = 3, 6, 40
 DAMPING = 0.2
@@ -169,8 +171,8 @@ def test_blocks_make_no_difference(
     weight, hessian = stack(seed=1)
     grid = Grid(3, 16, symmetric=False)
     plain = gptq(weight, hessian, grid)
-    monkeypatch.setattr(gptq_module, "BLOCK", block)
-    monkeypatch.setattr(gptq_module, "SMALL_BLOCK", small_block)
+    monkeypatch.setattr(sweep, "BLOCK", block)
+    monkeypatch.setattr(sweep, "SMALL_BLOCK", small_block)
     other = gptq(weight, hessian, grid)
     assert (other.stack.codes == plain.stack.codes).float().mean() > 0.99
     assert torch.allclose(other.error, plain.error, rtol=1e-2)
@@ -236,7 +238,7 @@ def test_chunks_of_a_refit_make_no_difference(monkeypatch: pytest.MonkeyPatch) -
     grid = Grid(2, 16, symmetric=False)
     whole = gptq(weight, hessian, grid, rounds=1).stack
     for elements in (1, 100, 1000):
-        monkeypatch.setitem(gptq_module.REFIT_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(sweep.REFIT_ELEMENTS, "cpu", elements)
         parts = gptq(weight, hessian, grid, rounds=1).stack
         assert torch.allclose(parts.scales, whole.scales, rtol=2e-3)
         assert (parts.codes == whole.codes).float().mean() > 0.98

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from se_compress.artifacts import ModelSource, ValidationReport
 from se_compress.compression.execute import compress
-from se_compress.compression.solver import BELOW_GRID
+from se_compress.compression.stacks import BELOW_GRID
 from se_compress.model.checkpoint import TORCH_DTYPES
 from se_compress.model.splice import open_shrunk
 from se_compress.model.surgery import shrink

@@ -34,7 +34,8 @@ from se_compress.errors import RecipeError
 from se_compress.model.checkpoint import allocate
 from se_compress.opening.headers import lay_out, read_headers
 from se_compress.opening.source import open_source
-from se_compress.planning.policy import check_plan, curve_of, make_plan
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import curve_of, make_plan
 from se_compress.recipe import Recipe, Width
 
 HIDDEN, WIDTH, SHARED = 64, 32, 96
@@ -438,6 +439,17 @@ def test_a_layer_is_lifted_with_leave_only_and_the_cost_is_named() -> None:
 def test_no_leave_is_needed_where_nothing_is_lifted() -> None:
     assert make(bits=8, protected_bits=8).protected == (SUPER,)
     assert make(bits=4, protect="none").protected == ()
+
+
+@pytest.mark.usefixtures("per_layer")
+def test_a_curve_can_be_drawn_where_layers_are_lifted() -> None:
+    wanted = recipe(bits=[4, 8], bits_per_weight=10.5, lift_layers=True)
+    plan = make_plan(SOURCE, profile(SUPER), wanted)
+    points = curve_of(SOURCE, profile(SUPER), wanted, plan)
+    four, eight = (p for p in points if len(p.widths) == 1)
+    assert four.size_bytes == make(bits=4, lift_layers=True).size_bytes
+    assert eight.size_bytes == make(bits=8, lift_layers=True).size_bytes
+    assert four.size_bytes <= plan.size_bytes <= eight.size_bytes
 
 
 @pytest.mark.usefixtures("per_layer")

@@ -30,7 +30,8 @@ from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
-from se_compress.planning.policy import check_plan, make_plan
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import make_plan
 
 TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(2, 24, seed=5)

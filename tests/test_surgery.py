@@ -36,7 +36,8 @@ from se_compress.model.surgery import Shrunk, shrink
 from se_compress.opening.families import COUNT_KEYS, FAMILIES, per_expert_tensors, routing_groups
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
-from se_compress.planning.policy import check_plan, make_plan
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import make_plan
 from se_compress.reporting.page import fate
 from se_compress.validation.validator import validate
 

@@ -23,16 +23,17 @@ from se_compress.engines.targets import (
     TARGETS,
     cautions,
     find_rules,
-    packed_slots,
+    packed_parts,
     stored_bytes,
 )
 from se_compress.errors import RecipeError
-from se_compress.formats import FORMATS
+from se_compress.formats import FORMATS, PlannedTensor
 from se_compress.model.checkpoint import TORCH_DTYPES
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import Slot
 from se_compress.opening.source import open_source
-from se_compress.planning.policy import check_plan, make_plan
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import make_plan
 from se_compress.recipe import Target
 
 TinyModel = Callable[[str], Path]
@@ -210,7 +211,14 @@ def test_slots_are_what_the_packer_makes(
         group_size=group_size,
         symmetric=symmetric,
     )
-    slots = packed_slots(info(rows, columns), bits, Scheme(form, "rtn", group_size, symmetric))
+    scheme = Scheme(form, "rtn", group_size, symmetric)
+    parts = packed_parts((rows, columns), bits, scheme)
+    size = stored_bytes(info(rows, columns), bits, scheme)
+    planned = PlannedTensor(
+        info(rows, columns), info(rows, columns).name, bits, "packed", size, parts
+    )
+    slots = planned.stored
+    assert size == sum(slot.size_bytes for slot in slots)
     stem = "model.layers.0.mlp.experts.1.down_proj."
     assert [slot.name for slot in slots] == [stem + part for part in packed]
     for slot, tensor in zip(slots, packed.values(), strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from se_compress import compress, draw_tokens, load_recipe, open_source
 from se_compress.artifacts import CompressionPlan, from_json
-from se_compress.planning.policy import check_plan
+from se_compress.planning.check import check_plan
 
 recipe = load_recipe(Path(sys.argv[1]))
 source = open_source(recipe.model)

@@ -6,11 +6,11 @@ cannot disagree. No weight is read; no torch.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from se_compress.artifacts import SOURCE_BITS, CompressionPlan, ModelSource, TensorInfo
-from se_compress.engines.targets import packed_slots, rules_of
+from se_compress.engines.targets import packed_parts, rules_of, stored_bytes
 from se_compress.formats import Making, PlannedTensor
 from se_compress.model.surgery import Shrunk, is_made, shrink
 from se_compress.opening.families import FAMILIES, unfused_name
@@ -90,8 +90,9 @@ def draw_blueprint(source: ModelSource, plan: CompressionPlan) -> Blueprint:
 
 def _planned(info: TensorInfo, name: str, plan: CompressionPlan) -> PlannedTensor:
     bits = plan.bits_of(info)
+    size = stored_bytes(info, bits, plan.scheme)
     if bits == SOURCE_BITS:
         making: Making = "made" if is_made(info) else "copied"
-        return PlannedTensor(info, name, bits, making, (Slot(name, info.dtype, info.shape),))
-    stored = packed_slots(replace(info, name=name), bits, plan.scheme)
-    return PlannedTensor(info, name, bits, "packed", stored)
+        return PlannedTensor(info, name, bits, making, size)
+    parts = packed_parts(info.shape, bits, plan.scheme)
+    return PlannedTensor(info, name, bits, "packed", size, parts)

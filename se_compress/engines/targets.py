@@ -18,7 +18,7 @@ from se_compress.artifacts import (
     TensorInfo,
 )
 from se_compress.errors import RecipeError
-from se_compress.formats import FORMATS
+from se_compress.formats import FORMATS, StoredPart
 from se_compress.opening.headers import Slot
 
 TABLE_VERSION = "2026-11"
@@ -291,12 +291,11 @@ def is_other_linear(info: TensorInfo) -> bool:
     return matrix and info.layer is not None and info.kind in ("attention", "dense_mlp")
 
 
-def packed_slots(info: TensorInfo, bits: int, scheme: Scheme) -> tuple[Slot, ...]:
-    """The tensors that hold one [rows, columns] weight at a width."""
-    stem = info.name.removesuffix(".weight")
-    rows, columns = info.shape
-    parts = FORMATS[scheme.format].parts(rows, columns, bits, scheme)
-    return tuple(Slot(f"{stem}.{suffix}", dtype, shape) for suffix, dtype, shape in parts)
+@cache
+def packed_parts(shape: tuple[int, ...], bits: int, scheme: Scheme) -> tuple[StoredPart, ...]:
+    """What holds a weight [R, C] at a width. A model has few shapes, and so few answers."""
+    rows, columns = shape
+    return tuple(FORMATS[scheme.format].parts(rows, columns, bits, scheme))
 
 
 def stored_bytes(info: TensorInfo, bits: int, scheme: Scheme) -> int:
@@ -306,6 +305,5 @@ def stored_bytes(info: TensorInfo, bits: int, scheme: Scheme) -> int:
 
 @cache
 def _packed_bytes(shape: tuple[int, ...], bits: int, scheme: Scheme) -> int:
-    rows, columns = shape
-    parts = FORMATS[scheme.format].parts(rows, columns, bits, scheme)
+    parts = packed_parts(shape, bits, scheme)
     return sum(Slot("", dtype, extent).size_bytes for _, dtype, extent in parts)

@@ -11,7 +11,7 @@ from se_compress.formats.base import Format
 from se_compress.formats.bitsandbytes import BITSANDBYTES
 from se_compress.formats.compressed_tensors import COMPRESSED_TENSORS
 from se_compress.formats.gptq import GPTQ, GPTQ_V2
-from se_compress.formats.planned import Making, PlannedTensor
+from se_compress.formats.planned import Making, PlannedTensor, StoredPart
 
 # Of a plan that quantises nothing; it has no row in FORMATS.
 UNQUANTISED = "source"
@@ -19,4 +19,4 @@ FORMATS: Mapping[str, Format] = {
     form.name: form for form in (GPTQ, GPTQ_V2, AUTO_ROUND, COMPRESSED_TENSORS, BITSANDBYTES)
 }
 
-__all__ = ["FORMATS", "UNQUANTISED", "Format", "Making", "PlannedTensor"]
+__all__ = ["FORMATS", "UNQUANTISED", "Format", "Making", "PlannedTensor", "StoredPart"]

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from se_compress.artifacts import Scheme
-from se_compress.formats.planned import PlannedTensor
+from se_compress.formats.planned import PlannedTensor, StoredPart
 
 if TYPE_CHECKING:  # planning reads formats, and needs no torch
     from torch import Tensor
 
     from se_compress.quant.grid import Grid
 
-# The parts of a stored matrix: suffix, safetensors dtype, shape.
-Parts = Iterator[tuple[str, str, tuple[int, ...]]]
+Parts = Iterator[StoredPart]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """One tensor of a result, before it is written: what a blueprint lists and a format describes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,28 +8,39 @@ from se_compress.artifacts import TensorInfo
 from se_compress.opening.headers import Slot
 
 Making = Literal["copied", "made", "packed"]
+# A part of a stored matrix: suffix, safetensors dtype, shape.
+StoredPart = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of the model that the plan leaves, and what the result stores for it.
 
-    info    the tensor as that model has it; one that surgery makes is in no file
-    name    its name in the result, before it is taken apart into stored parts
-    bits    its width; SOURCE_BITS for the source's own precision
-    making  copied: the source's own bytes; made: by surgery (splice.py); packed: quantised
-    stored  its parts in the result: one slot, or those of a packed matrix
+    info        the tensor as that model has it; one that surgery makes is in no file
+    name        its name in the result, before it is taken apart into stored parts
+    bits        its width; SOURCE_BITS for the source's own precision
+    making      copied: the source's own bytes; made: by surgery (splice.py); packed: quantised
+    size_bytes  of all that is stored of it
+    parts       what a packed matrix is taken apart into; of any other nothing
     """
 
     info: TensorInfo
     name: str
     bits: int
     making: Making
-    stored: tuple[Slot, ...]
+    size_bytes: int
+    parts: Sequence[StoredPart] = ()
 
     @property
-    def size_bytes(self) -> int:
-        return sum(slot.size_bytes for slot in self.stored)
+    def stored(self) -> tuple[Slot, ...]:
+        """Its tensors in the result: one, or the parts of a packed matrix.
+
+        Made when they are asked for: a plan needs the bytes only, and large models have 150,000.
+        """
+        if self.making != "packed":
+            return (Slot(self.name, self.info.dtype, self.info.shape),)
+        stem = self.module
+        return tuple(Slot(f"{stem}.{suffix}", dtype, shape) for suffix, dtype, shape in self.parts)
 
     @property
     def module(self) -> str:

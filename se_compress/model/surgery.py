@@ -177,7 +177,7 @@ def _inner_plan(
     return replace(plan, protected=tuple(protected), experts=tuple(decisions))
 
 
-def lifted(structure: CompressionPlan, inner: CompressionPlan) -> CompressionPlan:
+def restored(structure: CompressionPlan, inner: CompressionPlan) -> CompressionPlan:
     """A plan for the source from one for the smaller model.
 
     structure  plan for the source: what is done with each expert

@@ -2,9 +2,9 @@
 
 Protection comes first: a super expert keeps `protected_bits`, whatever the budget, and stays where
 others are pruned. What is pruned, merged or zeroed is decided next (structure.py); the widths are
-then those of the smaller model that is left (surgery.py, allocate.py), so that nothing there has to
+then those of the smaller model that is left (surgery.py, bits.py), so that nothing there has to
 know of it. What the target cannot load is refused here, before any weight is read. A plan that
-comes back from a file, edited by hand or not, is held to the same rules.
+comes back from a file is held to the same rules (check.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,32 +13,22 @@ from dataclasses import replace
 from se_compress.artifacts import (
     NO_BITS,
     SOURCE_BITS,
-    Action,
     CompressionPlan,
     CurvePoint,
     ExpertDecision,
     ExpertId,
     ExpertProfile,
     ModelSource,
-    TensorInfo,
 )
 from se_compress.engines.serving import float16_notes
-from se_compress.engines.targets import (
-    TARGETS,
-    TargetRules,
-    cautions,
-    check_grid,
-    find_rules,
-    is_other_linear,
-    rules_of,
-    unpackable,
-    widths_of,
-)
+from se_compress.engines.targets import cautions, rules_of
 from se_compress.errors import RecipeError
 from se_compress.model.plan_checks import check_structure
-from se_compress.model.surgery import lifted, renumbered, shrink, shrunk_profile
+from se_compress.model.surgery import renumbered, restored, shrink, shrunk_profile
 from se_compress.planning import structure
-from se_compress.planning.allocate import allocate, cost_curve, scheme_of, with_sizes
+from se_compress.planning.bits import plan_bits
+from se_compress.planning.curve import cost_curve
+from se_compress.planning.terms import Terms, terms_of
 from se_compress.recipe import Prune, Recipe
 
 
@@ -47,7 +37,8 @@ def make_plan(
 ) -> CompressionPlan:
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
-    plan = _plan(source, profile, recipe, _protected(source, profile, recipe))
+    protected = _protected(source, profile, recipe)
+    plan = _plan(source, profile, terms_of(recipe), protected)
     plan = replace(plan, notes=plan.notes + _notes(profile, recipe))
     return with_cautions(plan, source, profile)
 
@@ -64,56 +55,61 @@ def with_cautions(
 def cautions_of(
     plan: CompressionPlan, source: ModelSource, profile: ExpertProfile | None
 ) -> tuple[str, ...]:
+    """What has to be known before the plan's result is served, a sentence each."""
     return cautions(source, rules_of(plan)) + float16_notes(source, plan, profile)
 
 
 def _plan(
     source: ModelSource,
     profile: ExpertProfile | None,
-    recipe: Recipe,
+    terms: Terms,
     reasons: Mapping[ExpertId, str],
 ) -> CompressionPlan:
-    """Surgery first, if the recipe wants any, then widths for what is left."""
-    rule = recipe.policy.prune
-    if recipe.policy.zero:
-        zeroed = structure.zero(source, profile, recipe.policy)
+    """Surgery first, if the recipe wants any, then bits for what is left.
+
+    reasons  the experts to protect, and why
+    """
+    policy = terms.policy
+    if policy.zero:
+        zeroed = structure.zero(source, profile, policy)
         silent = {decision.id for decision in zeroed}
         reasons = {i: reason for i, reason in reasons.items() if i not in silent}
-        return _with_structure(source, profile, recipe, reasons, zeroed, ())
-    if recipe.policy.merge:
-        fraction = recipe.policy.merge.fraction
+        return _with_structure(source, profile, terms, reasons, zeroed, ())
+    if policy.merge:
+        fraction = policy.merge.fraction
         count = structure.count_of(source, reasons.keys(), fraction, "policy.merge.fraction")
         merged = structure.merge(source, profile, reasons.keys(), count)
         notes = structure.notes(source, count, "merged into others")
-        return _with_structure(source, profile, recipe, reasons, merged, notes)
-    if rule is None:
-        return allocate(source, profile, recipe, reasons)
-    if rule.fraction == "auto":
-        return _best_pruned(source, profile, recipe, reasons, rule)
-    count = structure.count_of(source, reasons.keys(), rule.fraction, "policy.prune.fraction")
-    return _pruned(source, profile, recipe, reasons, rule, count)
+        return _with_structure(source, profile, terms, reasons, merged, notes)
+    prune = policy.prune
+    if prune is None:
+        return plan_bits(source, profile, terms, reasons)
+    if prune.fraction == "auto":
+        return _best_pruned(source, profile, terms, reasons, prune)
+    count = structure.count_of(source, reasons.keys(), prune.fraction, "policy.prune.fraction")
+    return _pruned(source, profile, terms, reasons, prune, count)
 
 
 def _pruned(
     source: ModelSource,
     profile: ExpertProfile | None,
-    recipe: Recipe,
+    terms: Terms,
     reasons: Mapping[ExpertId, str],
-    rule: Prune,
+    prune: Prune,
     count: int,
 ) -> CompressionPlan:
     """The plan with `count` experts of each routing group gone."""
-    gone = structure.prune(source, profile, reasons.keys(), rule.score, count)
+    gone = structure.prune(source, profile, reasons.keys(), prune.score, count)
     notes = structure.notes(source, count, "pruned")
-    return _with_structure(source, profile, recipe, reasons, gone, notes)
+    return _with_structure(source, profile, terms, reasons, gone, notes)
 
 
 def _best_pruned(
     source: ModelSource,
     profile: ExpertProfile | None,
-    recipe: Recipe,
+    terms: Terms,
     reasons: Mapping[ExpertId, str],
-    rule: Prune,
+    prune: Prune,
 ) -> CompressionPlan:
     """`fraction: auto`: of all counts that can meet the budget, the one of least predicted loss.
     Without a profile no loss is known, and the least count that can meet it is taken."""
@@ -121,7 +117,7 @@ def _best_pruned(
     tried, last = [], None
     for count in structure.steps(source, reasons.keys()):
         try:
-            plan = _pruned(source, profile, recipe, reasons, rule, count)
+            plan = _pruned(source, profile, terms, reasons, prune, count)
         except RecipeError as error:
             last = error
             continue
@@ -153,18 +149,18 @@ def predicted_loss(plan: CompressionPlan, profile: ExpertProfile) -> float:
 def _with_structure(
     source: ModelSource,
     profile: ExpertProfile | None,
-    recipe: Recipe,
+    terms: Terms,
     reasons: Mapping[ExpertId, str],
     decisions: Sequence[ExpertDecision],
     notes: tuple[str, ...],
 ) -> CompressionPlan:
-    """The plan in which `decisions` hold for the experts that they name, and widths are allocated
-    to what is left of the model."""
+    """The plan in which `decisions` hold for the experts that they name, and bits are planned for
+    what is left of the model."""
     if not decisions:
-        return allocate(source, profile, recipe, reasons)
+        return plan_bits(source, profile, terms, reasons)
     whole = CompressionPlan(
-        target=recipe.target,
-        scheme=scheme_of(recipe),
+        target=terms.recipe.target,
+        scheme=terms.scheme,
         bits_per_weight=0.0,
         size_bytes=0,
         source_size_bytes=source.size_bytes,
@@ -178,7 +174,7 @@ def _with_structure(
     small = shrink(source, whole)
     left = {new: reasons[m[0]] for new, m in small.origin.items() if m[0] in reasons}
     known = shrunk_profile(profile, whole, small) if profile else None
-    return lifted(whole, allocate(small.source, known, recipe, left))
+    return restored(whole, plan_bits(small.source, known, terms, left))
 
 
 def curve_of(
@@ -188,146 +184,7 @@ def curve_of(
     small = shrink(source, plan)
     known = shrunk_profile(profile, plan, small) if profile else None
     kept = {new: "" for new, old in small.origin.items() if old[0] in plan.protected}
-    return cost_curve(small.source, known, recipe, kept)
-
-
-def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> CompressionPlan:
-    """A plan from a file, held to the same rules as a fresh one, with its sizes computed anew.
-
-    Raises RecipeError naming `where` and the expert.
-    """
-    try:
-        rules = _check_scheme(plan, source)
-        _check_complete(plan, source)
-        for decision in plan.experts:
-            _check_decision(plan, decision, rules)
-        if rules.granularity in ("layer", "model"):
-            _check_alike(plan, rules)
-        _check_others(plan, source, rules)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-    plan = replace(plan, experts=tuple(renumbered(source, plan.experts)))
-    check_structure(source, plan, where)
-    small = shrink(source, plan)
-    sizes = with_sizes(small.plan, small.source)
-    return replace(
-        plan,
-        bits_per_weight=sizes.bits_per_weight,
-        size_bytes=sizes.size_bytes,
-        source_size_bytes=source.size_bytes,
-    )
-
-
-def _check_scheme(plan: CompressionPlan, source: ModelSource) -> TargetRules:
-    known = list(dict.fromkeys(rules.target for rules in TARGETS))
-    if plan.target not in known:
-        raise RecipeError(f"target {plan.target!r} is not one of {', '.join(known)}")
-    scheme = plan.scheme
-    rules = find_rules(plan.target, scheme.method, scheme.format, scheme.symmetric)
-    if any(decision.action == "quantize" for decision in plan.experts):
-        check_grid(source, rules, plan.scheme)
-    return rules
-
-
-def _check_complete(plan: CompressionPlan, source: ModelSource) -> None:
-    """Every expert of the model has one line, and nothing else has."""
-    if len(plan.by_id) != len(plan.experts):
-        raise RecipeError("an expert is listed twice")
-    for identity in source.experts:
-        if identity not in plan.by_id:
-            raise RecipeError(f"expert {identity} of the model has no line")
-    for identity in plan.by_id:
-        if identity not in source.experts:
-            raise RecipeError(f"the model has no expert {identity}")
-    for identity in plan.protected:
-        if identity not in source.experts:
-            raise RecipeError(f"protected lists {identity}, which the model does not have")
-
-
-def _check_decision(plan: CompressionPlan, decision: ExpertDecision, rules: TargetRules) -> None:
-    name = f"expert {decision.id}"
-    packable = widths_of(plan.scheme, rules)
-    of_action: dict[Action, tuple[int | None, ...]] = {
-        "keep": (SOURCE_BITS,), "quantize": packable, "prune": (None,)
-    }  # fmt: skip
-    accepted = of_action.get(decision.action, (*packable, SOURCE_BITS))
-    down_bits = decision.bits if decision.down_bits is None else decision.down_bits
-    pair = (decision.bits, down_bits)
-    split = pair[0] != pair[1]
-    if split and rules.granularity != "projection":
-        raise RecipeError(
-            f"{name} has {pair[0]} bits and down_bits {pair[1]}; target {plan.target} loads one "
-            f"width per {rules.granularity}"
-        )
-    for what, bits in zip(("bits", "down_bits"), pair, strict=True):
-        half_kept = split and bits == SOURCE_BITS and decision.action == "quantize"
-        if bits not in accepted and not half_kept:
-            has = f"{bits} bits" if what == "bits" else f"down_bits {bits}"
-            raise RecipeError(
-                f"{name} has {has}; for action {decision.action} and target {plan.target} accepted "
-                f"are {', '.join('null' if a is None else str(a) for a in accepted) or 'none'}"
-            )
-    least = min(SOURCE_BITS if bits is None else bits for bits in pair)
-    if decision.id in plan.protected and least < 8:
-        raise RecipeError(
-            f"{name} is protected but has {least} bits; accepted are 8 and 16, unless it is taken "
-            "off the list of protected"
-        )
-
-
-def _check_alike(plan: CompressionPlan, rules: TargetRules) -> None:
-    """All routed experts of a layer, or of the model, have one width."""
-    first: dict[int, ExpertDecision] = {}
-    for decision in plan.experts:
-        if decision.expert == "shared" or decision.bits is None:
-            continue
-        other = first.setdefault(0 if rules.granularity == "model" else decision.layer, decision)
-        if decision.bits != other.bits:
-            raise RecipeError(
-                f"expert {decision.id} has {decision.bits} bits and expert {other.id} "
-                f"{other.bits}; target {plan.target} loads one width per {rules.granularity}"
-            )
-
-
-def _check_others(plan: CompressionPlan, source: ModelSource, rules: TargetRules) -> None:
-    """Lines for linears that belong to no expert."""
-    if len(plan.by_name) != len(plan.others):
-        raise RecipeError("a tensor is listed twice in others")
-    for decision in plan.others:
-        info = source.tensors.get(decision.name)
-        if info is None or not is_other_linear(info):
-            raise RecipeError(
-                f"others lists {decision.name}, which is no linear of the model's attention or "
-                "dense MLP"
-            )
-        accepted = (*widths_of(plan.scheme, rules), SOURCE_BITS)
-        if decision.bits not in accepted:
-            raise RecipeError(
-                f"{decision.name} has {decision.bits} bits; for target {plan.target} accepted are "
-                f"{', '.join(map(str, accepted))}"
-            )
-    for info in source.tensors.values():
-        if info.kind != "expert" and plan.bits_of(info) != SOURCE_BITS:
-            if obstacle := unpackable(info, rules, plan.scheme):
-                raise RecipeError(f"{info.name} has to keep {SOURCE_BITS} bits: {obstacle}")
-    _check_fused(plan, source, rules)
-
-
-def _check_fused(plan: CompressionPlan, source: ModelSource, rules: TargetRules) -> None:
-    """Linears that the target loads as one have one width."""
-    first: dict[tuple[str, frozenset[str]], TensorInfo] = {}
-    for info in filter(is_other_linear, source.tensors.values()):
-        block, _, linear = info.name.removesuffix(".weight").rpartition(".")
-        for group in rules.fused:
-            if linear not in group:
-                continue
-            other = first.setdefault((block, group), info)
-            bits, others = plan.bits_of(info), plan.bits_of(other)
-            if bits != others:
-                raise RecipeError(
-                    f"{info.name} has {bits} bits and {other.name} {others}; target {plan.target} "
-                    "loads them as one matrix, of one width"
-                )
+    return cost_curve(small.source, known, terms_of(recipe), kept)
 
 
 def _protected(
@@ -351,6 +208,7 @@ def _protected(
 
 
 def _notes(profile: ExpertProfile | None, recipe: Recipe) -> tuple[str, ...]:
+    """What a reader has to know of the super experts."""
     if recipe.policy.protect == "none":
         return ("policy.protect is none: super experts are treated like any other expert",)
     if recipe.policy.protect == "super-experts" and profile is None:

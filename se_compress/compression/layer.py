@@ -1,0 +1,277 @@
+"""One layer, compressed: what the plan wants of it, what becomes of it, how far it strayed.
+
+Two models pass the layer: the source and the one that is being compressed. They are one and the
+same, and so are their hidden states, until something is changed. After that a few sequences of the
+source's are enough.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+
+from se_compress.artifacts import Check, ExpertDecision, ExpertId, ExpertRecord, Scheme
+from se_compress.compression.early_warning import Side, early_warning, overflow_warning
+from se_compress.compression.experts import quantize_experts
+from se_compress.compression.linears import SolvedLinear, quantize_linears, quantize_shared
+from se_compress.compression.stacks import Packed
+from se_compress.engines.blueprint import Blueprint
+from se_compress.model.measures import relative_distance
+from se_compress.model.observers import Observer, RoutingCapture, SinkCapture
+from se_compress.model.overflow import check_states
+from se_compress.model.states import leading
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.families import FAMILIES
+from se_compress.recipe import Recipe
+
+# Tokens of the source's own stream that are kept to compare with: its leading sequences.
+WITNESS_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states after the last layer that is done, [B, T, H] a batch.
+
+    source  those of the source: of all sequences while the two are one, of a few leading ones
+            after that
+    result  those of the model compressed so far
+    """
+
+    source: list[Tensor]
+    result: list[Tensor]
+
+    @property
+    def are_one(self) -> bool:
+        """Nothing has been changed yet: there is one list of states for both."""
+        return self.source is self.result
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two models that are run, a layer at a time.
+
+    source   the source
+    reduced  what surgery left of it; the source itself without any
+    """
+
+    source: StreamedModel
+    reduced: StreamedModel
+
+    @property
+    def are_one(self) -> bool:
+        return self.source is self.reduced
+
+
+@dataclass
+class Made:
+    """What became of one layer.
+
+    result   the hidden states after it, [B, T, H] a batch
+    tensors  packed matrices, by the names of their weights
+    experts  records of its experts, by the ids of the reduced model
+    linears  its quantised linears of attention and dense MLP
+    """
+
+    result: list[Tensor]
+    tensors: Packed = field(default_factory=dict)
+    experts: list[ExpertRecord] = field(default_factory=list)
+    linears: list[SolvedLinear] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """One layer, done.
+
+    made          what became of it
+    streams       the hidden states after it
+    hidden_error  relative distance of the two streams
+    failed        the gate that the result fails already
+    """
+
+    made: Made
+    streams: Streams
+    hidden_error: float = 0.0
+    failed: Check | None = None
+
+
+# ------------------------------------------------------------------------------ what the plan wants
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the plan quantises of a layer; false if that is nothing.
+
+    experts    its routed experts
+    shared     gate and up, then down, of its shared expert: name of the weight -> its bits
+    attention  the same for linears of attention, all of them at once
+    dense      the same for a dense MLP, gate and up, then down
+    """
+
+    layer: int
+    experts: tuple[ExpertDecision, ...]
+    shared: tuple[Mapping[str, int], ...]
+    attention: Mapping[str, int]
+    dense: tuple[Mapping[str, int], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.experts or any(self.shared) or self.attention or any(self.dense))
+
+
+def plan_of_layer(blueprint: Blueprint, layer: int) -> LayerPlan:
+    """What a blueprint packs of one layer, in the stages in which it is solved."""
+    down = f".{FAMILIES[blueprint.source.family].projections[2]}.weight"
+    bits: dict[str, dict[str, int]] = {}
+    for tensor in blueprint.of_layer(layer):
+        if tensor.making == "packed":
+            info = tensor.info
+            kind = info.kind + (" down" if info.name.endswith(down) else "")
+            bits.setdefault(kind, {})[info.name] = tensor.bits
+    return LayerPlan(
+        layer=layer,
+        experts=tuple(
+            d
+            for d in blueprint.plan.experts
+            if d.layer == layer and d.action == "quantize" and d.expert != "shared"
+        ),
+        shared=(bits.get("shared_expert", {}), bits.get("shared_expert down", {})),
+        attention=bits.get("attention", {}),
+        dense=(bits.get("dense_mlp", {}), bits.get("dense_mlp down", {})),
+    )
+
+
+# ---------------------------------------------------------------------------------- past the layer
+
+
+def compress_layer(
+    models: Models, blueprint: Blueprint, layer: int, streams: Streams, recipe: Recipe
+) -> CompressedLayer:
+    """Run both models past one layer, quantising what the plan wants of it.
+
+    Raises SourceError if the source's own states overflow, or a weight of the layer is bad.
+    """
+    plan = plan_of_layer(blueprint, layer)
+    if streams.are_one and models.are_one and not plan:
+        return _pass_unchanged(models.source, layer, streams)
+    module = models.source.load_layer(layer)
+    # first, for the weights are about to change
+    source = _source_side(models.source, layer, module, streams)
+    if not models.are_one:
+        del module  # one layer in memory
+        module = models.reduced.load_layer(layer)
+    limits = recipe.validation
+    compared = leading(streams.result, WITNESS_TOKENS) if limits.early_stop else []
+    watch = _Watch(compared, runs_experts=not plan.experts)
+    scheme = blueprint.plan.scheme
+    made = _quantize_layer(models.reduced, module, plan, streams.result, watch, scheme, recipe)
+    after = leading(made.result, WITNESS_TOKENS)
+    failed = overflow_warning(layer, made.result, limits)
+    if limits.early_stop and not failed:
+        origin = blueprint.shrunk.origin
+        result = Side(
+            model=models.reduced,
+            before=compared,
+            after=after,
+            sinks=watch.sink_mass,
+            load=lambda: module,
+            source_expert=lambda expert: origin[ExpertId(layer, expert)][0].expert,
+        )
+        failed = early_warning(layer, source, result, limits)
+    now = Streams([*source.after], made.result)
+    return CompressedLayer(made, now, relative_distance(after, source.after), failed)
+
+
+def _pass_unchanged(model: StreamedModel, layer: int, streams: Streams) -> CompressedLayer:
+    """Nothing is changed so far: the states of both models stay one."""
+    watch = _Watch([], runs_experts=True)
+    states = model.run_layer(layer, model.load_layer(layer), streams.result, watch)
+    return CompressedLayer(Made(states), Streams(states, states))
+
+
+def _source_side(model: StreamedModel, layer: int, module: nn.Module, streams: Streams) -> Side:
+    """What the source makes of a few leading sequences; its weights are read again if asked for."""
+    before = leading(streams.source, WITNESS_TOKENS)
+    sinks = SinkCapture()
+    after = model.run_layer(layer, module, before, sinks)
+    check_states(model, layer, after)
+    return Side(model, before, after, sinks.sink_mass, partial(model.load_layer, layer))
+
+
+class _Watch(RoutingCapture, SinkCapture):
+    """What a layer's experts see, and the sinks of the leading sequences of each batch that are
+    compared with the source's."""
+
+    def __init__(self, compared: Sequence[Tensor], *, runs_experts: bool) -> None:
+        super().__init__(runs_experts=runs_experts)
+        self._compared = [len(states) for states in compared]
+
+    def watched(self, sequences: int) -> int:
+        return self._compared[self.batch] if self.batch < len(self._compared) else 0
+
+
+# -------------------------------------------------------------------------------------- quantising
+
+
+def _quantize_layer(
+    model: StreamedModel,
+    module: nn.Module,
+    plan: LayerPlan,
+    hidden: Sequence[Tensor],
+    watch: _Watch,
+    scheme: Scheme,
+    recipe: Recipe,
+) -> Made:
+    """Quantise what the plan wants of a loaded layer, in place.
+
+    hidden  what comes into it, [B, T, H] a batch
+    watch   sees it run once attention and dense MLP are quantised
+    """
+    made = _quantize_plain(model, module, plan, hidden, watch, scheme, recipe)
+    output: Tensor | None = None
+    if plan.experts:
+        live = model.experts_module(module)
+        tensors, made.experts, output = quantize_experts(
+            model.source, live, watch, plan.experts, scheme, recipe
+        )
+        made.tensors |= tensors
+    if any(plan.shared):
+        identity = ExpertId(plan.layer, "shared")
+        tensors, record = quantize_shared(
+            module, identity, plan.shared, watch.hidden, scheme, recipe.quantization
+        )
+        made.tensors |= tensors
+        made.experts.append(record)
+        # the first run had the shared expert of the source
+        again = _without_experts() if plan.experts else None
+        made.result = model.run_layer(plan.layer, module, hidden, again)
+    if output is not None:  # so far the states are without what routed experts add
+        model.add_routed(made.result, output)
+    return made
+
+
+def _quantize_plain(
+    model: StreamedModel,
+    module: nn.Module,
+    plan: LayerPlan,
+    hidden: Sequence[Tensor],
+    watch: _Watch,
+    scheme: Scheme,
+    recipe: Recipe,
+) -> Made:
+    """Quantise linears of attention and dense MLP, and run the layer behind them; its routed
+    experts are left out if they are quantised next."""
+    run = partial(model.run_layer, plan.layer, module, hidden)
+    linears: list[SolvedLinear] = []
+    for stages in ((plan.attention,), plan.dense):
+        see = partial(run, _without_experts())
+        linears += quantize_linears(module, stages, see, scheme, recipe.quantization)
+    made = Made(run(watch), linears=linears)
+    for linear in linears:
+        made.tensors |= linear.tensors
+    return made
+
+
+def _without_experts() -> Observer:
+    observer = Observer()
+    observer.runs_experts = False
+    return observer

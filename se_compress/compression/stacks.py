@@ -1,0 +1,206 @@
+"""A stack of matrices that are quantised together: what they see, their grid, codes and packing.
+
+E members, R rows (out features), C columns (in features). A member is a matrix, or several that
+see the same and are rows of one.
+
+A member that saw fewer tokens than its inputs have dimensions has a singular Hessian; it is filled
+up with the layer's own, see `filled_hessian`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from se_compress.artifacts import SOURCE_BITS, Scheme
+from se_compress.errors import SourceError
+from se_compress.formats import FORMATS
+from se_compress.quant.gptq import gptq
+from se_compress.quant.grid import SMALLEST_SCALE, Grid, QuantizedStack, dequantize, rtn
+from se_compress.quant.hessian import accumulate_hessian, shrink_towards
+from se_compress.recipe import Quantization
+
+# Weight -> its stored parts, by what follows the module's name.
+Packed = dict[str, dict[str, Tensor]]
+NOT_FACTORED = "Hessian could not be factorised: rounded to nearest"
+BELOW_GRID = f"all weights are below half the least scale of engines, {SMALLEST_SCALE:.1e}: lost"
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+@dataclass(frozen=True)
+class StackInputs:
+    """Hessians of a stack of matrices, and how they came about.
+
+    hessian      [E, C, C] float32, mean of x x'; or [1, C, C] if all see the same
+    tokens       [E] tokens that each saw
+    prior_share  [E] share of the layer's Hessian in its own
+    """
+
+    hessian: Tensor
+    tokens: list[int]
+    prior_share: list[float]
+
+
+def stack_inputs(members: Sequence[tuple[Tensor, int, float]]) -> StackInputs:
+    """The inputs of a stack from what `filled_hessian` gave for each member."""
+    hessians, tokens, shares = zip(*members, strict=True)
+    return StackInputs(torch.stack(hessians), list(tokens), list(shares))
+
+
+def second_moment(inputs: Tensor) -> Tensor:
+    """[C, C] float32: the mean of x x' over inputs [n, C], zeros for none."""
+    moment = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
+    accumulate_hessian(moment, inputs)
+    return moment.div_(max(1, len(inputs)))
+
+
+def filled_hessian(
+    inputs: Tensor, prior: Callable[[], Tensor], enough: float
+) -> tuple[Tensor, int, float]:
+    """Mean of x x' over an expert's own tokens [n, C], n, and the share of the prior in it.
+
+    prior   gives the mean [C, C] that the expert would see if all tokens of the layer went to it
+    enough  tokens per column that need no prior
+
+    With n < C tokens the mean is singular: directions that happened not to occur would cost nothing
+    and be rounded away. With n < enough C tokens the missing share, 1 - n / (enough C), comes from
+    the prior. An expert that saw nothing gets the prior alone.
+    """
+    tokens, columns = inputs.shape
+    needed = max(1, ceil(enough * columns))
+    hessian = second_moment(inputs)
+    if tokens < needed:
+        hessian = shrink_towards(hessian, tokens, prior(), needed)
+    return hessian, tokens, max(0.0, 1.0 - tokens / needed)
+
+
+def check_moments(hessian: Tensor, names: Sequence[str]) -> None:
+    """Raises SourceError if a Hessian [E, C, C] is not finite: float32 did not hold a square.
+
+    Hidden states are seen to be finite after every layer. What overflows is therefore the source's
+    own, within a layer.
+    """
+    finite = hessian.sum(dim=(1, 2)).isfinite().tolist()
+    if not all(finite):
+        raise SourceError(
+            f"{names[finite.index(False)]}: its inputs on the calibration text are so large that "
+            "float32 does not hold their squares; it cannot be calibrated"
+        )
+
+
+# ------------------------------------------------------------------------------------------ solving
+
+
+@dataclass(frozen=True)
+class SolvedStack:
+    """A quantised stack.
+
+    stack     codes, scales and zeros of all members
+    error     [E] relative output error
+    damping   [E] share of each column's moment that was added for the factorisation; 0 without one
+    fallback  [E] what was done instead of the planned, a sentence; "" for nothing
+    """
+
+    stack: QuantizedStack
+    error: list[float]
+    damping: list[float]
+    fallback: list[str]
+
+
+def replace_members(
+    live: Tensor,
+    members: Sequence[int],
+    inputs: StackInputs,
+    bits: int,
+    scheme: Scheme,
+    rule: Quantization,
+) -> SolvedStack | None:
+    """Quantise members of a live stack [all members, R, C] in place; None at SOURCE_BITS.
+
+    inputs are those of the members alone, in their order.
+    """
+    if bits == SOURCE_BITS:
+        return None
+    solved = solve_stack(live[members].float(), inputs.hessian, grid_of(bits, scheme), rule)
+    live[members] = dequantize(solved.stack).to(live.dtype)
+    return solved
+
+
+def grid_of(bits: int, scheme: Scheme) -> Grid:
+    """The grid of a scheme at a width, with scales as the format's engine holds them."""
+    scale_dtype = getattr(torch, str(FORMATS[scheme.format].scale_dtype))
+    return Grid(bits, scheme.group_size, scheme.symmetric, scale_dtype)
+
+
+def solve_stack(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization) -> SolvedStack:
+    """Quantise a stack by the recipe's method.
+
+    weight [E, R, C] float32; hessian [E, C, C], or [1, C, C] if all see the same.
+    """
+    if rule.method == "rtn":
+        moments = hessian.diagonal(dim1=1, dim2=2).expand(len(weight), -1)
+        stack = rtn(weight, grid, moments if rule.scales == "activation" else None)
+        lost, whole = (output_energy(w, hessian) for w in (dequantize(stack) - weight, weight))
+        error = (lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt().tolist()
+        return SolvedStack(stack, error, [0.0] * len(weight), _below_grid(weight))
+    result = gptq(
+        weight,
+        hessian,
+        grid,
+        damping=rule.damping,
+        act_order=rule.act_order,
+        scales=rule.scales,
+    )
+    fallback = _below_grid(weight)
+    for member in result.unfactorable:
+        fallback[member] = NOT_FACTORED
+    return SolvedStack(result.stack, result.error.tolist(), list(result.damping), fallback)
+
+
+def _below_grid(weight: Tensor) -> list[str]:
+    """[E] texts: BELOW_GRID for a member of [E, R, C] that is not zero, but becomes so."""
+    largest = weight.abs().amax(dim=(1, 2)).tolist()
+    return [BELOW_GRID if 0 < size < SMALLEST_SCALE / 2 else "" for size in largest]
+
+
+def output_energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """[E]: output energy per token, tr(W H W'), of weights [E, R, C] under [E or 1, C, C]."""
+    return ((rows @ hessian) * rows).sum(dim=(1, 2))
+
+
+# ------------------------------------------------------------------------------------------ packing
+
+
+def packed_members(names: Sequence[str], stack: QuantizedStack, member: int, form: str) -> Packed:
+    """The packed matrices `names` of a member whose rows are theirs, as many for each."""
+    height = stack.codes.shape[1] // len(names)
+    tensors: Packed = {}
+    for i, name in enumerate(names):
+        tensors |= packed_rows(name, stack, member, slice(i * height, (i + 1) * height), form)
+    return tensors
+
+
+def packed_rows(name: str, stack: QuantizedStack, member: int, rows: slice, form: str) -> Packed:
+    """The packed matrix `name`, whose rows are some of a member."""
+    pack = FORMATS[form].pack
+    assert pack is not None
+    codes, scales, zeros = (
+        tensor[member, rows] for tensor in (stack.codes, stack.scales, stack.zeros)
+    )
+    return {name: pack(codes, scales, zeros, stack.grid)}
+
+
+def pack_in_place(name: str, live: Tensor, scheme: Scheme) -> Packed:
+    """The stored parts of a live weight [R, C] by the format's own library.
+
+    The weight becomes what they stand for.
+    """
+    form = FORMATS[scheme.format]
+    assert form.quantize is not None
+    parts = form.quantize(live, scheme)
+    live.copy_(form.unpack(parts, (live.shape[0], live.shape[1]), scheme))
+    return {name: parts}

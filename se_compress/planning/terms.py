@@ -1,0 +1,61 @@
+"""What a recipe asks of its target, worked out once for a plan: the target's row and the scheme."""
+
+from dataclasses import dataclass
+
+from se_compress.artifacts import SOURCE_BITS, ModelSource, Scheme
+from se_compress.engines.targets import TargetRules, check_grid, find_rules, widths_of
+from se_compress.errors import RecipeError
+from se_compress.recipe import Policy, Recipe
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a plan is made under.
+
+    recipe  what is wanted
+    rules   what the target loads of it
+    scheme  how everything that is quantised is stored
+    """
+
+    recipe: Recipe
+    rules: TargetRules
+    scheme: Scheme
+
+    @property
+    def policy(self) -> Policy:
+        return self.recipe.policy
+
+
+def terms_of(recipe: Recipe) -> Terms:
+    """The terms of a recipe. Raises RecipeError if the target loads no such file."""
+    asked = recipe.quantization
+    rules = find_rules(recipe.target, asked.method, asked.format, asked.symmetric)
+    return Terms(recipe, rules, _scheme(recipe, rules))
+
+
+def _scheme(recipe: Recipe, rules: TargetRules) -> Scheme:
+    asked = recipe.quantization
+    if rules.format != "bitsandbytes":
+        return Scheme(rules.format, asked.method, asked.group_size, asked.symmetric)
+    # int8 has one maximum per row, and no blocks
+    block, double = (
+        (-1, None) if asked.data_type == "int8" else (asked.block_size, asked.double_quant)
+    )
+    return Scheme(rules.format, asked.method, block, True, asked.data_type, double)
+
+
+def check_loadable(source: ModelSource, terms: Terms) -> None:
+    """Raises RecipeError if the target does not load the grid, or bits that the policy names."""
+    check_grid(source, terms.rules, terms.scheme)
+    policy, rules = terms.policy, terms.rules
+    accepted = (*widths_of(terms.scheme, rules), SOURCE_BITS)
+    files = f"{rules.format} {terms.scheme.data_type or ''}".rstrip()
+    wanted = [("policy.bits lists", bits) for bits in policy.bits]
+    wanted.append(("policy.protected_bits is", policy.protected_bits))
+    wanted.append(("policy.other_bits is", policy.other_bits))
+    for key, bits in wanted:
+        if bits not in accepted:
+            raise RecipeError(
+                f"{key} {bits}; target {rules.target} loads {files} files of "
+                f"{', '.join(map(str, accepted))} bits"
+            )
