@@ -108,6 +108,15 @@ class DataSource(_Section):
 
 
 class _Text(_Section):
+    """Text, drawn from its sources.
+
+    data             where it comes from, one source or several
+    samples          sequences to draw
+    sequence_length  tokens of each
+    seed             of the drawing
+    chat_template    rows are chats, rendered by the model's own template
+    """
+
     data: tuple[DataSource, ...]
     samples: Positive
     sequence_length: SequenceLength
@@ -135,7 +144,13 @@ class Calibration(_Text):
 
 
 class SuperExperts(_Section):
-    """The published criterion (arXiv:2507.23279, eq. 6) and whether to confirm it by zeroing."""
+    """The published criterion (arXiv:2507.23279, eq. 6) and whether to confirm it by zeroing.
+
+    percentile       of all experts' peak outputs, which a super expert lies above
+    fraction_of_max  of the largest peak output, which it lies above as well
+    confirm          switch each one off, and another of its layer, to see whether the massive
+                     activation hangs on it; one that is not confirmed is kept safe all the same
+    """
 
     percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 99.5
     fraction_of_max: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
@@ -143,7 +158,11 @@ class SuperExperts(_Section):
 
 
 class ExpertName(_Section):
-    """An expert as a recipe names it."""
+    """An expert as a recipe names it.
+
+    layer   decoder layer, 0-based, dense layers counted
+    expert  index in the layer, or shared
+    """
 
     layer: Natural
     expert: Natural | Literal["shared"]
@@ -177,6 +196,8 @@ class Merge(_Section):
 class Policy(_Section):
     """What may be done to the experts, and under which budget.
 
+    protect          experts that nothing is done to but what `protected_bits` says
+    protected_bits   width of the protected experts
     bits             widths to choose from; a single number means that width; 16 is the source's own
                      precision
     bits_per_weight  budget over all weights of the experts that are left, scales included
@@ -184,8 +205,11 @@ class Policy(_Section):
     other_bits       attention, dense MLP, shared experts (those that can be packed); 16 keeps them
     lift_layers      leave to keep a whole layer at `protected_bits` for the protected expert in it,
                      where the target loads one width per layer
+    prune            experts that go
+    merge            experts that become one
     zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
                      nothing renumbered; random: as many others of the same layers, by `zero_seed`
+    zero_seed        of the choice of random experts
     """
 
     protect: Literal["super-experts", "none"] | tuple[ExpertName, ...] = "super-experts"
@@ -245,8 +269,14 @@ class Policy(_Section):
 class Quantization(_Section):
     """How a width is reached.
 
+    method      gptq rounds with regard to the inputs, rtn each weight to the nearest, bitsandbytes
+                as its library does, none leaves everything as it is
     format      of the file; auto: the first one of the target (targets.py) that holds the rest
     group_size  input columns that share a scale; -1 means one scale per row
+    symmetric   the grid has its zero in the middle; otherwise each group has a zero point
+    act_order   in which columns are rounded: static, those of the largest mean square first, groups
+                as they lie in the file; none: from left to right
+    scales      activation: those with the least error on the inputs; minmax: from the extremes
     damping     share of each input column's mean square that is added to it (raised where the
                 Hessian cannot be factorised): more trusts the calibration text less
     shrinkage   an expert that saw fewer tokens than this times its inputs' dimensions borrows the
@@ -284,7 +314,12 @@ class Quantization(_Section):
 
 
 class Generation(_Section):
-    """Greedy continuations for the repetition check; `tokens: 0` leaves the check out (not run)."""
+    """Greedy continuations for the repetition check; `tokens: 0` leaves the check out (not run).
+
+    prompts        texts to go on from
+    prompt_tokens  of each
+    tokens         to write after each
+    """
 
     prompts: Positive = 4
     prompt_tokens: Positive = 32
@@ -294,6 +329,18 @@ class Generation(_Section):
 class Validation(_Text):
     """Held-out text and the limit of each gate (defined in validator.py).
 
+    perplexity_increase       most that the result's is above the source's, as a share
+    kl_divergence             largest mean over tokens of that of the next token, nats
+    massive_activation_ratio  least share of a massive activation that is left
+    sink_decay                most of the attention to position 0 that is gone, as a share
+    sink_token_error          most that the residual of sink tokens changes, as a share
+    router_agreement          least share of the chosen experts that stay the same, over all layers
+    router_agreement_least    the same in the worst layer
+    repetition                most of the 4-grams that are repeated beyond the source's, as a share
+    loops                     most of the continuations that end in a loop beyond the source's
+    weight_cosine             least cosine between a quantised matrix and its original
+    weight_gain               largest spread of the gains of a matrix's rows
+    generation                the continuations of the repetition check
     early_stop  stop compressing at the layer after which the massive activation or the sinks of the
                 calibration text are lost
     """
@@ -318,6 +365,14 @@ class Validation(_Text):
 class Recipe(_Section):
     """Everything that determines the result.
 
+    model           a directory, or a model of the Hub; id@revision pins it
+    output          where the result goes
+    target          the engine that has to load it
+    calibration     text that the profile and the quantiser see
+    super_experts   how they are told
+    policy          what may be done to the experts
+    quantization    how a width is reached
+    validation      held-out text and the limits of the gates
     compute_dtype   of weights and hidden states while the model runs; statistics are float32
     shard_size      of the result's files, at most (a larger tensor has a file of its own)
     variants        several results from one profile: name -> the recipe with the variant's own keys

@@ -35,7 +35,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A file of a result; `name` is its path in the result's directory."""
+    """A file of a result.
+
+    name        its path in the result's directory
+    size_bytes  of the file
+    sha256      of its bytes, in hex
+    """
 
     name: str
     size_bytes: int
@@ -44,7 +49,10 @@ class ResultFile:
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """All files of a result but the list itself."""
+    """All files of a result but the list itself.
+
+    files  in the order of their names
+    """
 
     files: tuple[ResultFile, ...]
 
