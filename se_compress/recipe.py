@@ -25,12 +25,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from se_compress.artifacts.targets import FormatChoice, Method, Target
 from se_compress.errors import VALUE_LENGTH, RecipeError, brief, shorten
 from se_compress.recipe_file import RECIPE_BYTES, parse_yaml, read_text
 
-Target = Literal["transformers", "gptqmodel", "vllm", "sglang"]
-Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
-Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "compressed-tensors"]
 Width = Literal[2, 3, 4, 8, 16]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # Bounds that no real recipe reaches, so that no product of two overflows anything.
@@ -290,7 +288,7 @@ class Quantization(_Section):
     """
 
     method: Method = "gptq"
-    format: Format = "auto"
+    format: FormatChoice = "auto"
     group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
     symmetric: bool = True
     act_order: Literal["static", "none"] = "static"

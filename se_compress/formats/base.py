@@ -36,6 +36,7 @@ class Format:
     package      what transformers needs to unpack it
     extra        of ours, that brings the package
     has_float32  whether its linears compute in float32 under transformers
+    own_file     of the engine's own that holds the settings as well; "" if config.json alone does
     """
 
     name: str
@@ -52,6 +53,7 @@ class Format:
     package: str
     extra: str
     has_float32: bool
+    own_file: str = ""
 
 
 def groups_of(columns: int, scheme: Scheme) -> int:
