@@ -89,7 +89,10 @@ STATES_FILE = "profile-states.safetensors"
 
 
 def profile_experts(
-    source: ModelSource, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
+    source: ModelSource,
+    tokens: Sequence[Sequence[int]],
+    recipe: Recipe,
+    options: RunOptions = RunOptions(),
 ) -> ExpertProfile:
     """Run the calibration tokens through the model and measure every expert and every layer.
 
