@@ -5,7 +5,7 @@
 Each version is made by changing tensors of the source, and judged as the validator judges a result,
 on the held-out text of the reference model. Which ones are sound and which broken is decided by
 what was done to them, before anything is measured. The rest lie in between: they are shown, but no
-gate has to decide them. The default limits of the recipe (`recipe.Validation`) are set so that
+gate has to decide them. The default limits (`artifacts/gates.py`) are set so that
 every sound version passes and every broken one is caught.
 
 The accounting of tensors is that of a plan which quantises the routed experts: it catches every
@@ -28,7 +28,7 @@ import torch
 from results import machine, write_section
 from torch import Tensor
 
-from se_compress.artifacts import Check, ExpertId, ModelSource, RunOptions
+from se_compress.artifacts import GATES, Check, ExpertId, ModelSource, RunOptions
 from se_compress.compression.execute import compress
 from se_compress.model.checkpoint import Reader, open_result, open_tensors
 from se_compress.opening.headers import read_headers
@@ -43,27 +43,8 @@ from se_compress.validation.validator import Original, judge
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"
 GROUP_SIZE = 64
-AT_LEAST = {
-    "massive_activation_ratio",
-    "router_agreement",
-    "router_agreement_least",
-    "weight_cosine",
-    "tensors_accounted",
-}
-SHORT = {
-    "perplexity_increase": "perplexity",
-    "kl_divergence": "KL",
-    "massive_activation_ratio": "massive",
-    "sink_token_error": "sink token",
-    "sink_decay": "sink decay",
-    "router_agreement": "routers",
-    "router_agreement_least": "worst router",
-    "repetition": "repetition",
-    "loops": "loops",
-    "weight_cosine": "cosine",
-    "weight_gain": "gain",
-    "tensors_accounted": "accounted",
-}
+# The columns: no version is on disk, to be loaded by an engine.
+COLUMNS = {name: gate for name, gate in GATES.items() if name != "reload"}
 VERDICTS = {True: "sound", False: "broken", None: "between"}
 
 Changes = Mapping[str, Tensor]
@@ -293,31 +274,28 @@ def account(model: Model, changed: Changes) -> Check:
     planned = {name for identity in model.routed() for name in model.names(identity)}
     wrong = [n for n in changed if n not in planned and not torch.equal(changed[n], model.read(n))]
     share = 1.0 - len(wrong) / len(model.source.tensors)
-    return Check("tensors_accounted", share, 1.0, not wrong)
-
-
-def limit_of(name: str, limits: Validation) -> float:
-    return 1.0 if name == "tensors_accounted" else float(getattr(limits, name))
+    return Check("tensors_accounted", share, GATES["tensors_accounted"].limit, not wrong)
 
 
 def passes(check: Check, limits: Validation) -> bool:
     assert check.value is not None
-    limit = limit_of(check.name, limits)
-    within = check.value >= limit if check.name in AT_LEAST else check.value <= limit
-    return bool(within)
+    return GATES[check.name].meets(check.value, limits.limit(check.name))
 
 
 def table(measured: Mapping[str, Sequence[Check]], limits: Validation) -> str:
     lines = [
-        "| version | what it is | " + " | ".join(SHORT.values()) + " | verdict |",
-        "|---" * (len(SHORT) + 3) + "|",
-        "| limit | | " + " | ".join(f"{limit_of(name, limits):g}" for name in SHORT) + " | |",
+        "| version | what it is | "
+        + " | ".join(g.short for g in COLUMNS.values())
+        + " | verdict |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+        "| limit | | " + " | ".join(f"{limits.limit(name):g}" for name in COLUMNS) + " | |",
     ]
     for case in CASES:
         if case.name not in measured:
             continue
         cells, failed = [], []
-        for check in measured[case.name]:
+        checks = {check.name: check for check in measured[case.name]}
+        for check in (checks[name] for name in COLUMNS):
             value = f"{check.value:.3f}"
             if not passes(check, limits):
                 failed.append(check.name)

@@ -25,10 +25,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport
+from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport, unlimited
 from se_compress.errors import printable
-from se_compress.limits import missed, unlimited
 from se_compress.pipeline import Outcome, Preview, VariantsOutcome
+from se_compress.reporting.limits import missed
 from se_compress.running.preflight import in_units
 
 # Seconds between two lines of progress of a stage, where there is no terminal.

@@ -67,7 +67,7 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
 
 def judged(**values: float) -> list[Check]:
     """The gates of a version, each well within its limit unless a value says otherwise."""
-    least = {name: 1.0 if name in gates.AT_LEAST else 0.0 for name in gates.SHORT}
+    least = {name: 1.0 if gate.side == "at least" else 0.0 for name, gate in gates.COLUMNS.items()}
     return [Check(name, value, None, None) for name, value in {**least, **values}.items()]
 
 

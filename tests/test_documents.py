@@ -16,10 +16,10 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", 
              "tools/reference/README.md")  # fmt: skip
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
 # Between backquotes: a path that has a folder, or ends as files here do.
-NAMED = re.compile(r"`((?:se_compress|recipes|benchmarks|tests|tools|artifacts|engines|opening|formats|planning"
-                   r"|profiling|compression|validation|reporting|running|model|text|quant|schemas)"
-                   r"/[\w./-]*)`")  # fmt: skip
-MADE = ("se_compress/report.html",)  # of a result, not of this repository
+ROOMS = "|".join(path.name for top in (ROOT, ROOT / "se_compress") for path in top.iterdir()
+                 if path.is_dir() and path.name[0] not in "._")  # fmt: skip
+NAMED = re.compile(rf"`((?:{ROOMS})/[\w./-]*)`")
+MADE = ("se_compress/report.html", "out/", "models/")  # by a run, not in this repository
 
 
 def text_of(document: str) -> str:
@@ -54,7 +54,7 @@ def test_links_and_paths_lead_somewhere(document: str) -> None:
         if not any((place / name).exists() for place in (ROOT, ROOT / "se_compress", home))
     ]
     assert links == []
-    assert [name for name in paths if name not in MADE] == []
+    assert [name for name in paths if not name.startswith(MADE)] == []
 
 
 def test_the_readme_names_every_target_and_family_and_stays_short() -> None:

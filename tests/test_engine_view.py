@@ -20,7 +20,7 @@ from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import Slot, read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import check_plan, make_plan
-from se_compress.validation import validator
+from se_compress.validation import stored
 
 TinyModel = Callable[[str], Path]
 TWELVE = "deepseek_v3-twelve"
@@ -176,10 +176,10 @@ def test_the_account_of_a_result_fails_with_its_settings(
     plan = uniform(source, engine)
     directory = tiny.write_result(source, plan, tmp_path / "out")
     found = read_headers(directory)
-    assert validator._planned(source, plan, directory, found, ()).accounted.passed
+    assert stored.planned(source, plan, directory, found, ()).accounted.passed
     settings = {**quantization_config(draw_blueprint(source, plan)), key: value}
     tiny.edit_config(directory, quantization_config=settings)
-    check = validator._planned(source, plan, directory, found, ()).accounted
+    check = stored.planned(source, plan, directory, found, ()).accounted
     assert check.passed is False
     assert "bits in the file and" in check.detail
 

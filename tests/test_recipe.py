@@ -2,13 +2,14 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from field_docs import field_docs
+from pydantic import BaseModel, ValidationError
 
 from se_compress.errors import RecipeError
 from se_compress.recipe import Recipe, flatten, load_recipe, parse_recipe, parse_size
@@ -578,3 +579,36 @@ def test_settings_are_flat_and_comparable_with_json() -> None:
 def test_every_key_of_a_recipe_is_in_the_flat_settings() -> None:
     before, after = flatten(parse({})), flatten(parse({"quantization.scales": "minmax"}))
     assert {key for key in before if before[key] != after[key]} == {"quantization.scales"}
+
+
+# ------------------------------------------------------------------------------------ its reference
+
+
+def sections(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A section and all sections below it."""
+    yield kind
+    for field in kind.model_fields.values():
+        for inner in (field.annotation, *leaves(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not kind:
+                yield from sections(inner)
+
+
+def leaves(annotation: object) -> Iterator[object]:
+    for inner in get_args(annotation):
+        yield inner
+        yield from leaves(inner)
+
+
+@pytest.mark.parametrize("kind", sorted(set(sections(Recipe)), key=lambda kind: kind.__name__))
+def test_every_key_of_a_section_is_described(kind: type[BaseModel]) -> None:
+    told = field_docs(kind, kind.model_fields)
+    assert set(told) == set(kind.model_fields)
+    assert all(len(text.split()) > 2 for text in told.values()), told
+
+
+def test_all_sections_are_looked_at() -> None:
+    names = {kind.__name__ for kind in sections(Recipe)}
+    assert names == {
+        "Recipe", "Calibration", "DataSource", "SuperExperts", "Policy", "ExpertName", "Prune",
+        "Merge", "Quantization", "Validation", "Generation",
+    }  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from se_compress.artifacts import RunOptions, ValidationReport
+from se_compress.artifacts import GATES, RunOptions, ValidationReport
 from se_compress.errors import SourceError
 from se_compress.model import measures
 from se_compress.opening.source import open_source
@@ -192,7 +192,7 @@ def test_perplexity_and_divergence_have_intervals_over_sequences(judged: Any) ->
 def test_a_limit_within_the_interval_is_said_to_be_undecided(
     limit: float, passed: bool, doubt: bool
 ) -> None:
-    check = validation._at_most("kl_divergence", 0.5, limit, "why", (0.4, 0.7))
+    check = GATES["kl_divergence"].judge(0.5, limit, "why", (0.4, 0.7))
     assert check.passed is passed
     assert check.detail == ("why; the sample is too small to tell" if doubt else "why")
     assert (check.low, check.high) == (0.4, 0.7)
@@ -360,5 +360,5 @@ def test_a_format_that_is_not_read_is_refused(tiny_model: TinyModel, tmp_path: P
 
 
 def test_a_value_that_is_no_number_fails() -> None:
-    assert validation._at_most("kl_divergence", math.nan, 1.0).passed is False
-    assert validation._at_least("router_agreement", math.nan, 0.0).passed is False
+    assert GATES["kl_divergence"].judge(math.nan, 1.0).passed is False
+    assert GATES["router_agreement"].judge(math.nan, 0.0).passed is False

@@ -15,7 +15,9 @@ from typing import Any, Literal
 from field_docs import field_docs, summary_of
 
 from se_compress.artifacts import (
+    GATES,
     NOT_FINITE,
+    Check,
     Comparison,
     Compressed,
     CompressionPlan,
@@ -54,6 +56,8 @@ def _define(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)
         fields = dataclasses.fields(kind)
         told = field_docs(kind, [field.name for field in fields])
+        if kind is Check:
+            told["name"] = f"of the gate: {', '.join(GATES)}"
         definitions[kind.__name__] = {
             "description": summary_of(kind),
             "type": "object",

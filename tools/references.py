@@ -1,5 +1,5 @@
 """Write the references of all recipe keys (recipes/README.md) and of all result files
-(recipes/RESULT.md) from the models of `se_compress.recipe` and the dataclasses of the artefacts.
+(recipes/RESULT.md) from the models of `se_compress/recipe` and the dataclasses of the artefacts.
 What stands outside of the two markers is written by hand. Run it after a change there:
 
     python tools/references.py

@@ -33,6 +33,12 @@ from se_compress.artifacts.compression import (
     LayerRecord,
     LinearRecord,
 )
+from se_compress.artifacts.gates import (
+    GATES,
+    Gate,
+    Side,
+    unlimited,
+)
 from se_compress.artifacts.ids import (
     NO_BITS,
     OURS,
@@ -82,6 +88,7 @@ from se_compress.artifacts.validation import (
 
 __all__ = [
     "COMPRESSION_FILE",
+    "GATES",
     "NOT_FINITE",
     "NO_BITS",
     "OURS",
@@ -106,6 +113,7 @@ __all__ = [
     "ExpertProfile",
     "ExpertRecord",
     "ExpertStats",
+    "Gate",
     "LayerComparison",
     "LayerRecord",
     "LayerSimilarity",
@@ -123,6 +131,7 @@ __all__ = [
     "RunOptions",
     "RunResult",
     "Scheme",
+    "Side",
     "SinkPosition",
     "SuperExpert",
     "TensorInfo",
@@ -132,5 +141,6 @@ __all__ = [
     "from_json",
     "to_json",
     "to_json_line",
+    "unlimited",
     "write_atomically",
 ]

@@ -9,7 +9,7 @@ from se_compress.artifacts.ids import UNLESS_NONE
 class Check:
     """One gate.
 
-    name        see `validator`
+    name        of the gate, a key of `gates.GATES`
     value       what was measured; None if nothing could be
     limit       what the value may not go beyond; None where there is none
     passed      None when the check could not be run

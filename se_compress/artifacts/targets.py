@@ -1,7 +1,7 @@
 """What each target engine loads, each fact with its source, and the words that recipes have for it.
 
 A new target is a word in `Target`, a row in ENGINES, and a row in TARGETS for each format that it
-loads. A new format is a word in `FormatChoice`, unless a method of its own brings it, and a row for
+loads. A new format is a word in `Format`, unless a method of its own brings it, and a row for
 each engine that loads it; the rest of it is a file of formats/.
 """
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 Target = Literal["transformers", "gptqmodel", "vllm", "sglang"]
 Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
-FormatChoice = Literal["auto", "gptq", "gptq_v2", "auto-round", "compressed-tensors"]
+Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "compressed-tensors"]
 Loader = Literal["transformers", "gptqmodel"]
 Granularity = Literal["projection", "expert", "layer", "model"]
 

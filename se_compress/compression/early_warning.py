@@ -52,7 +52,7 @@ def early_warning(layer: int, source: Side, result: Side, limits: Validation) ->
     super experts has written. Sinks have to keep 1 - SINK_COLLAPSE of their mass.
     """
     places = massive_places(source.after)
-    limit = limits.massive_activation_ratio
+    limit = limits.limit("massive_activation_ratio")
     where = f"after layer {layer} on calibration text"
     for element in massive_elements(source.after, result.after, places):
         if element.share >= COMMON_SHARE and not element.retention >= limit:
@@ -62,7 +62,7 @@ def early_warning(layer: int, source: Side, result: Side, limits: Validation) ->
             detail = f"{where}, {position}channel {element.channel}; {culprit}"
             return Check("massive_activation_ratio", element.retention, limit, False, detail)
     decay = sink_decay(zip(source.sinks.tolist(), result.sinks.tolist(), strict=True))
-    collapse = max(SINK_COLLAPSE, limits.sink_decay)
+    collapse = max(SINK_COLLAPSE, limits.limit("sink_decay"))
     if decay is not None and not decay <= collapse:
         return Check("sink_decay", decay, collapse, False, where)
     return None
@@ -74,7 +74,7 @@ def overflow_warning(layer: int, result: Sequence[Tensor], limits: Validation) -
     if not any(overflows(batch) for batch in result):
         return None
     detail = f"activations of the result overflow after layer {layer} on calibration text"
-    return Check("kl_divergence", math.nan, limits.kl_divergence, False, detail)
+    return Check("kl_divergence", math.nan, limits.limit("kl_divergence"), False, detail)
 
 
 class _Writes(Observer):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from se_compress.artifacts import Check, LayerRecord, TensorInfo
+from se_compress.artifacts import GATES, Check, LayerRecord, TensorInfo
 from se_compress.engines.blueprint import Blueprint
 from se_compress.engines.engine_view import misread
 from se_compress.formats import PlannedTensor
@@ -44,7 +44,7 @@ def _account_tensors(
     """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
     own bytes, packed ones are what was written, made ones have the values that surgery gives them,
     and there is nothing else."""
-    tensors = blueprint.tensors.values()
+    gate, tensors = GATES["tensors_accounted"], blueprint.tensors.values()
     known = _known(blueprint, found, records)
     problems = [f"{name} is not planned" for name in found if name not in blueprint.slots]
     for tensor in tensors:
@@ -54,7 +54,7 @@ def _account_tensors(
     packed = [slot.name for tensor in blueprint.packed() for slot in tensor.stored]
     unknown = sum(name not in known.written for name in packed)
     detail = "; ".join([*leading(problems), *_not_compared(unknown)])
-    return Check("tensors_accounted", max(share, 0.0), 1.0, not problems, detail)
+    return Check(gate.name, max(share, 0.0), gate.limit, not problems, detail)
 
 
 def change_since(

@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from se_compress.artifacts import Check, RunOptions, TensorInfo
+from se_compress.artifacts import GATES, Check, RunOptions, TensorInfo
 from se_compress.artifacts.targets import ENGINES
 from se_compress.engines.bare import lay_bare
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.model.streaming import StreamedModel
 
-# The engines' bf16 kernels sit at 0.01 to 0.04, re-initialised experts at 0.3 and more.
-RELOAD_LIMIT = 0.10
+RELOAD_LIMIT = GATES["reload"].limit
 RELOAD_TOKENS = 64
 # The package itself may be found through the current directory: it comes behind all others then.
 START = (

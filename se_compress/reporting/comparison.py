@@ -13,8 +13,8 @@ from se_compress.artifacts import (
     ExpertProfile,
     ValidationReport,
 )
-from se_compress.limits import distance, missed, undecided
 from se_compress.recipe import Recipe, flatten
+from se_compress.reporting.limits import distance, missed, undecided
 
 # Sizes that differ by less are the same to whoever has to choose.
 SAME_SIZE = 1.02

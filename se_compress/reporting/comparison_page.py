@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from se_compress.artifacts import CheckpointSummary, ComparedVariant, Comparison, ExpertId
-from se_compress.limits import missed
+from se_compress.artifacts import GATES, CheckpointSummary, ComparedVariant, Comparison, ExpertId
+from se_compress.reporting.limits import missed
 from se_compress.reporting.page import (
-    WORDINGS,
     WORDS,
+    CheckInWords,
     Figure,
-    Gate,
     State,
     Verdict,
     chart_layout,
@@ -100,7 +99,7 @@ class Row:
         return "Passed" if self.checkpoint.published else "Rejected"
 
     @cached_property
-    def gates(self) -> dict[str, Gate]:
+    def gates(self) -> dict[str, CheckInWords]:
         return {check.name: describe_check(check) for check in self.checkpoint.checks}
 
     @property
@@ -125,7 +124,7 @@ class Row:
         return [gate.title for gate in self.gates.values() if gate.state == "no-limit"]
 
     @property
-    def failed(self) -> list[Gate]:
+    def failed(self) -> list[CheckInWords]:
         return [gate for gate in self.gates.values() if gate.state == "failed"]
 
 
@@ -181,7 +180,7 @@ def render_comparison(comparison: Comparison) -> str:
         pattern=_pattern(ablations),
         published=PUBLISHED,
         curves=curves,
-        words=[WORDINGS[name] for name in EXPLAINED],
+        gates=[GATES[name] for name in EXPLAINED],
         figures={"trade": _trade_figure(rows)} | {c.key: _curve_figure(c) for c in curves},
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -232,7 +231,7 @@ def _limits(best: Row, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _titles(names: Sequence[str]) -> str:
-    return ", ".join(WORDINGS[name].title for name in names).lower()
+    return ", ".join(GATES[name].title for name in names).lower()
 
 
 def _praise(row: Row, rows: Sequence[Row]) -> str:
@@ -281,16 +280,16 @@ def _blame(row: Row) -> str:
     worst = max(row.failed, key=_excess)
     reason = f"{because}{worst.title.lower()} is {worst.value_text}"
     if worst.limit is not None:
-        reason += f", {worst.wording.bound} {worst.limit_text} would do"
+        reason += f", {worst.side} {worst.limit_text} would do"
     return f"Do not ship {row.name}: {reason}."
 
 
-def _excess(gate: Gate) -> float:
+def _excess(gate: CheckInWords) -> float:
     """How many times a gate was missed, whichever side of the limit is the good one."""
     value, limit = gate.value, gate.limit
     if value is None or limit is None:
         return 0.0
-    better, worse = (value, limit) if gate.wording.bound == "at least" else (limit, value)
+    better, worse = (value, limit) if gate.side == "at least" else (limit, value)
     return worse / better if better > 0 else math.inf
 
 

@@ -11,18 +11,20 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jinja2
 
 from se_compress.artifacts import (
+    GATES,
     SOURCE_BITS,
     Check,
     ExpertDecision,
     Scheme,
+    Side,
     ValidationReport,
+    unlimited,
 )
-from se_compress.limits import unlimited
 
 Figure = dict[str, Any]
 State = Literal["passed", "failed", "not-run", "no-limit"]
@@ -38,102 +40,15 @@ WORDS: Mapping[State, tuple[str, str]] = {
 }
 
 
-class Wording(NamedTuple):
-    """How a check is put to a reader. `bound`: the side of the limit on which good values lie."""
-
-    title: str
-    meaning: str
-    bound: str = ""
-    share: bool = False
-
-
-WORDINGS: Mapping[str, Wording] = {
-    "perplexity_increase": Wording(
-        "Perplexity increase",
-        "How much worse the result predicts held-out text than the source does.",
-        "at most",
-        share=True,
-    ),
-    "kl_divergence": Wording(
-        "KL divergence to the source",
-        "How far the next-token probabilities moved, in nats per token; 0 means not at all.",
-        "at most",
-    ),
-    "massive_activation_ratio": Wording(
-        "Massive activation kept",
-        "How well the result keeps the huge value that super experts write into the stream; the "
-        "worst layer counts.",
-        "at least",
-        share=True,
-    ),
-    "sink_decay": Wording(
-        "Attention sink lost",
-        "Share of the attention to the first token that went elsewhere.",
-        "at most",
-        share=True,
-    ),
-    "sink_token_error": Wording(
-        "Sink token's state changed",
-        "How far the hidden state of tokens with a massive activation moved, size and direction "
-        "together, relative to its length; the worst layer counts.",
-        "at most",
-        share=True,
-    ),
-    "router_agreement": Wording(
-        "Router agreement",
-        "Share of the experts chosen by the source that the result chooses too.",
-        "at least",
-        share=True,
-    ),
-    "router_agreement_least": Wording(
-        "Router agreement, worst layer",
-        "The same in the layer where they agree least.",
-        "at least",
-        share=True,
-    ),
-    "repetition": Wording(
-        "Added repetition",
-        "Repeated four-token runs in the continuations, as a share: result minus source.",
-        "at most",
-    ),
-    "loops": Wording(
-        "Added loops",
-        "Continuations that end in a loop, as a share: result minus source.",
-        "at most",
-    ),
-    "weight_cosine": Wording(
-        "Weights point the same way",
-        "Cosine between a quantised matrix and the one that it was made from; the worst counts. "
-        "Near 0: it is another one.",
-        "at least",
-    ),
-    "weight_gain": Wording(
-        "Rows keep their size",
-        "How much the sizes of a matrix's rows are scattered, beside those of the source; much of "
-        "that is a sign of scales in the wrong place.",
-        "at most",
-    ),
-    "tensors_accounted": Wording(
-        "Tensors accounted for",
-        "Share of the planned tensors that are in the files as planned.",
-        "at least",
-        share=True,
-    ),
-    "reload": Wording(
-        "Reload",
-        "Relative distance of the logits of the target engine from those that were judged here.",
-        "at most",
-    ),
-}
-
-
 @dataclass(frozen=True)
-class Gate:
-    """One check in words. `value` and `limit` stay as they are, for machines that read the page;
-    `interval` is "" where there is none."""
+class CheckInWords:
+    """One check in words, with the title and the meaning of its gate. `value` and `limit` stay as
+    they are, for machines that read the page; `side` and `interval` are "" where there is none."""
 
     name: str
-    wording: Wording
+    title: str
+    meaning: str
+    side: Side | Literal[""]
     value: float | None
     value_text: str
     limit: float | None
@@ -141,10 +56,6 @@ class Gate:
     state: State
     detail: str
     interval: str = ""
-
-    @property
-    def title(self) -> str:
-        return self.wording.title
 
     @property
     def symbol(self) -> str:
@@ -279,28 +190,31 @@ def plain_text(text: object) -> str:
 # ------------------------------------------------------------------------------------ the verdict
 
 
-def describe_gates(validation: ValidationReport) -> tuple[Gate, ...]:
+def describe_gates(validation: ValidationReport) -> tuple[CheckInWords, ...]:
     """Every check in words; a name that only `not_run` knows gets a line too."""
     known = {check.name for check in validation.checks}
     missing = [Check(name, None, None, None) for name in validation.not_run if name not in known]
     return tuple(describe_check(check) for check in (*validation.checks, *missing))
 
 
-def describe_check(check: Check) -> Gate:
-    wording = WORDINGS.get(check.name, Wording(check.name.replace("_", " ").capitalize(), ""))
+def describe_check(check: Check) -> CheckInWords:
+    gate = GATES.get(check.name)
     value, limit = check.value, check.limit
     apart = math.inf if limit is None else limit
+    text = percent if gate and gate.percent else number
     states: dict[bool | None, State] = {True: "passed", False: "failed", None: "not-run"}
-    return Gate(
+    return CheckInWords(
         name=check.name,
-        wording=wording,
+        title=gate.title if gate else check.name.replace("_", " ").capitalize(),
+        meaning=gate.meaning if gate else "",
+        side=gate.side if gate else "",
         value=value,
-        value_text=percent(value, apart) if wording.share else number(value, apart),
+        value_text=text(value, apart),
         limit=limit,
-        limit_text=percent(limit) if wording.share else number(limit),
+        limit_text=text(limit),
         state="no-limit" if unlimited(check) else states[check.passed],
         detail=check.detail.removeprefix("not run: "),
-        interval=_interval(check.low, check.high, percent if wording.share else number),
+        interval=_interval(check.low, check.high, text),
     )
 
 
@@ -308,7 +222,7 @@ def _interval(low: float | None, high: float | None, text: Callable[[float], str
     return "" if low is None or high is None else f"{text(low)} to {text(high)}"
 
 
-def judge(gates: Sequence[Gate], validation: ValidationReport) -> Verdict:
+def judge(gates: Sequence[CheckInWords], validation: ValidationReport) -> Verdict:
     """Failed if anything failed, passed only if something passed; otherwise nothing is proven."""
     titles = {state: [gate.title for gate in gates if gate.state == state] for state in WORDS}
     failed, not_run, no_limit = titles["failed"], titles["not-run"], titles["no-limit"]

@@ -1,0 +1,355 @@
+"""The sections of a recipe, frozen, with their defaults and what is checked of each by itself.
+
+What stands below the first paragraph of a section's docstring is the reference of its keys: a line
+for each, which `tools/references.py` reads.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from se_compress.artifacts import GATES
+from se_compress.errors import brief
+from se_compress.recipe.kinds import (
+    Bytes,
+    Format,
+    Fraction,
+    Method,
+    Name,
+    Natural,
+    Output,
+    Place,
+    Positive,
+    Seed,
+    SequenceLength,
+    Target,
+    Width,
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSource(_Section):
+    """One source of text.
+
+    data    path of a .txt, .jsonl or .parquet file, or the name of a data set on the Hub
+    split   which part of a data set on the Hub
+    config  which configuration of a data set on the Hub, if it has several
+    column  which one holds the text, or the chat messages if `chat_template` is set
+    """
+
+    data: Place
+    split: Name = "train"
+    config: Name | None = None
+    column: Name = "text"
+
+
+class TextSection(_Section):
+    """Text, and which samples are drawn from it.
+
+    data             where the text comes from: a path or the name of a data set, a mapping with
+                     the keys of one source, or a list of these
+    samples          number of sequences
+    sequence_length  tokens of each sequence
+    seed             of the draw: the same seed draws the same sequences of the same text
+    chat_template    true: rows are chats, which the model's own chat template writes as text
+    """
+
+    data: tuple[DataSource, ...]
+    samples: Positive
+    sequence_length: SequenceLength
+    seed: Seed = 0
+    chat_template: bool = False
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if not items:
+            raise ValueError("at least one source of text is needed")
+        return tuple({"data": item} if isinstance(item, str) else item for item in items)
+
+
+class Calibration(TextSection):
+    """The text that the profile and the quantiser see.
+
+    routing  what an expert is quantised on. routed: the tokens routed to it; all: all tokens of
+             its layer
+    """
+
+    samples: Positive = 256
+    sequence_length: SequenceLength = 512
+    routing: Literal["routed", "all"] = "routed"
+
+
+class SuperExperts(_Section):
+    """The published criterion (arXiv:2507.23279, eq. 6) and whether to confirm it by zeroing.
+
+    percentile       a super expert's peak |down_proj output| exceeds this percentile of all
+                     experts' peaks
+    fraction_of_max  and this share of the greatest peak
+    confirm          set each candidate, and another expert of its layer beside it, to zero, and
+                     see whether the massive activation vanishes
+    """
+
+    percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 99.5
+    fraction_of_max: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    confirm: bool = True
+
+
+class ExpertName(_Section):
+    """An expert as a recipe names it.
+
+    layer   index of its decoder layer, from 0, dense layers counted
+    expert  its index in the layer, from 0, or shared
+    """
+
+    layer: Natural
+    expert: Natural | Literal["shared"]
+
+
+class Prune(_Section):
+    """Which experts go: the same number in each layer (and routing group), protected ones never.
+
+    fraction   share of the routed experts; auto: what the predicted loss likes best under `size`
+    score      those with the least go. reap: routing weight x output norm, mean over an expert's
+               tokens (arXiv:2510.13999); frequency: tokens routed to it; gate: routing weight, sum
+    """
+
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"]
+    score: Literal["reap", "frequency", "gate"] = "reap"
+
+
+class Merge(_Section):
+    """Which experts become one: the same number of experts is left in each layer (and routing
+    group), protected experts stay alone.
+
+    fraction    share of the routed experts that are merged into others
+    similarity  output: distance of the mean outputs on calibration tokens (HC-SMoE,
+                arXiv:2410.08589), groups by average linkage
+    """
+
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    similarity: Literal["output"] = "output"
+
+
+class Policy(_Section):
+    """What may be done to the experts, and under which budget.
+
+    protect          experts that keep `protected_bits` and are never pruned or merged: those that
+                     the profile finds, none, or a list such as [{layer: 1, expert: 68}]
+    protected_bits   width of the protected experts; 16 is the source's own precision
+    bits             widths to choose from; a single number means that width; 16 is the source's own
+                     precision
+    bits_per_weight  budget over all weights of the experts that are left, scales included
+    size             budget for all tensor data of the checkpoint, in bytes or written as 9GB or
+                     4.5GiB; not together with `bits_per_weight`
+    other_bits       attention, dense MLP, shared experts (those that can be packed); 16 keeps them
+    lift_layers      leave to keep a whole layer at `protected_bits` for the protected expert in it,
+                     where the target loads one width per layer
+    prune            leave experts out; one of `prune`, `merge` and `zero` at most
+    merge            make one expert of several
+    zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
+                     nothing renumbered; super-experts, a list of experts, or random: as many others
+                     of the same layers, by `zero_seed`
+    zero_seed        of the draw of random experts
+    """
+
+    protect: Literal["super-experts", "none"] | tuple[ExpertName, ...] = "super-experts"
+    protected_bits: Literal[8, 16] = 16
+    bits: tuple[Width, ...] = (4,)
+    bits_per_weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    size: Bytes | None = None
+    other_bits: Literal[2, 3, 4, 8, 16] = 16
+    lift_layers: bool = False
+    prune: Prune | None = None
+    merge: Merge | None = None
+    zero: Literal["super-experts", "random"] | tuple[ExpertName, ...] | None = None
+    zero_seed: Seed = 0
+
+    @field_validator("protect", "zero", mode="before")
+    @classmethod
+    def _list_of_experts(cls, value: object, field: ValidationInfo) -> object:
+        if isinstance(value, list):
+            return tuple(value)
+        known = {"protect": ("super-experts", "none"), "zero": ("super-experts", "random", None)}
+        words = known[str(field.field_name)]
+        if value not in words and not isinstance(value, tuple):
+            raise ValueError(
+                f"{brief(value)} is not {words[0]}, {words[1]} or a list such as "
+                "[{layer: 1, expert: 68}]"
+            )
+        return value
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _widths(cls, value: object) -> object:
+        widths = list(value) if isinstance(value, list | tuple) else [value]
+        if not widths:
+            raise ValueError("at least one width is needed, for instance [4]")
+        return tuple(widths)
+
+    @field_validator("bits", mode="after")
+    @classmethod
+    def _each_once(cls, value: tuple[Width, ...]) -> tuple[Width, ...]:
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Policy":
+        if self.bits_per_weight is not None and self.size is not None:
+            raise ValueError("give bits_per_weight or size, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_surgery(self) -> "Policy":
+        if sum(bool(rule) for rule in (self.prune, self.merge, self.zero)) > 1:
+            raise ValueError("give one of prune, merge and zero")
+        if self.prune and self.prune.fraction == "auto" and self.size is None:
+            raise ValueError("prune.fraction is auto, which needs size, the budget it is to meet")
+        return self
+
+
+class Quantization(_Section):
+    """How a width is reached.
+
+    method        gptq: rounding errors are made good in later columns; rtn: to the nearest;
+                  bitsandbytes: its blocks of nf4, fp4 or int8; none: nothing is quantised
+    format        of the file; auto: the first one of the target (targets.py) that holds the rest
+    group_size    input columns that share a scale; -1 means one scale per row
+    symmetric     false: each group has a zero point of its own
+    act_order     order in which gptq rounds columns. static: those with larger activations first;
+                  none: as they come
+    scales        activation: those with the least error of a group, in which a column counts by
+                  its mean square on calibration text; minmax: those that span its whole range
+    damping       share of each input column's mean square that is added to it (raised where the
+                  Hessian cannot be factorised): more trusts the calibration text less
+    shrinkage     an expert that saw fewer tokens than this times its inputs' dimensions borrows the
+                  missing share of its Hessian from its layer; 0: only one that saw none at all does
+
+    Method bitsandbytes has keys of its own:
+
+    data_type     nf4 and fp4 are 4 bits, int8 is 8 bits with one scale per row
+    block_size    weights of a row that share a scale (nf4, fp4)
+    double_quant  the scales are quantised as well: 0.37 bits per weight less in blocks of 64
+    """
+
+    method: Method = "gptq"
+    format: Format = "auto"
+    group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
+    symmetric: bool = True
+    act_order: Literal["static", "none"] = "static"
+    scales: Literal["activation", "minmax"] = "activation"
+    damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    shrinkage: Annotated[float, Field(ge=0.0, le=64.0)] = 1.0
+    data_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
+    double_quant: bool = True
+
+    @model_validator(mode="after")
+    def _keys_of_the_method(self) -> "Quantization":
+        integer = {"group_size", "symmetric", "act_order", "scales", "damping", "shrinkage"}
+        blocks, own = {"block_size", "double_quant"}, {"data_type", "block_size", "double_quant"}
+        foreign = integer if self.method == "bitsandbytes" else own
+        if given := sorted(foreign & self.model_fields_set):
+            raise ValueError(f"{given[0]} is not a key of method {self.method}")
+        if self.data_type == "int8" and (given := sorted(blocks & self.model_fields_set)):
+            raise ValueError(f"{given[0]} is not a key of data_type int8: it has a scale per row")
+        return self
+
+
+class Generation(_Section):
+    """Greedy continuations for the checks of repetition and loops.
+
+    prompts        beginnings of held-out sequences that both models go on with
+    prompt_tokens  tokens of each beginning
+    tokens         tokens that follow; 0 leaves the checks out (not run)
+    """
+
+    prompts: Positive = 4
+    prompt_tokens: Positive = 32
+    tokens: Natural = 32
+
+
+def _limits() -> type[TextSection]:
+    """A section of held-out text with a key for the limit of each gate that has one."""
+    above_zero = Annotated[float, Field(gt=0.0)]
+    gates = [gate for gate in GATES.values() if gate.in_recipe]
+    fields: dict[str, Any] = {
+        gate.name: (Fraction if gate.fraction else above_zero, gate.limit) for gate in gates
+    }
+    lines = (f"{gate.name}  limit ({gate.side}) of the {gate.definition}" for gate in gates)
+    return create_model("Limits", __base__=TextSection, __doc__="\n".join(lines), **fields)
+
+
+if TYPE_CHECKING:
+    _Limits = TextSection
+else:
+    _Limits = _limits()
+
+
+class Validation(_Limits):
+    """Held-out text and the limit of each gate (defined in artifacts/gates.py).
+
+    early_stop  stop compressing at the layer after which the massive activation or the sinks of the
+                calibration text are lost
+    generation  greedy continuations of both models
+    """
+
+    samples: Positive = 32
+    sequence_length: SequenceLength = 256
+    early_stop: bool = True
+    generation: Generation = Generation()
+
+    def limit(self, gate: str) -> float:
+        """Of a gate by its name: this recipe's, or the only one where a recipe sets none."""
+        return float(getattr(self, gate, GATES[gate].limit))
+
+
+class Recipe(_Section):
+    """Everything that determines the result.
+
+    model           directory of the checkpoint, or its name on the Hub
+    output          directory of the result, which is made; with variants, theirs lie in it
+    target          the engine that is to load the result
+    compute_dtype   of weights and hidden states while the model runs; statistics are float32
+    shard_size      of the result's files, at most (a larger tensor has a file of its own), in bytes
+                    or written as 5GB
+    calibration     text that the profile and the quantiser see
+    super_experts   how super experts are found
+    policy          what may be done to the experts, and under which budget
+    quantization    how a width is reached
+    validation      held-out text, and the limits of the gates
+    variants        several results from one profile: name -> the recipe with the variant's own keys
+                    merged in, and OUTPUT/name as its output. In the file a variant holds only what
+                    differs; {} is the recipe as it stands
+    require         list of variants that have to pass; without it one that passes is enough
+    """
+
+    model: Place
+    output: Output
+    target: Target = "transformers"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    shard_size: Bytes = 5 * 10**9
+    calibration: Calibration
+    super_experts: SuperExperts = SuperExperts()
+    policy: Policy = Policy()
+    quantization: Quantization = Quantization()
+    validation: Validation
+    variants: Mapping[str, "Recipe"] = {}
+    require: tuple[str, ...] = ()
+
+    @field_validator("require", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value

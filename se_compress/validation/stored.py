@@ -1,0 +1,151 @@
+"""A checkpoint on disk as a model: one that a plan of ours made, or one of somebody else."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from se_compress.artifacts import (
+    GATES,
+    Check,
+    CompressionPlan,
+    LayerRecord,
+    ModelSource,
+    Scheme,
+    TensorInfo,
+)
+from se_compress.engines.accounting import account, is_complete, leading, same_bytes
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.errors import SourceError
+from se_compress.formats import FORMATS, UNQUANTISED
+from se_compress.model.checkpoint import Reader, check_finite, open_result, open_tensors
+from se_compress.model.splice import open_shrunk
+from se_compress.model.surgery import Shrunk
+from se_compress.opening.families import FAMILIES, unfused_name
+from se_compress.opening.source import read_config
+
+LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
+
+
+class Unusable(Exception):
+    """A tensor of the result cannot be unpacked, or holds NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint on disk. `source` and `small` describe it as a model, `read` gives its tensors
+    by the names of that and raises Unusable, `intended` what they were made from; of `changed` the
+    values may differ. `target` is the engine that should load it."""
+
+    source: ModelSource
+    small: Shrunk | None
+    target: str
+    accounted: Check
+    complete: bool
+    read: Reader
+    intended: Reader
+    changed: tuple[TensorInfo, ...]
+
+    def not_usable(self, error: Unusable) -> Check:
+        """The account of a checkpoint with a tensor that is no weight."""
+        value = min(self.accounted.value or 0.0, 1.0 - 1.0 / len(self.source.tensors))
+        detail = "; ".join(filter(None, [str(error), self.accounted.detail]))
+        return replace(self.accounted, value=value, passed=False, detail=detail)
+
+
+def _usable(read: Reader, names: Mapping[str, str]) -> Reader:
+    """The same reader of a result, which raises Unusable: what it holds is the result's fault,
+    while `check_finite` speaks of the source."""
+
+    def checked(name: str) -> Tensor:
+        where = names[name]
+        try:
+            return check_finite(where, read(name))
+        except SourceError as error:
+            raise Unusable(str(error)) from None
+        except (ValueError, IndexError, RuntimeError) as error:  # words that no unpacker can read
+            if "memory" in str(error):  # torch has no class of its own for that on a CPU
+                raise
+            reason = str(error).partition("\n")[0]
+            raise Unusable(f"{where} cannot be unpacked: {reason[:200]}") from None
+
+    return checked
+
+
+def planned(
+    source: ModelSource,
+    plan: CompressionPlan,
+    directory: Path,
+    found: Mapping[str, TensorInfo],
+    records: Sequence[LayerRecord],
+) -> Stored:
+    blueprint = draw_blueprint(source, plan)
+    model = blueprint.source
+    read = open_result(found, model.tensors, plan.scheme, blueprint.names)
+    return Stored(
+        source=model,
+        small=blueprint.shrunk,
+        target=plan.target,
+        accounted=account(blueprint, directory, found, records),
+        complete=is_complete(blueprint, found),
+        read=_usable(read, blueprint.names),
+        intended=open_shrunk(blueprint.shrunk),
+        changed=tuple(tensor.info for tensor in blueprint.packed()),
+    )
+
+
+def foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo]) -> Stored:
+    """Tensors are looked for by the source's names, and by those of GPTQModel."""
+    form, target = _form_of(directory)
+    suffixes = FORMATS[form].suffixes if form != UNQUANTISED else ()
+    family = FAMILIES[source.family]
+    names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
+    problems, known, same = [], set[str](), 0
+    for name, info in source.tensors.items():
+        stem = names[name].removesuffix(".weight")
+        whole = found.get(names[name])
+        parts = [part for part in (f"{stem}.{suffix}" for suffix in suffixes) if part in found]
+        known |= {names[name], *parts}
+        if whole is not None and whole.shape != info.shape:
+            problems.append(f"{names[name]} is {list(whole.shape)}, not {list(info.shape)}")
+        elif whole is None and len(parts) < LEAST_PARTS:
+            problems.append(f"{names[name]} is missing")
+        elif whole is not None and whole.dtype == info.dtype:
+            same += same_bytes(info, whole)
+    complete = not problems
+    problems += [f"{name} is not in the source" for name in found if name not in known]
+    copied = f"{same} of {len(names)} are the source's own bytes"
+    detail = "; ".join([copied, *leading(problems)])
+    share = max(0.0, 1.0 - len(problems) / len(names))
+    return Stored(
+        source=source,
+        small=None,
+        target=target,
+        accounted=Check(
+            "tensors_accounted", share, GATES["tensors_accounted"].limit, not problems, detail
+        ),
+        complete=complete,
+        read=_usable(open_result(found, source.tensors, Scheme(form, "", -1, True), names), names),
+        intended=open_tensors(source.tensors),
+        changed=tuple(source.tensors.values()),
+    )
+
+
+def _form_of(directory: Path) -> tuple[str, str]:
+    """The format of a checkpoint and the engine that loads it, by its config. Raises SourceError
+    for a format that is not read."""
+    settings = read_config(directory).get("quantization_config")
+    if not settings:
+        return UNQUANTISED, "transformers"
+    method = settings.get("quant_method", "unknown")
+    layout = settings.get("checkpoint_format", settings.get("format"))
+    read = [form for form in FORMATS.values() if form.layout]
+    for form in read:
+        if (form.quant_method, form.layout) == (method, layout):
+            return form.name, form.engine
+    accepted = ", ".join(f"{form.quant_method} (format {form.layout})" for form in read)
+    raise SourceError(
+        f"{directory}: quant_method {method} (format {layout}) is not read without a plan of ours; "
+        f"accepted are unquantised checkpoints, {accepted}"
+    )

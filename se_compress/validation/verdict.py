@@ -1,0 +1,74 @@
+"""The report: every gate in its order, and the package versions that it was made with."""
+
+import importlib.metadata
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+from se_compress.artifacts import (
+    GATES,
+    Check,
+    Continuation,
+    LayerRecord,
+    ModelSource,
+    TensorInfo,
+    ValidationReport,
+)
+from se_compress.validation.side_by_side import Compared
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "gptqmodel",
+    "bitsandbytes",
+    "datasets",
+    "se-compress",
+)
+
+
+def alone(check: Check, reason: str) -> list[Check]:
+    """All gates in their order, of which only one could be run."""
+    return [
+        check if name == check.name else Check(name, None, None, None, reason) for name in GATES
+    ]
+
+
+def report_on(
+    source: ModelSource,
+    checks: Sequence[Check],
+    compared: Compared | None,
+    continuations: tuple[Continuation, ...],
+    records: Sequence[LayerRecord],
+    found: Mapping[str, TensorInfo],
+) -> ValidationReport:
+    perplexities = compared.predictions.perplexities if compared else (math.nan, math.nan)
+    return ValidationReport(
+        passed=all(check.passed is not False for check in checks),
+        checks=tuple(checks),
+        not_run=tuple(check.name for check in checks if check.passed is None),
+        perplexity_source=perplexities[0],
+        perplexity_result=perplexities[1],
+        tokens=int(compared.predictions.tokens.sum()) if compared else 0,
+        size_bytes=sum(info.size_bytes for info in found.values()),
+        source_size_bytes=source.size_bytes,
+        expert_bytes=sum(i.size_bytes for i in found.values() if ".experts." in i.name),
+        source_expert_bytes=sum(
+            i.size_bytes for i in source.tensors.values() if i.kind == "expert"
+        ),
+        layers=compared.layers if compared else (),
+        sinks=compared.sinks if compared else (),
+        continuations=continuations,
+        records=tuple(records),
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
