@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 import se_compress
-from se_compress.artifacts import CompressionPlan, ModelSource
+from se_compress.artifacts import GATES, CompressionPlan, ModelSource
 from se_compress.artifacts.targets import ENGINES, TARGETS, Engine, Method
 from se_compress.engines import engine_view
 from se_compress.engines.accounting import account
@@ -32,10 +32,14 @@ from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import check_plan, make_plan
 from se_compress.recipe import Recipe
+from se_compress.reporting.page import describe_check
+from se_compress.validation.checks import judged as judged_gate
 
 TinyModel = Callable[[str], Path]
 PACKAGE = Path(se_compress.__file__).parent
 NEW = "throw-away"
+# They show some of the gates in a place of their own, or stop early for some.
+CHOOSY = ("reporting/", "screen.py", "compression/early_warning.py")
 # Packages have these names too: they are loaded, asked for their version, and one is a method.
 PACKAGES = ("transformers", "gptqmodel", "bitsandbytes")
 
@@ -44,12 +48,13 @@ PACKAGES = ("transformers", "gptqmodel", "bitsandbytes")
 
 
 def words_of(path: Path) -> Iterator[str]:
-    """Every text in a module that is not a docstring, and every name of an attribute."""
+    """Every text in a module that is not a docstring, as it is and quoted, and every name of an
+    attribute."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
-            yield node.value
+            yield from (node.value, f'"{node.value}"')
         elif isinstance(node, ast.Attribute):
             yield node.attr
 
@@ -92,6 +97,14 @@ def test_a_format_is_known_to_three_files_beside_the_list(form: str) -> None:
     assert len(files) <= 3, files
     assert "formats/__init__.py" not in files
     assert [name for name in files if name.startswith("formats/")]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_is_known_to_its_table_and_to_what_measures_it(gate: str) -> None:
+    """And to validator.py, which calls that. Pages and the early warning single some gates out."""
+    files = [name for name in files_with(f'"{gate}"') if not name.startswith(CHOOSY)]
+    assert "artifacts/gates.py" in files
+    assert len(files) <= 3, files
 
 
 # ------------------------------------------------------------------------------------- throw-aways
@@ -174,3 +187,14 @@ def test_a_family_is_a_row(
     source = open_source(str(model))
     plan = make_plan(source, None, recipe(source, "gptqmodel"))
     judged(source, plan, tmp_path / "result")
+
+
+def test_a_gate_is_a_row_and_what_measures_it(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = replace(GATES["loops"], name=NEW, title="Thrown away", limit=0.2, in_recipe=False)
+    monkeypatch.setitem(GATES, NEW, gate)  # type: ignore[arg-type]
+    limits = recipe(open_source(str(tiny_model("qwen3_moe")))).validation
+    passed, failed = (judged_gate(limits, NEW, value) for value in (0.1, 0.3))
+    assert (passed.limit, passed.passed, failed.passed) == (0.2, True, False)
+    assert describe_check(failed).title == "Thrown away"
