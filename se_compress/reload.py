@@ -24,17 +24,19 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+from se_compress.artifacts.targets import ENGINES, Loader
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.formats import FORMATS
 from se_compress.running.memory import available_memory
 
 # By what config.json calls it.
 BY_METHOD = {form.quant_method: form for form in FORMATS.values()}
+EXTRAS = {form.package: form.extra for form in FORMATS.values()}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 EXHAUSTED = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
 FILLED = re.compile(r"No space left on device|Disk quota exceeded")
@@ -112,8 +114,7 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
         reason = "is not installed, and transformers would read layers of several widths wrong"
         print(f"{request['target']} {reason}", file=sys.stderr)
         return CANNOT_RUN_EXIT_CODE
-    load = _load_gptqmodel if request["target"] == "gptqmodel" else _load_transformers
-    model = load(directory)
+    model = _LOADERS[ENGINES[request["target"]].loader](directory)
 
     import torch
     from safetensors.torch import save_file
@@ -126,12 +127,10 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
 
 def _missing_package(target: str, settings: Mapping[str, Any]) -> str:
     """What has to be installed before this machine can tell anything; "" if it all is."""
-    form = BY_METHOD.get(settings.get("quant_method", ""))
-    package, extra = (form.package, form.extra) if form else ("transformers", "")
-    if target == "gptqmodel":
-        package, extra = "gptqmodel", "gptq"
+    form, loader = BY_METHOD.get(settings.get("quant_method", "")), ENGINES[target].loader
+    package = form.package if form and loader == "transformers" else loader
     if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed (pip install 'se-compress[{extra}]')"
+        return f"{package} is not installed (pip install 'se-compress[{EXTRAS.get(package, '')}]')"
     return ""
 
 
@@ -177,6 +176,11 @@ def _load_transformers(directory: str) -> Any:
             raise SystemExit(f"{problem}: {sorted(map(str, info[problem]))[:3]}")
     return model.eval()
 
+
+_LOADERS: Mapping[Loader, Callable[[str], Any]] = {
+    "gptqmodel": _load_gptqmodel,
+    "transformers": _load_transformers,
+}
 
 if __name__ == "__main__":
     sys.exit(start())

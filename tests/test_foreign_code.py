@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from se_compress.artifacts import CompressionPlan, ModelSource, RunOptions
 from se_compress.cli import app
 from se_compress.engines.bare import lay_bare
+from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.reloading import check_reload
-from se_compress.engines.targets import result_name
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import open_result
 from se_compress.model.streaming import StreamedModel
@@ -125,9 +125,7 @@ def test_the_reload_runs_nothing_of_a_result(
         tiny.write_result(source, plan, directory)
     booby_trap(directory, mark)
     found = read_headers(directory)
-    read = open_result(
-        found, source.tensors, lambda name: result_name(source, plan, name), plan.scheme
-    )
+    read = open_result(found, source.tensors, plan.scheme, draw_blueprint(source, plan).names)
     check = check_reload(
         StreamedModel(source, read), target, directory, found.values(), TOKENS, RunOptions()
     )

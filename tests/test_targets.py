@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -18,6 +18,7 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
+from se_compress.artifacts.targets import ENGINES, Target
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.targets import (
     TARGETS,
@@ -34,7 +35,6 @@ from se_compress.opening.headers import Slot
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
 from se_compress.planning.policy import make_plan
-from se_compress.recipe import Target
 
 TinyModel = Callable[[str], Path]
 MIXTRAL = "model.layers.2.block_sparse_moe."
@@ -77,7 +77,7 @@ def unquantised(source: ModelSource) -> CompressionPlan:
 
 
 def test_every_target_of_a_recipe_has_a_row() -> None:
-    assert {rules.target for rules in TARGETS} == set(Target.__args__)  # type: ignore[attr-defined]
+    assert {rules.target for rules in TARGETS} == set(get_args(Target)) == ENGINES.keys()
     assert all(rules.source for rules in TARGETS)
     assert len({(rules.target, rules.format) for rules in TARGETS}) == len(TARGETS)
 

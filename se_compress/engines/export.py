@@ -37,8 +37,8 @@ def export_config(blueprint: Blueprint, directory: Path, keep_code: bool = False
     config = result_config(source.config, keep_code)
     if settings:
         config["quantization_config"] = settings
-        if settings["quant_method"] == "gptq":  # GPTQModel's own file
-            write_atomically(directory / "quantize_config.json", pretty(settings))
+        if own := FORMATS[blueprint.plan.scheme.format].own_file:
+            write_atomically(directory / own, pretty(settings))
     write_atomically(directory / "config.json", pretty(config))
 
 

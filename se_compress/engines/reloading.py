@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from se_compress.artifacts import GATES, Check, RunOptions, TensorInfo
+from se_compress.artifacts.targets import ENGINES
 from se_compress.engines.bare import lay_bare
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.model.streaming import StreamedModel
@@ -94,11 +95,12 @@ def _compare(result: StreamedModel, target: str, tokens: Sequence[int], logits: 
         states = result.run_layer(layer, result.load_layer(layer), states)
     expected = next(result.logits(states)).cpu()
     error = float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
-    if target in ("vllm", "sglang") and error <= RELOAD_LIMIT:
+    engine = ENGINES[target]
+    if engine.stands_in and error <= RELOAD_LIMIT:
         detail = f"not run in {target}; transformers in its place computes the same logits"
         return Check("reload", error, RELOAD_LIMIT, None, detail)
-    loader = "gptqmodel" if target == "gptqmodel" else "transformers"
-    return Check("reload", error, RELOAD_LIMIT, error <= RELOAD_LIMIT, f"logits through {loader}")
+    detail = f"logits through {engine.loader}"
+    return Check("reload", error, RELOAD_LIMIT, error <= RELOAD_LIMIT, detail)
 
 
 def _failure(process: "subprocess.CompletedProcess[str]") -> Check:

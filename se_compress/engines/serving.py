@@ -11,23 +11,14 @@ where a kernel has no bfloat16 (inference/convert_model.py). Scales stored in fl
 obstacle: they multiply weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from se_compress.artifacts import CompressionPlan, ExpertProfile, ModelSource
+from se_compress.artifacts.targets import ENGINES
+from se_compress.engines.targets import rules_of
 
 FLOAT16_LARGEST = 65504.0
 HEADROOM = 2.0
-_IN_BFLOAT16: Mapping[str, str] = {
-    "gptqmodel": "GPTQModel.load(..., dtype=torch.bfloat16)",
-    "transformers": "from_pretrained(..., dtype=torch.bfloat16)",
-    "vllm": "vllm serve --dtype bfloat16",
-    "sglang": "--dtype bfloat16",
-}
-# What an engine does of itself, whatever config.json says.
-_FALLS_BACK: Mapping[str, str] = {
-    "gptqmodel": "; GPTQModel 7.6 takes float16 on Apple's and Intel's GPUs",
-    "auto-round": "; auto-round 0.15 takes float16 where a kernel has no bfloat16",
-}
 
 
 def float16_notes(
@@ -41,18 +32,14 @@ def float16_notes(
     if _dtype_of(source) == "float16" and size * HEADROOM > FLOAT16_LARGEST:
         beyond = size > FLOAT16_LARGEST
         becomes = "they are infinite" if beyond else "other text may take them beyond"
-        how = _IN_BFLOAT16[plan.target]
+        how = ENGINES[plan.target].in_bfloat16
         return (
             f"{found}: in float16, the dtype in config.json, {becomes}; serve in bfloat16: {how}",
         )
     if size > FLOAT16_LARGEST:
-        falls_back = _FALLS_BACK.get(_engine(plan), "")
-        return (f"{found}: serve in bfloat16 or float32{falls_back}",)
+        falls_back = rules_of(plan).falls_back
+        return (f"{found}: serve in bfloat16 or float32{'; ' if falls_back else ''}{falls_back}",)
     return ()
-
-
-def _engine(plan: CompressionPlan) -> str:
-    return plan.scheme.format if plan.scheme.format == "auto-round" else plan.target
 
 
 def _peaks(profile: ExpertProfile) -> Iterator[tuple[float, str]]:

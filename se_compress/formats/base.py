@@ -35,6 +35,7 @@ class Format:
     package      what transformers needs to unpack it
     extra        of ours, that brings the package
     has_float32  whether its linears compute in float32 under transformers
+    own_file     of the engine's own that holds the settings as well; "" if config.json alone does
     """
 
     name: str
@@ -51,6 +52,7 @@ class Format:
     package: str
     extra: str
     has_float32: bool
+    own_file: str = ""
 
 
 def groups_of(columns: int, scheme: Scheme) -> int:

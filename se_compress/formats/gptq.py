@@ -143,6 +143,7 @@ GPTQ = Format(
     package="gptqmodel",
     extra="gptq",
     has_float32=True,
+    own_file="quantize_config.json",
 )
 GPTQ_V2 = replace(
     GPTQ,

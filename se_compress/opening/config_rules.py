@@ -11,6 +11,7 @@ from se_compress.errors import SourceError
 from se_compress.opening.config_values import rope_settings
 from se_compress.opening.families import (
     COUNT_KEYS,
+    FAMILIES,
     Family,
     count_key,
     is_grouped,
@@ -98,7 +99,7 @@ def _check_layers(config: Mapping[str, Any], where: str) -> None:
         len(types) != config["num_hidden_layers"] or not set(types) <= set(known)
     ):
         raise _refused(config, "layer_types", where, "full_attention or sliding_attention a layer")
-    slides = config.get("use_sliding_window", config["model_type"] == "mixtral")
+    slides = config.get("use_sliding_window", FAMILIES[config["model_type"]].slides)
     slides = slides or "sliding_attention" in (types or ())
     if slides and config.get("sliding_window", 1) == 0:
         raise _refused(config, "sliding_window", where, "an integer from 1, or null")

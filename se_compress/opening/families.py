@@ -32,6 +32,7 @@ class Family:
     latent_attention   multi-head latent attention: keys and values come from a low rank
     query_norm     over what queries and keys are normed: "head", "hidden", or "" for not at all
     attention_bias config key that says whether attention has biases, "" if it never has
+    slides         `sliding_window` holds without `use_sliding_window`
     grouped_if     config values with which the router is group-limited; None: it never is
     defaults       what transformers takes for config keys that are not there
     """
@@ -54,6 +55,7 @@ class Family:
     latent_attention: bool = False
     query_norm: str = ""
     attention_bias: str = ""
+    slides: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -139,6 +141,7 @@ FAMILIES: Mapping[str, Family] = {
             router="model.layers.{layer}.block_sparse_moe.gate.weight",
             width_key="intermediate_size",
             renames=(("block_sparse_moe.", "mlp."),),
+            slides=True,
             count_keys=("num_local_experts", "num_experts"),
             defaults={"num_key_value_heads": 8},
         ),

@@ -44,7 +44,10 @@ MEASURED_BITS = (2, 3, 4, 8)
 
 
 def profile_experts(
-    source: ModelSource, tokens: Sequence[Sequence[int]], recipe: Recipe, options: RunOptions
+    source: ModelSource,
+    tokens: Sequence[Sequence[int]],
+    recipe: Recipe,
+    options: RunOptions = RunOptions(),
 ) -> ExpertProfile:
     """What every expert and every layer of a model does with the calibration tokens.
 

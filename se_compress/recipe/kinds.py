@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from se_compress.artifacts.targets import Format as Format
+from se_compress.artifacts.targets import Method as Method
+from se_compress.artifacts.targets import Target as Target
 from se_compress.errors import brief
 
-Target = Literal["transformers", "gptqmodel", "vllm", "sglang"]
-Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
-Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "compressed-tensors"]
 Width = Literal[2, 3, 4, 8, 16]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # Bounds that no real recipe reaches, so that no product of two overflows anything.

@@ -40,7 +40,9 @@ Progress = Callable[[str, int, int], None]
 class ResultFile:
     """A file of a result.
 
-    name   its path in the result's directory
+    name        its path in the result's directory
+    size_bytes  of the file
+    sha256      of its bytes, in hex
     """
 
     name: str
@@ -50,7 +52,10 @@ class ResultFile:
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """All files of a result but the list itself."""
+    """All files of a result but the list itself.
+
+    files  in the order of their names
+    """
 
     files: tuple[ResultFile, ...]
 
