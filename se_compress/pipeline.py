@@ -40,6 +40,7 @@ from se_compress.planning.policy import cautions_of, check_plan, curve_of, make_
 from se_compress.recipe import Recipe, flatten
 from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.reporting.comparison import compare, describe_variant, summarize
+from se_compress.reporting.licence import licence_of
 from se_compress.running.manifest import (
     FILES_FILE,
     SETTINGS_FILE,
@@ -508,32 +509,12 @@ def _write_reports(
         f"{OURS}/plan.json": to_json(plan),
         f"{OURS}/validation.json": to_json(validation),
         f"{OURS}/report.html": render_report(request.recipe, profile, plan, validation),
-        "README.md": render_model_card(request.recipe, _licence(source), profile, plan, validation),
+        "README.md": render_model_card(
+            request.recipe, licence_of(source.path), profile, plan, validation
+        ),
     }
     for name, text in files.items():
         write_atomically(staged / name, text)
-
-
-def _licence(source: ModelSource) -> str | None:
-    """`license:` of the source's model card, if it has one."""
-    import yaml
-
-    card = source.path / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        text = card.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # a card that cannot be read gives no licence; the weights could be
-        return None
-    parts = text.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None
-    licence = front.get("license") if isinstance(front, dict) else None
-    return str(licence) if licence else None
 
 
 def _compare(request: Request, outcomes: Mapping[str, Outcome]) -> Comparison:
