@@ -381,6 +381,18 @@ def test_the_verdict_on_this_directory_lies_beside_it(
     assert cli._beside(Path("in")) == Path("in.validation")
 
 
+@pytest.mark.parametrize("words", [(), ("--dry-run",), ("--validate", "x"), ("--json",)])
+def test_a_current_directory_that_is_gone_is_told(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = command(str(tmp_path / "r.yaml"), *words)
+    assert code == 2
+    assert err.startswith("se-compress: the current directory is gone"), err
+
+
 # ---------------------------------------------------------------------------------- where it prints
 
 
