@@ -297,13 +297,20 @@ def _wants_json(words: Sequence[str]) -> bool:
     return False
 
 
+# The last is what the loader of shared libraries says, where `ulimit -v` has no room for torch.
+_EXHAUSTED = re.compile(
+    r"an't allocate memory|annot allocate memory|CUDA out of memory"
+    r"|failed to map segment from shared object(?!: Operation not permitted)"
+)
+
+
 def _foreseen(error: Exception) -> SeCompressError | None:
     """What a library's error means to the user; None if it is a bug."""
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or re.search(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\)", text):
         return ResourceError(f"the disk is full ({text}); progress is kept")
-    exhausted = "can't allocate memory" in text or "CUDA out of memory" in text
+    exhausted = _EXHAUSTED.search(text)
     if isinstance(error, MemoryError) or exhausted:
         return ResourceError("memory is exhausted; lower calibration.samples; progress is kept")
     # Typer's usage errors have no public base class, but they all can say what is wrong.

@@ -393,6 +393,22 @@ def test_a_current_directory_that_is_gone_is_told(
     assert err.startswith("se-compress: the current directory is gone"), err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 5),
+        (ImportError("x.so: failed to map segment from shared object: Operation not permitted"), 0),
+        (OSError(12, "Cannot allocate memory"), 5),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 5),
+        (MemoryError(), 5),
+        (ImportError("No module named torch"), 0),
+    ],
+)
+def test_memory_that_is_exhausted_is_told_whoever_says_so(error: Exception, code: int) -> None:
+    foreseen = cli._foreseen(error)
+    assert (foreseen.exit_code if foreseen else 0) == code
+
+
 # ---------------------------------------------------------------------------------- where it prints
 
 
