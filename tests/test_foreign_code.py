@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from se_compress.artifacts import CompressionPlan, ModelSource, RunOptions
 from se_compress.cli import app
 from se_compress.engines.bare import lay_bare
+from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.reloading import check_reload
-from se_compress.engines.targets import result_name
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import open_result
 from se_compress.model.streaming import StreamedModel
@@ -125,9 +125,8 @@ def test_the_reload_runs_nothing_of_a_result(
         tiny.write_result(source, plan, directory)
     booby_trap(directory, mark)
     found = read_headers(directory)
-    read = open_result(
-        found, source.tensors, lambda name: result_name(source, plan, name), plan.scheme
-    )
+    names = draw_blueprint(source, plan).names
+    read = open_result(found, source.tensors, plan.scheme, names)
     check = check_reload(
         StreamedModel(source, read), target, directory, found.values(), TOKENS, RunOptions()
     )
@@ -192,7 +191,8 @@ def test_what_becomes_of_the_code_is_told_before_it_is_done(
         f"calibration: {{data: {text}}}\nvalidation: {{data: {text}, seed: 1}}\n",
         encoding="utf-8",
     )
-    shown = CliRunner().invoke(app, [str(file), "--dry-run", *words])
+    short = [f"--set={part}.sequence_length=32" for part in ("calibration", "validation")]
+    shown = CliRunner().invoke(app, [str(file), "--dry-run", *short, *words])
     assert shown.exit_code == 0
     assert told in shown.output
     assert not mark.exists()
