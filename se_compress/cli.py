@@ -115,6 +115,7 @@ def _command(
     be read; 4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted,
     143 terminated (SIGTERM), 129 hung up (SIGHUP): progress is kept.
     """
+    _check_here()
     recipe_file = _path("RECIPE", recipe)
     text = read_recipe(recipe_file)
     checked = recipe_of(text, recipe, settings or (), output if validate is None else None)
@@ -148,6 +149,16 @@ def _command(
             outcome = run_variants(request) if checked.variants else run(request)
         result, show = _finished(outcome), partial(screen.show_result, outcome)
     return _tell(result, show, json)
+
+
+def _check_here() -> None:
+    """No path means anything in a directory that has been removed. Raises RecipeError."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise RecipeError(
+            f"the current directory is gone ({error.strerror}); start from one that is there"
+        ) from None
 
 
 def _path(name: str, text: str) -> Path:

@@ -33,6 +33,9 @@ from se_compress.running.preflight import in_units
 
 # Seconds between two lines of progress of a stage, where there is no terminal.
 LOG_EVERY = 10.0
+# A narrower terminal breaks the lines of a table, which can be read; rich would cut its numbers,
+# and print nothing at all where COLUMNS is 0, as some schedulers and containers have it.
+LEAST_WIDTH = 60
 
 
 def surviving(stream: TextIO | None, write: Callable[[], None]) -> bool:
@@ -67,6 +70,7 @@ class _Console(Console):
 
     def __init__(self, stderr: bool) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+        self.width = max(self.width, LEAST_WIDTH)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)

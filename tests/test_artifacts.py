@@ -160,6 +160,21 @@ def test_a_wrong_field_is_named(
         from_json(CompressionPlan, edited(change), "plan.json")
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "\udc00\ud800"])
+def test_text_that_no_file_can_hold_is_refused_where_it_stands(text: str) -> None:
+    data = json.loads(to_json(example.example_plan()))
+    for path, place in (("notes[0]", ("notes", 0)), ("experts[1].reason", ("experts", 1))):
+        changed = json.loads(json.dumps(data))
+        key, index = place
+        changed["notes"] = ["a note"]
+        if key == "notes":
+            changed[key][index] = text
+        else:
+            changed[key][index]["reason"] = text
+        with pytest.raises(RecipeError, match=re.escape(f"p.json.{path} holds half of a")):
+            from_json(CompressionPlan, json.dumps(changed), "p.json")
+
+
 def test_a_wrong_field_of_an_optional_record_is_named() -> None:
     data = json.loads(to_json(example.example_profile()))
     data["super_experts"][0]["zeroed"]["sink_mass"] = "low"

@@ -208,6 +208,14 @@ def test_pipes_and_directories_are_refused_without_waiting(model: Path) -> None:
     assert "vocab.json is not a plain file" in refused(model)
 
 
+@pytest.mark.parametrize("name", ["LICENSES", "licences", "NOTICES", "LICENSE"])
+def test_a_directory_of_licences_is_left_out_and_named(model: Path, name: str) -> None:
+    (model / name).mkdir()
+    (model / name / "MIT.txt").write_text("text", encoding="utf-8")
+    found = find(model)
+    assert (found.files, found.left_out) == ({}, (name,))
+
+
 def test_pipes_that_nobody_wants_are_left_out(model: Path) -> None:
     os.mkfifo(model / "pipe")
     (model / "nowhere.log").symlink_to("gone")

@@ -190,7 +190,8 @@ def test_what_becomes_of_the_code_is_told_before_it_is_done(
         f"calibration: {{data: {text}}}\nvalidation: {{data: {text}, seed: 1}}\n",
         encoding="utf-8",
     )
-    shown = CliRunner().invoke(app, [str(file), "--dry-run", *words])
+    short = [f"--set={part}.sequence_length=32" for part in ("calibration", "validation")]
+    shown = CliRunner().invoke(app, [str(file), "--dry-run", *short, *words])
     assert shown.exit_code == 0
     assert told in shown.output
     assert not mark.exists()

@@ -21,6 +21,7 @@ from se_compress.errors import MESSAGE_LENGTH, RecipeError, SeCompressError, bri
 from se_compress.pipeline import Preview, Request
 from se_compress.recipe import Recipe, load_recipe, parse_recipe, recipe_of
 from se_compress.recipe_file import RECIPE_BYTES, parse_yaml
+from se_compress.running.faults import foreseen
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -379,6 +380,34 @@ def test_the_verdict_on_this_directory_lies_beside_it(
     assert cli._beside(Path(".")) == tmp_path / "made.validation"
     assert cli._beside(Path("in/..")) == tmp_path / "made.validation"
     assert cli._beside(Path("in")) == Path("in.validation")
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",), ("--validate", "x"), ("--json",)])
+def test_a_current_directory_that_is_gone_is_told(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = command(str(tmp_path / "r.yaml"), *words)
+    assert code == 2
+    assert err.startswith("se-compress: the current directory is gone"), err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 5),
+        (ImportError("x.so: failed to map segment from shared object: Operation not permitted"), 0),
+        (OSError(12, "Cannot allocate memory"), 5),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 5),
+        (MemoryError(), 5),
+        (ImportError("No module named torch"), 0),
+    ],
+)
+def test_memory_that_is_exhausted_is_told_whoever_says_so(error: Exception, code: int) -> None:
+    told = foreseen(error)
+    assert (told.exit_code if told else 0) == code
 
 
 # ---------------------------------------------------------------------------------- where it prints

@@ -67,5 +67,4 @@ def test_it_is_told_with_its_share() -> None:
     assert cautions(seen, held_out) == ()
     (told,) = cautions(seen, [*held_out, seen[3]])
     assert told.startswith("caution: calibration saw 25 % of the held-out text")
-    (little,) = cautions(seen, [*text(400, 64, 2), seen[3]])
-    assert "less than 1 %" in little
+    assert cautions(seen, [*text(400, 64, 2), seen[3]]) == (), "as much as any two texts share"

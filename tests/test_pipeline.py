@@ -1041,15 +1041,15 @@ def test_damage_to_a_published_result_is_seen_by_validate(settled: Workplace) ->
     check = judged()
     assert check.passed is False
     assert check.detail == f"{PACKED} differs from what was written"
-    for text in (None, "{", '{"records": []}'):
-        file = settled.output / "se_compress" / "validation.json"
+    for text in (None, "{", '{"layers": []}'):
+        file = settled.output / "se_compress" / "compression.json"
         file.unlink(missing_ok=True)
         if text is not None:
             file.write_text(text, encoding="utf-8")
         check = judged()
         assert check.passed, "one bit of one code changes no other gate"
         assert re.fullmatch(
-            r"not compared: \d+ packed tensors, validation\.json has no digests of them",
+            r"not compared: \d+ packed tensors, no digests of them were found",
             check.detail,
         )
 

@@ -1,6 +1,7 @@
 """Publishing, killed at every single step: a good result is under its name, or comes back there."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -75,8 +76,16 @@ def exchange_step(output: Path) -> int:
     return next(i for i, step in enumerate(steps) if step.startswith("exchange"))
 
 
+ALWAYS = (
+    "model.safetensors", "config.json", "se_compress/recipe.yaml", "se_compress/profile.json",
+    "se_compress/plan.json", "se_compress/compression.json", "se_compress/report.html",
+)  # fmt: skip
+
+
 def make_result(directory: Path, word: str, report: ValidationReport, **settings: Any) -> None:
     (directory / "se_compress").mkdir(parents=True)
+    for name in ALWAYS:
+        (directory / name).touch()
     (directory / "config.json").write_text(word, encoding="utf-8")
     (directory / "se_compress" / "validation.json").write_text(to_json(report), encoding="utf-8")
     save_settings(directory / "se_compress" / "run.json", {**SETTINGS, **settings})
@@ -298,6 +307,49 @@ def test_a_file_that_somebody_put_into_a_result_is_named(
     mine.mkdir() if name.endswith("/") else mine.touch()
     with pytest.raises(RecipeError, match=f"holds {name.rstrip('/')}, which se-compress did not"):
         check_replaceable(output, ["tokenizer.json"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors.index.json", "model-00002-of-00002.safetensors", "adapter_config.json",
+     "adapter_model.safetensors", "quantize_config.json", "quant_config.json",
+     "hf_quant_config.json"],
+)  # fmt: skip
+def test_what_engines_would_load_as_well_is_damage(tmp_path: Path, name: str) -> None:
+    make_result(tmp_path / "out", "x", PASSED)
+    (tmp_path / "out" / name).write_text('{"weight_map": {}}', encoding="utf-8")
+    assert damages(tmp_path / "out", lambda *step: None) == {
+        name: f"{name} was added, and engines would load it"
+    }
+    with pytest.raises(RecipeError, match=f"holds {name}, which se-compress did not"):
+        check_replaceable(tmp_path / "out", [])
+
+
+@pytest.mark.parametrize("name", ["notes.md", "eval/results.json", "logs/x.safetensors"])
+def test_what_nobody_loads_is_no_damage(tmp_path: Path, name: str) -> None:
+    make_result(tmp_path / "out", "x", PASSED)
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).touch()
+    assert not damages(tmp_path / "out", lambda *step: None)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "added"),
+    [
+        *((name, "") for name in (*ALWAYS, "se_compress/run.json", "se_compress/validation.json")),
+        *(("", name) for name in ("../x", "/etc/hostname", "se_compress/../../x")),
+    ],
+)
+def test_a_list_that_leaves_out_or_leads_out_is_none(
+    tmp_path: Path, dropped: str, added: str
+) -> None:
+    make_result(tmp_path / "out", "x", PASSED)
+    file = tmp_path / "out" / FILES_FILE
+    listed = json.loads(file.read_text(encoding="utf-8"))["files"]
+    kept = [one for one in listed if one["name"] != dropped]
+    extra = [{"name": added, "size_bytes": 0, "sha256": ""}] if added else []
+    file.write_text(json.dumps({"files": kept + extra}), encoding="utf-8")
+    assert list(damages(tmp_path / "out", lambda *step: None)) == [FILES_FILE]
 
 
 def test_a_result_that_passed_is_not_replaced_by_a_rejected_one(tmp_path: Path) -> None:

@@ -178,3 +178,17 @@ def test_another_error_is_not_taken_for_a_full_stdout() -> None:
 
     with pytest.raises(ValueError, match="a bug"):
         surviving(sys.stdout, broken)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20", "-1", "x"])
+def test_no_width_of_a_terminal_cuts_or_hides_a_number(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    report = example_validation()
+    Screen.of(quiet=False, json=False).show_validation(report, Path("out"), Path("place"))
+    shown = capsys.readouterr().out
+    assert "out: passed; see place" in shown
+    for check in report.checks:
+        assert check.value is None or f"{check.value:.4g}" in shown
+        assert check.limit is None or f"{check.limit:.4g}" in shown

@@ -114,8 +114,17 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         except OverflowError:
             raise _mistyped(data, (kind,), where) from None
     if isinstance(kind, type) and type(data) is kind:
-        return data
+        return _writable(data, where) if isinstance(data, str) else data
     raise _mistyped(data, (kind,), where)
+
+
+def _writable(text: str, where: str) -> str:
+    """JSON can escape half of a surrogate pair, which no file can hold as text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"{where} holds half of a surrogate pair, which is no text") from None
+    return text
 
 
 def _mistyped(data: Any, kinds: tuple[Any, ...], where: str) -> RecipeError:

@@ -38,6 +38,8 @@ def lay_bare(directory: Path, tensors: Iterable[TensorInfo], bare: Path) -> None
     cannot be written."""
     config = without(result_config(read_config(directory), keep_code=False), FOREIGN_KEYS)
     if settings := read_config(directory).get("quantization_config"):
+        if not isinstance(settings, dict):
+            raise SourceError(f"{directory}/config.json: quantization_config is not a JSON object")
         config["quantization_config"] = _settings(settings)
     files = {"config.json": config, "tokenizer.json": TOKENIZER}
     files |= {"tokenizer_config.json": TOKENIZER_CONFIG}

@@ -35,6 +35,7 @@ _LICENCE = (
     r"(\.(txt|md|rst|html|pdf))?)"
 )
 WANTED = re.compile("|".join((_TOKENIZER, _TEMPLATE, _CONFIG, _LICENCE)))
+_LICENCES = re.compile(_LICENCE)
 TEMPLATE_DIRECTORIES = ("additional_chat_templates", "chat_templates")
 # Of the result's own making, or of no use to anybody.
 REPLACED = ("config.json", "quantize_config.json", "README.md", INDEX_FILE)
@@ -137,7 +138,8 @@ def pretty(value: Mapping[str, Any]) -> str:
 def _wanted(path: Path) -> Iterator[str]:
     for entry in _entries_of(path):
         if WANTED.fullmatch(entry.name) and entry.name not in REPLACED:
-            yield entry.name
+            if not (entry.is_dir() and _LICENCES.fullmatch(entry.name)):  # as REUSE has one
+                yield entry.name
         elif entry.name in TEMPLATE_DIRECTORIES and entry.is_dir():
             inner = (file for file in _entries_of(entry) if file.suffix == ".jinja")
             yield from (f"{entry.name}/{file.name}" for file in inner)

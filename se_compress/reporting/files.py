@@ -6,9 +6,8 @@ run does not have.
 
 from pathlib import Path
 
-import yaml
-
 from se_compress.artifacts import OURS, Comparison, to_json, write_atomically
+from se_compress.reporting.licence import licence_of
 from se_compress.request import Outcome, Request
 
 
@@ -39,23 +38,3 @@ def write_comparison(output: Path, comparison: Comparison) -> None:
 
     write_atomically(output / "comparison.json", to_json(comparison))
     write_atomically(output / "comparison.html", render_comparison(comparison))
-
-
-def licence_of(model: Path) -> str | None:
-    """`license:` of the model card in a directory. None if there is none that can be read."""
-    card = model / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        text = card.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # a card that cannot be read gives no licence; the weights could be
-        return None
-    parts = text.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None
-    licence = front.get("license") if isinstance(front, dict) else None
-    return str(licence) if licence else None

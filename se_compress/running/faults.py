@@ -10,9 +10,13 @@ from se_compress.errors import ResourceError, SeCompressError, SourceError
 from se_compress.running.places import partial, rejected
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Rust libraries give the number in the text only, and torch has no class for a full memory.
+# Rust libraries give the number in the text only, and torch has no class for a full memory. The
+# last words are those of the loader of shared libraries, where `ulimit -v` has no room for torch.
 _FULL_IN_RUST = re.compile(rf"\(os error ({'|'.join(map(str, FULL))})\)")
-_OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
+_OUT_OF_MEMORY = re.compile(
+    r"an't allocate memory|annot allocate memory|CUDA out of memory"
+    r"|failed to map segment from shared object(?!: Operation not permitted)"
+)
 
 
 @contextmanager
@@ -42,7 +46,6 @@ def foreseen(error: Exception) -> SeCompressError | None:
     full = isinstance(error, OSError) and error.errno in FULL
     if full or _FULL_IN_RUST.search(text):
         return ResourceError(f"the disk is full ({text}); progress is kept")
-    exhausted = any(words in text for words in _OUT_OF_MEMORY)
-    if isinstance(error, MemoryError) or exhausted:
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
         return ResourceError("memory is exhausted; lower calibration.samples; progress is kept")
     return None

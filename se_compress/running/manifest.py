@@ -7,6 +7,7 @@ part of the result.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ _KNOWN = {
     "config.json", "quantize_config.json", "README.md", INDEX_FILE, FILES_FILE, SETTINGS_FILE,
     *(f"{OURS}/{name}" for name in _REPORTS),
 }  # fmt: skip
+# What each result has beside its weights: a list without them is not the one that was written.
+_ALWAYS = {"config.json", SETTINGS_FILE, *(f"{OURS}/{name}" for name in _REPORTS)}
+# What engines take for a part of the checkpoint, whoever put it there.
+_LOADED = re.compile(
+    r"[^/]+\.safetensors(\.index\.json)?|adapter_config\.json|(hf_)?quant\w*_config\.json"
+)
 WRITING = ".writing"  # of a file that is being replaced: a kill may leave one
 
 Progress = Callable[[str, int, int], None]
@@ -85,7 +92,13 @@ def read_list(directory: Path) -> ResultFiles | None:
         listed = from_json(ResultFiles, file.read_text(encoding="utf-8"), str(file))
     except (OSError, ValueError, ArithmeticError, RecursionError, SeCompressError):
         return None
-    return listed if SETTINGS_FILE in listed.names else None  # which every result has
+    return listed if _is_whole(listed.names) else None
+
+
+def _is_whole(names: frozenset[str]) -> bool:
+    """Whether a list can be that of a result, and of nothing beside it."""
+    inside = not any(os.path.isabs(name) or ".." in Path(name).parts for name in names)
+    return inside and names >= _ALWAYS and any(n.endswith(".safetensors") for n in names)
 
 
 def damages(directory: Path, progress: Progress) -> dict[str, str]:
@@ -99,7 +112,8 @@ def damages(directory: Path, progress: Progress) -> dict[str, str]:
         if damage := _damage(directory, file):
             found[file.name] = f"{file.name} {damage}"
     progress("verify", len(listed.files), len(listed.files))
-    return found
+    added = filter(_LOADED.fullmatch, foreign(directory, ()))
+    return found | {name: f"{name} was added, and engines would load it" for name in added}
 
 
 def _damage(directory: Path, file: ResultFile) -> str:

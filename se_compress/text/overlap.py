@@ -12,6 +12,7 @@ from pathlib import Path
 from se_compress.recipe import DataSource, Recipe
 
 RUN = 16  # tokens; shorter runs are phrases that any two texts share
+TOLD_SHARE = 0.01  # less is what two texts of one kind have in common: headings, licences
 Tokens = Sequence[Sequence[int]]
 
 
@@ -60,16 +61,14 @@ def cautions_before(recipe: Recipe) -> tuple[str, ...]:
 
 
 def cautions(calibration: Tokens, held_out: Tokens) -> tuple[str, ...]:
-    """What is to be told of the text that was drawn; nothing if calibration saw none of it."""
+    """What is to be told of the text that was drawn; nothing if calibration saw less than
+    TOLD_SHARE of it."""
     share = share_seen(calibration, held_out)
-    if share == 0:
+    if share < TOLD_SHARE:
         return ()
+    percent = f"{share:.0%}".replace("%", " %")
     return (
-        f"caution: calibration saw {_percent(share)} of the held-out text (runs of {RUN} tokens), "
+        f"caution: calibration saw {percent} of the held-out text (runs of {RUN} tokens), "
         "so the gates judge the result in part on what it was made from; give validation.data "
         "other text",
     )
-
-
-def _percent(share: float) -> str:
-    return "less than 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")

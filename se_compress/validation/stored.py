@@ -161,6 +161,8 @@ def _form_of(directory: Path) -> tuple[str, str]:
     settings = read_config(directory).get("quantization_config")
     if not settings:
         return UNQUANTISED, "transformers"
+    if not isinstance(settings, dict):
+        raise SourceError(f"{directory}/config.json: quantization_config is not a JSON object")
     method = settings.get("quant_method", "unknown")
     layout = settings.get("checkpoint_format", settings.get("format"))
     read = [form for form in FORMATS.values() if form.layout]

@@ -23,7 +23,6 @@ from se_compress.artifacts import (
     RunOptions,
     TensorInfo,
     ValidationReport,
-    from_json,
 )
 from se_compress.engines.reloading import RELOAD_LIMIT, check_reload
 from se_compress.model.checkpoint import Reader
@@ -31,6 +30,7 @@ from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.opening.headers import read_headers
 from se_compress.recipe import Recipe, Validation
+from se_compress.running.run_directory import load
 from se_compress.validation.checks import (
     massive_checks,
     prediction_checks,
@@ -114,11 +114,10 @@ def _judge_stored(
 
 
 def _records(directory: Path) -> tuple[LayerRecord, ...]:
-    """What `compress` said of each layer; nothing of a checkpoint that it did not make."""
-    file = directory / COMPRESSION_FILE
-    if not file.exists():
-        return ()
-    return from_json(Compressed, file.read_text(encoding="utf-8"), str(file)).layers
+    """What `compress` said of each layer; nothing of a checkpoint that it did not make, or where
+    that cannot be read: the account then says what it could not compare."""
+    made = load(Compressed, directory / COMPRESSION_FILE)
+    return made.layers if made else ()
 
 
 def try_again(
