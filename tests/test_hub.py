@@ -182,6 +182,7 @@ def test_a_hub_that_never_answers(
 
 
 def test_waiting_is_bounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub.bound_waiting()
     hooks = huggingface_hub.get_session().event_hooks
     hub.bound_waiting()

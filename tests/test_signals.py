@@ -14,7 +14,9 @@ import pytest
 WORKS = """
 import os, signal, subprocess, sys, tempfile, time
 from se_compress import cli, pipeline
-if sys.argv.pop(1) == "nohup": signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# Whoever runs these tests may ignore SIGHUP, and children inherit that.
+nohup = sys.argv.pop(1) == "nohup"
+signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
 def work(*arguments):
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         print(scratch, flush=True)
