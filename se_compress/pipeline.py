@@ -69,7 +69,7 @@ Originals = dict[object, "Original"]
 
 def run(request: Request) -> Outcome:
     """The whole flow. Raises SeCompressError; a rejected checkpoint is an Outcome, not an error."""
-    source = open_source(request.recipe.model, request.keep_code)
+    source = open_source(request.recipe.model, request.keep_code, request.notice)
     _check_before({"": request}, source, request)
     with telling_whose(source.path, request.output):
         return _run(request, source, {})
@@ -81,7 +81,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     One profile serves all variants that would measure the same. A rejected variant does not stop
     the others; what an error leaves behind is taken up by the next run.
     """
-    source = open_source(request.recipe.model, request.keep_code)
+    source = open_source(request.recipe.model, request.keep_code, request.notice)
     check_output_of_variants(request.output)
     requests = request.by_variant()
     _check_before(requests, source, request)
@@ -178,7 +178,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     if not os.path.isdir(directory):
         raise SourceError(f"--validate {directory}: there is no such directory")
     check_place(output)
-    source = open_source(request.recipe.model, request.keep_code)
+    source = open_source(request.recipe.model, request.keep_code, request.notice)
     check_positions(source, request.recipe)
     plan = _plan_in(directory)
     if plan is not None:
@@ -217,7 +217,7 @@ def _check_before(requests: Mapping[str, Request], source: ModelSource, whole: R
 
 def _previews(requests: Mapping[str, Request], whole: Request) -> dict[str, Preview]:
     """A preview of each request, all with what the disk lacks for all of them."""
-    source = open_source(whole.recipe.model, whole.keep_code)
+    source = open_source(whole.recipe.model, whole.keep_code, whole.notice)
     found = {}
     for name, one in requests.items():
         with _naming(name):

@@ -241,7 +241,10 @@ def promise(snapshot: Path, *more: str) -> None:
 )
 def test_what_nobody_needs_may_lack(snapshot: Path, names: list[str]) -> None:
     promise(snapshot, *names)
-    assert open_source("owner/name").path == snapshot
+    said: list[str] = []
+    assert open_source("owner/name", notice=said.append).path == snapshot
+    assert len(said) == 1
+    assert said[0].startswith("owner/name: taken from the Hub's cache, without files that nobody")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])

@@ -155,6 +155,28 @@ def test_validation_names_it_as_well(kind: str, changed: Callable[[Change], Mode
     assert_told(caught.value, where, tensor)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.eh_proj.weight",
+        "model.layers.3.mlp.experts.0.up_proj.weight",
+        "model.layers.3.mlp.gate.weight",
+    ],
+)
+def test_layers_that_are_only_copied_are_looked_at_too(
+    tiny_model: Callable[[str], Path], tmp_path: Path, name: str, value: float
+) -> None:
+    path = Path(shutil.copytree(tiny_model("deepseek_v3-next-token"), tmp_path / "model"))
+    weight = load_file(path / "model.safetensors")[name].clone()
+    weight[0, 0] = value
+    edit_weights(path, {name: weight})
+    source = open_source(str(path))
+    told = rf"{re.escape(name)}: 1 of \d+ values are NaN or infinite"
+    with pytest.raises(SourceError, match=told):
+        compressed(source, tmp_path / "out", settings_of(source, "rtn"))
+
+
 def compressed(
     source: ModelSource, directory: Path, settings: Recipe, *others: str
 ) -> tuple[LayerRecord, ...]:

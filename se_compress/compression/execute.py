@@ -37,7 +37,14 @@ from se_compress.engines.accounting import change_since
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
 from se_compress.engines.export import export_config
 from se_compress.formats import PlannedTensor
-from se_compress.model.checkpoint import Reader, allocate, copy_tensor, open_tensors, write_tensors
+from se_compress.model.checkpoint import (
+    Reader,
+    allocate,
+    check_finite,
+    copy_tensor,
+    open_tensors,
+    write_tensors,
+)
 from se_compress.model.digests import by_owner, digest_of_tensor
 from se_compress.model.splice import open_shrunk
 from se_compress.model.states import batches_of, load_states, save_states
@@ -88,7 +95,9 @@ def _fill(
     """Write every tensor of the result to its place in `layout`."""
     source = blueprint.shrunk.original
     read, untouched = open_shrunk(blueprint.shrunk), blueprint.source is source
-    _copy(read, layout, blueprint.of_layer(None))
+    outside = list(blueprint.of_layer(None))
+    _check_copied(read, outside)
+    _copy(read, layout, outside)
     if untouched and not any(blueprint.packed()):
         return tuple(_copy_layer(blueprint, read, n, layout) for n in range(source.layer_count))
     device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
@@ -153,6 +162,14 @@ def _forget_what_is_gone(emptied: Sequence[str], options: RunOptions) -> None:
 
 
 # ------------------------------------------------------------------------------------------ copying
+
+
+def _check_copied(read: Reader, tensors: Iterable[PlannedTensor]) -> None:
+    """Raises SourceError if one that is copied holds NaN or infinity: layers for multi-token
+    prediction are in no forward pass, which would show it."""
+    for tensor in tensors:
+        if tensor.making == "copied":
+            check_finite(tensor.info.name, read(tensor.info.name))
 
 
 def _copy(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -57,9 +57,13 @@ _MEANING = {
 }
 
 
-def locate(model: str, keep_code: bool = False) -> Path:
+def locate(
+    model: str, keep_code: bool = False, notice: Callable[[str], None] = lambda sentence: None
+) -> Path:
     """The directory of a model; one of the Hub is fetched, or offline taken from its cache, with
     its Python files if they are wanted: nothing here runs them.
+
+    notice   called with a sentence if the cache stands in for the Hub
 
     Raises SourceError if there is none, with what the Hub answered; ResourceError if the disk is
     full.
@@ -76,7 +80,7 @@ def locate(model: str, keep_code: bool = False) -> Path:
                 f"{one_line(model)}: there is no such directory, and {one_line(repr(revision))} is "
                 "no revision of a Hub id; after the @ stands a branch, a tag or a commit"
             )
-        path = _from_hub(name, revision or None, keep_code)
+        path = _from_hub(name, revision or None, keep_code, notice)
     _check_links(path)
     return path
 
@@ -135,15 +139,20 @@ def _check_links(path: Path) -> None:
 # ----------------------------------------------------------------------------------------- the Hub
 
 
-def _from_hub(name: str, revision: str | None, keep_code: bool) -> Path:
+def _from_hub(
+    name: str, revision: str | None, keep_code: bool, notice: Callable[[str], None]
+) -> Path:
     from httpx import HTTPError
     from huggingface_hub.errors import IncompleteSnapshotError
 
     bound_waiting()
     try:
-        return _snapshot(name, revision, keep_code)
+        return _snapshot(name, revision, keep_code, notice)
     except IncompleteSnapshotError as error:
-        return _part_that_suffices(name, Path(error.snapshot_path), error)
+        path = _part_that_suffices(name, Path(error.snapshot_path), error)
+        why = answer_of(error) or _UNREACHED
+        notice(f"{name}: taken from the Hub's cache, without files that nobody needs; {why}")
+        return path
     except (HTTPError, OSError, ValueError) as error:
         raise _refusal(name, revision, error) from None
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -154,7 +163,9 @@ def _from_hub(name: str, revision: str | None, keep_code: bool) -> Path:
         ) from None
 
 
-def _snapshot(name: str, revision: str | None, keep_code: bool) -> Path:
+def _snapshot(
+    name: str, revision: str | None, keep_code: bool, notice: Callable[[str], None]
+) -> Path:
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -172,7 +183,9 @@ def _snapshot(name: str, revision: str | None, keep_code: bool) -> Path:
     except (HTTPError, ConnectionError, TimeoutError) as error:
         refused = error
     try:  # of itself it seeks no commit in the cache
-        return Path(fetch(local_files_only=True))
+        path = Path(fetch(local_files_only=True))
+        notice(f"{name}: taken from the Hub's cache; {answer_of(refused) or one_line(refused)}")
+        return path
     except IncompleteSnapshotError as incomplete:
         raise incomplete from refused
     except LocalEntryNotFoundError:

@@ -1,7 +1,7 @@
 """Open a model: config, headers, and the account of every tensor. No weight is read; no torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,18 @@ from se_compress.opening.modelfiles import check_file, check_place, read_json, s
 _LARGEST_CONFIG_BYTES = 2**23
 
 
-def open_source(model: str, keep_code: bool = False) -> ModelSource:
+def open_source(
+    model: str, keep_code: bool = False, notice: Callable[[str], None] = lambda sentence: None
+) -> ModelSource:
     """Open a model directory, or a model of the Hub (`id` or `id@revision`).
 
-    `keep_code` has a model of the Hub fetched with its Python files, which nothing here runs.
+    keep_code   a model of the Hub is fetched with its Python files, which nothing here runs
+    notice      called with a sentence if the Hub's cache stands in for the Hub
+
     The config's values are taken for what they are, every tensor is bound to its place in the model
     or explained. Raises SourceError with the tensor, file or key that is wrong.
     """
-    path = locate(model, keep_code)
+    path = locate(model, keep_code, notice)
     file = str(path / "config.json")
     found = read_config(path)
     family = families.family_of(found, str(path))
