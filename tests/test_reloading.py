@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 from se_compress import pipeline
 from se_compress.artifacts import (
@@ -136,6 +138,15 @@ def test_a_config_that_wants_another_machine_s_attention_is_loaded(source: Model
     tiny.edit_config(directory, _attn_implementation="flash_attention_2", use_cache=False)
     check = reload(open_source(str(directory)))
     assert check.passed, check.detail
+
+
+def test_a_head_of_zeros_computes_what_it_computes(source: ModelSource) -> None:
+    directory = source.path.parent / "zero-head"
+    tiny.build(directory, "qwen3_moe")
+    head = load_file(directory / "model.safetensors")["lm_head.weight"]
+    tiny.edit_weights(directory, {"lm_head.weight": torch.zeros_like(head)})
+    check = reload(open_source(str(directory)))
+    assert (check.value, check.passed) == (0.0, True), check.detail
 
 
 def children(pid: int) -> list[int]:
