@@ -19,11 +19,13 @@ import pytest
 import tiny
 
 import se_compress
+from se_compress import compress
 from se_compress.artifacts import GATES, CompressionPlan, ModelSource
 from se_compress.artifacts.targets import ENGINES, TARGETS, Engine, Method
 from se_compress.engines import engine_view
 from se_compress.engines.accounting import account
 from se_compress.engines.blueprint import draw_blueprint
+from se_compress.errors import ValidationFailed
 from se_compress.formats import FORMATS
 from se_compress.formats.compressed_tensors import COMPRESSED_TENSORS
 from se_compress.model.checkpoint import open_result, open_tensors
@@ -163,6 +165,21 @@ def test_a_format_is_its_own_file_a_row_and_how_its_settings_are_read(
     judged(source, plan, tmp_path / "result")
     config = json.loads((tmp_path / "result" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["quant_method"] == NEW
+
+
+def test_settings_that_an_engine_reads_otherwise_are_found_before_the_work(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method: Any = "compressed-tensors"
+    monkeypatch.setitem(engine_view.ENGINES, method, lambda settings, source: lambda module: 4)
+    source = open_source(str(tiny_model("qwen3_moe")))
+    settings = recipe(source)
+    plan = make_plan(source, None, recipe(source, target="vllm"))
+    assert plan.scheme.format == method
+    told = "would be read wrong by vllm: .* has 16 bits in the file and 4 by its settings"
+    with pytest.raises(ValidationFailed, match=told):
+        compress(source, plan, [], settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_is_rows_of_its_table(

@@ -118,5 +118,5 @@ def test_the_block_of_the_readme(start: Callable[..., str], tmp_path: Path) -> N
     assert len(block[1].splitlines()) <= 15
     script = tmp_path / "block.py"
     script.write_text(block[1], encoding="utf-8")
-    assert start(script, tmp_path / "made") == "True\n"
+    assert start(script, tmp_path / "made") == "passed\n"
     assert read_headers(tmp_path / "made")

@@ -2,7 +2,8 @@
 
 A new target is a word in `Target`, a row in ENGINES, and a row in TARGETS for each format that it
 loads. A new format is a word in `Format`, unless a method of its own brings it, and a row for
-each engine that loads it; the rest of it is a file of formats/.
+each engine that loads it; the rest of it is a file of formats/ and a view in
+engines/engine_view.py.
 """
 
 from collections.abc import Mapping

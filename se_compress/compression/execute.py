@@ -35,7 +35,7 @@ from se_compress.compression.layer import Models, Streams, compress_layer
 from se_compress.compression.stacks import Packed
 from se_compress.engines.accounting import change_since
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
-from se_compress.engines.export import export_config
+from se_compress.engines.export import checked_settings, export_config
 from se_compress.formats import PlannedTensor
 from se_compress.model.checkpoint import (
     Reader,
@@ -72,9 +72,11 @@ def compress(
     every layer and taken up again; the tensors that come out are the same, byte for byte. A result
     that stopped early is not whole: it gets no config, so that nobody takes it for one.
 
-    Raises ResourceError if the disk is too small, SourceError if the source cannot be read.
+    Raises ResourceError if the disk is too small, SourceError if the source cannot be read,
+    ValidationFailed if the engine would read the settings otherwise than they are meant.
     """
     blueprint = draw_blueprint(source, plan)
+    checked_settings(blueprint)
     layout = lay_out(blueprint.slots.values(), directory, recipe.shard_size)
     directory.mkdir(parents=True, exist_ok=True)
     _forget_what_is_gone(allocate(layout), options)

@@ -24,15 +24,9 @@ def export_config(blueprint: Blueprint, directory: Path, keep_code: bool = False
 
     keep_code  `auto_map` stays in the configs, and the Python files that it names come along
 
-    Raises SourceError if such a file cannot be copied, ValidationFailed if the settings do not say
-    of every module what the file holds.
+    Raises SourceError if such a file cannot be copied, ValidationFailed as `checked_settings` does.
     """
-    source, settings = blueprint.source, quantization_config(blueprint)
-    if problems := misread(settings, blueprint, blueprint.slots.values()):
-        raise ValidationFailed(
-            f"the exported settings would be read wrong by {blueprint.plan.target}: "
-            f"{'; '.join(problems[:3])}"
-        )
+    source, settings = blueprint.source, checked_settings(blueprint)
     _copy(find_auxiliary(source.path, source.config, keep_code), directory, keep_code)
     config = result_config(source.config, keep_code)
     if settings:
@@ -40,6 +34,21 @@ def export_config(blueprint: Blueprint, directory: Path, keep_code: bool = False
         if own := FORMATS[blueprint.plan.scheme.format].own_file:
             write_atomically(directory / own, pretty(settings))
     write_atomically(directory / "config.json", pretty(config))
+
+
+def checked_settings(blueprint: Blueprint) -> dict[str, Any]:
+    """The `quantization_config`, once it is known to be read as it is meant.
+
+    Raises ValidationFailed if it does not say of every module what the file will hold. It takes no
+    weights: compression asks before its hours of work.
+    """
+    settings = quantization_config(blueprint)
+    if problems := misread(settings, blueprint, blueprint.slots.values()):
+        raise ValidationFailed(
+            f"the exported settings would be read wrong by {blueprint.plan.target}: "
+            f"{'; '.join(problems[:3])}"
+        )
+    return settings
 
 
 def _copy(found: Auxiliary, directory: Path, keep_code: bool) -> None:

@@ -1,7 +1,8 @@
 """The file formats that we write, each one file: what it stores, its settings, packing, unpacking.
 
-A new one is a file like its neighbours, a line in FORMATS, its name in `recipe.Format`, and a row
-for each engine that loads it (targets.py). No module of this folder imports torch before it packs.
+A new one is a file like its neighbours, a line in FORMATS, a word in `Format` and a row for each
+engine that loads it (artifacts/targets.py), and how that engine reads the settings
+(engines/engine_view.py). No module of this folder imports torch before it packs.
 """
 
 from collections.abc import Mapping
