@@ -77,7 +77,7 @@ def write_list(directory: Path, progress: Progress) -> None:
     files = []
     for done, name in enumerate(names):
         progress("hash", done, len(names))
-        _sync(directory / name)
+        sync(directory / name)
         files.append(_describe(directory, name))
     progress("hash", len(names), len(names))
     write_atomically(directory / FILES_FILE, to_json(ResultFiles(tuple(files))))
@@ -149,7 +149,7 @@ def restore(directory: Path, names: Collection[str], copies: Path) -> bool:
             return False
         writing = target.with_name(target.name + WRITING)
         shutil.copyfile(copies / file.name, writing)
-        _sync(writing)
+        sync(writing)
         writing.replace(target)
     return True
 
@@ -201,7 +201,8 @@ def _describe(directory: Path, name: str) -> ResultFile:
         return ResultFile(name, os.fstat(stream.fileno()).st_size, digest)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a directory, before anything rests on it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from se_compress.artifacts import OURS, ValidationReport, write_atomically
 from se_compress.errors import RecipeError, ResourceError
-from se_compress.running.manifest import FILES_FILE
+from se_compress.running.manifest import FILES_FILE, sync
 from se_compress.running.places import partial, rejected, shown
 from se_compress.running.run_directory import (
     LOCK,
@@ -44,7 +44,7 @@ def publish(staged: Path, directory: Path, work: Path) -> None:
     """
     mark = {"directory": directory.name, "files": _list_hash(staged)}
     write_atomically(work / MARK, json.dumps(mark))
-    _sync(staged)
+    sync(staged)
     try:
         _put(staged, directory, work / REPLACED)
     except OSError as error:
@@ -52,7 +52,7 @@ def publish(staged: Path, directory: Path, work: Path) -> None:
             f"output {shown(directory)}: the finished result cannot be moved there "
             f"({error.strerror}); it is kept, and the same command tries again"
         ) from None
-    _sync(directory.parent)
+    sync(directory.parent)
     with suppress(OSError):  # the result is in its place; the next run removes what is left
         discard(work)
 
@@ -154,11 +154,3 @@ def _list_hash(directory: Path) -> str | None:
         return hashlib.sha256((directory / FILES_FILE).read_bytes()).hexdigest()
     except OSError:
         return None
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
