@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_types
 
 from se_compress.model.streaming import StreamedModel
 
@@ -23,3 +24,11 @@ def layer_watch(monkeypatch: pytest.MonkeyPatch) -> tiny.LayerWatch:
     watch = tiny.LayerWatch()
     monkeypatch.setattr(StreamedModel, "load_layer", lambda model, at: watch.load_layer(model, at))
     return watch
+
+
+@pytest.fixture(scope="session")
+def tiny_type(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model type of transformers' experts interface, "-published" behind it for the settings of
+    published checkpoints -> its directory, built once a session; change only copies."""
+    root = tmp_path_factory.mktemp("types")
+    return cache(lambda name: tiny_types.build_named(root / name, name))
