@@ -331,7 +331,7 @@ def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: 
             variant.idea(layer, grid)
         else:
             decisions = [ExpertDecision(number, e, "quantize", variant.bits, "") for e in range(16)]
-            quantize_experts(model.source, experts, capture, decisions, scheme, recipe)
+            quantize_experts(model.source.weight_of, experts, capture, decisions, scheme, recipe)
         experts.observer = None
         for states, seen in ((calibration, capture), (held_out, other)):
             routing = (seen.hidden, seen.experts, seen.weights)

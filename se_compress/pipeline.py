@@ -7,7 +7,7 @@ running/run_directory.py.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
-from se_compress.planning.policy import cautions_of, curve_of, make_plan, with_cautions
+from se_compress.planning.policy import cautions_of, curve_of, make_plan
 from se_compress.planning.terms import terms_of
 from se_compress.recipe import Recipe
 from se_compress.recipe_file import PLAN_BYTES, read_text
@@ -132,7 +132,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         (work / STATES_FILE).unlink(missing_ok=True)
 
         plan = _plan(source, profile, request)
-        plan = _noting(plan, (*filter(None, [why_not_saved(source.path)]), *doubts))
+        plan = plan.noting((*filter(None, [why_not_saved(source.path)]), *doubts))
         _tell(cautions_of(plan, source, profile), request.notice)
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
@@ -263,8 +263,8 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
     else:
         plan = check_plan(plan, source, name)
         _check_agrees(plan, request.recipe, name)
-        plan = with_cautions(plan, source, profile)
-    return _noting(plan, find_auxiliary(source.path, source.config, request.keep_code).notes)
+        plan = plan.noting(cautions_of(plan, source, profile))
+    return plan.noting(find_auxiliary(source.path, source.config, request.keep_code).notes)
 
 
 def _check_agrees(plan: CompressionPlan, recipe: Recipe, name: str) -> None:
@@ -284,11 +284,6 @@ def _plan_in(directory: Path) -> CompressionPlan | None:
     if not file.exists():
         return None
     return from_json(CompressionPlan, read_text(file, PLAN_BYTES, "a plan"), str(file))
-
-
-def _noting(plan: CompressionPlan, notes: Sequence[str]) -> CompressionPlan:
-    """The plan with further notes; one that was handed in may have them already."""
-    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
 
 
 def _tell(sentences: Iterable[str], notice: Notice) -> None:

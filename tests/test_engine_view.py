@@ -177,10 +177,10 @@ def test_the_account_of_a_result_fails_with_its_settings(
     plan = uniform(source, engine)
     directory = tiny.write_result(source, plan, tmp_path / "out")
     found = read_headers(directory)
-    assert stored.planned(source, plan, directory, found, ()).accounted.passed
+    assert stored.planned(draw_blueprint(source, plan), directory, found, ()).accounted.passed
     settings = {**quantization_config(draw_blueprint(source, plan)), key: value}
     tiny.edit_config(directory, quantization_config=settings)
-    check = stored.planned(source, plan, directory, found, ()).accounted
+    check = stored.planned(draw_blueprint(source, plan), directory, found, ()).accounted
     assert check.passed is False
     assert "bits in the file and" in check.detail
 

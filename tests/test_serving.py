@@ -9,7 +9,7 @@ import tiny
 from se_compress.artifacts import ExpertProfile, ModelSource
 from se_compress.engines.serving import float16_notes
 from se_compress.opening.source import open_source
-from se_compress.planning.policy import make_plan, with_cautions
+from se_compress.planning.policy import cautions_of, make_plan
 
 
 def with_peak(size: float, at: str = "layer") -> ExpertProfile:
@@ -96,7 +96,7 @@ def test_without_a_profile_nothing_is_known(source: ModelSource) -> None:
 
 def test_a_plan_from_a_file_gets_the_warning_once(source: ModelSource) -> None:
     plan = make_plan(source, None, tiny.recipe("m", quantization={"method": "none"}))
-    told = with_cautions(plan, source, with_peak(1e6))
+    told = plan.noting(cautions_of(plan, source, with_peak(1e6)))
     assert told.notes[:-1] == plan.notes
     assert "65,504" in told.notes[-1]
-    assert with_cautions(told, source, with_peak(1e6)) == told
+    assert told.noting(cautions_of(told, source, with_peak(1e6))) == told

@@ -1,6 +1,7 @@
 """plan.json: what becomes of every expert, and why."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from se_compress.artifacts.ids import (
@@ -116,6 +117,10 @@ class CompressionPlan:
     @cached_property
     def by_name(self) -> dict[str, OtherDecision]:
         return {decision.name: decision for decision in self.others}
+
+    def noting(self, notes: Iterable[str]) -> "CompressionPlan":
+        """The plan with further notes; none is said twice."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
     def bits_of(self, info: TensorInfo) -> int:
         """The width of a tensor of the model whose experts the plan lists."""

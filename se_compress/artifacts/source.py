@@ -57,6 +57,8 @@ class ModelSource:
     moe_layers      absolute indices of the layers with routed experts
     top_k           experts that a token is routed to
     expert_count    routed experts of each of these layers
+    group_count     groups of these that the router chooses from first; 1: it looks at no groups
+    chosen_groups   of these for a token
     contents        works `digest` out, when it is wanted
     """
 
@@ -70,6 +72,8 @@ class ModelSource:
     expert_count: int
     top_k: int
     contents: Callable[[], str] = field(repr=False, compare=False)
+    group_count: int = 1
+    chosen_groups: int = 1
 
     @cached_property
     def digest(self) -> str:
@@ -87,6 +91,32 @@ class ModelSource:
             if info.role is not None and info.expert is not None and info.layer is not None:
                 found.setdefault(ExpertId(info.layer, info.expert), {})[info.role] = info
         return {identity: found[identity] for identity in sorted(found)}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that config.json asks engines for, e.g. "bfloat16"; "" if it asks for none.
+
+        Older configs call it torch_dtype.
+        """
+        found = self.config.get("dtype") or self.config.get("torch_dtype") or ""
+        return str(found).removeprefix("torch.")
+
+    def group_of(self, expert: ExpertIndex) -> int:
+        """Number of the group in which the router finds a routed expert, from 0."""
+        assert isinstance(expert, int)
+        return expert * self.group_count // self.expert_count
+
+    def top_k_of(self, count: int) -> int:
+        """Experts per token with `count` experts left in a layer.
+
+        As many as before, or as many as the router can choose from. Fewer than it asks for is what
+        masking the others out of the router would give as well.
+        """
+        return min(self.top_k, count // self.group_count * self.chosen_groups)
+
+    def weight_of(self, identity: ExpertId, role: Role) -> str:
+        """Name of the weight of an expert's projection."""
+        return self.experts[identity][role].name
 
     @cached_property
     def size_bytes(self) -> int:

@@ -15,7 +15,7 @@ The live module's weights are replaced by what the codes stand for, so that the 
 layer is that of the compressed model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from se_compress.artifacts import (
     ExpertDecision,
     ExpertId,
     ExpertRecord,
-    ModelSource,
+    Role,
     Scheme,
 )
 from se_compress.compression.stacks import (
@@ -58,10 +58,11 @@ LAYER_TOKENS = 4096
 # An expert after its quantisation, with its record, its packed matrices, and what `_inner` gives
 # for the tokens routed to it.
 _Quantized = tuple[int, ExpertRecord, Packed, Tensor]
+NameOf = Callable[[ExpertId, Role], str]
 
 
 def quantize_experts(
-    source: ModelSource,
+    name_of: NameOf,
     experts: Any,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
@@ -70,15 +71,16 @@ def quantize_experts(
 ) -> tuple[Packed, list[ExpertRecord], Tensor]:
     """Quantise routed experts of one layer, given as the live fused module.
 
+    name_of  expert and projection -> name of the weight
     capture  what the layer's experts see
     Returns the packed matrices, by the names of their weights; the records; and the output [N, H]
     float32 of all routed experts, these and those that keep their precision.
     """
     output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
     made = (
-        _pack_experts(source, experts, capture, decisions, scheme)
+        _pack_experts(name_of, experts, capture, decisions, scheme)
         if FORMATS[scheme.format].quantize
-        else _solve_experts(source, experts, capture, decisions, scheme, recipe)
+        else _solve_experts(name_of, experts, capture, decisions, scheme, recipe)
     )
     tensors: Packed = {}
     records: list[ExpertRecord] = []
@@ -94,7 +96,7 @@ def quantize_experts(
 
 
 def _solve_experts(
-    source: ModelSource,
+    name_of: NameOf,
     experts: Any,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
@@ -113,7 +115,7 @@ def _solve_experts(
         check_moments(inner_inputs.hessian, [f"down of expert {i}" for i in identities])
         down = replace_members(experts.down_proj, members, inner_inputs, bits[1], scheme, rule)
         for i, (expert, identity) in enumerate(zip(members, identities, strict=True)):
-            names = [source.experts[identity][role].name for role in ROLES]
+            names = [name_of(identity, role) for role in ROLES]
             tensors: Packed = {}
             for matrices, solved in ((names[:2], gate_up), (names[2:], down)):
                 if solved is not None:
@@ -170,7 +172,7 @@ def _record(
 
 
 def _pack_experts(
-    source: ModelSource,
+    name_of: NameOf,
     experts: Any,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
@@ -186,8 +188,7 @@ def _pack_experts(
         tensors: Packed = {}
         for role, live in zip(ROLES, (*gate_up.chunk(2), down), strict=True):
             if decision.bits_of(role) != SOURCE_BITS:
-                name = source.experts[decision.id][role].name
-                tensors |= pack_in_place(name, live, scheme)
+                tensors |= pack_in_place(name_of(decision.id, role), live, scheme)
         rows, _ = capture.rows_of(decision.expert)
         inner = _inner(capture, experts, decision.expert)
         record = ExpertRecord(

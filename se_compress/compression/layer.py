@@ -231,7 +231,7 @@ def _quantize_layer(
     if plan.experts:
         live = model.experts_module(module)
         tensors, made.experts, output = quantize_experts(
-            model.source, live, watch, plan.experts, scheme, recipe
+            model.source.weight_of, live, watch, plan.experts, scheme, recipe
         )
         made.tensors |= tensors
     if any(plan.shared):

@@ -5,7 +5,7 @@ engine's settings, validation and the account of tensors all read this one table
 cannot disagree. No weight is read; no torch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,14 +53,12 @@ class Blueprint:
     @cached_property
     def size_bytes(self) -> int:
         """All tensor data of the result, headers not counted."""
-        return sum(tensor.size_bytes for tensor in self.tensors.values())
+        return size_bytes(self.tensors.values())
 
     @cached_property
     def bits_per_weight(self) -> float:
         """Stored bits per weight over all routed experts; scales, zeros and indices count."""
-        experts = [tensor for tensor in self.tensors.values() if tensor.info.kind == "expert"]
-        weights = sum(tensor.info.shape[0] * tensor.info.shape[1] for tensor in experts)
-        return 8 * sum(tensor.size_bytes for tensor in experts) / weights
+        return bits_per_weight(self.tensors.values())
 
     @cached_property
     def linears(self) -> list[PlannedTensor]:
@@ -79,13 +77,30 @@ class Blueprint:
 def draw_blueprint(source: ModelSource, plan: CompressionPlan) -> Blueprint:
     """The blueprint of the result that a consistent plan makes of a source."""
     shrunk = shrink(source, plan)
+    return Blueprint(shrunk, list_tensors(shrunk.source, shrunk.plan))
+
+
+def list_tensors(source: ModelSource, plan: CompressionPlan) -> dict[str, PlannedTensor]:
+    """Every tensor of a result, by its name in the source, of a plan without surgery."""
     unfused = rules_of(plan).unfused_names
     family = FAMILIES[source.family]
     tensors = {}
-    for info in shrunk.source.tensors.values():
+    for info in source.tensors.values():
         name = unfused_name(family, info.name) if unfused else info.name
-        tensors[info.name] = _planned(info, name, shrunk.plan)
-    return Blueprint(shrunk, tensors)
+        tensors[info.name] = _planned(info, name, plan)
+    return tensors
+
+
+def size_bytes(tensors: Iterable[PlannedTensor]) -> int:
+    """All tensor data, headers not counted."""
+    return sum(tensor.size_bytes for tensor in tensors)
+
+
+def bits_per_weight(tensors: Iterable[PlannedTensor]) -> float:
+    """Stored bits per weight over the routed experts among them."""
+    experts = [tensor for tensor in tensors if tensor.info.kind == "expert"]
+    weights = sum(tensor.info.shape[0] * tensor.info.shape[1] for tensor in experts)
+    return 8 * sum(tensor.size_bytes for tensor in experts) / weights
 
 
 def _planned(info: TensorInfo, name: str, plan: CompressionPlan) -> PlannedTensor:

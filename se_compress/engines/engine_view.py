@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from se_compress.artifacts import SOURCE_BITS, ModelSource, TensorInfo
+from se_compress.artifacts import SOURCE_BITS, TensorInfo
 from se_compress.engines.blueprint import Blueprint
 from se_compress.opening.headers import Slot
 
@@ -39,7 +39,11 @@ def misread(
 def _misread(
     settings: Settings, blueprint: Blueprint, slots: Mapping[str, Slot | TensorInfo]
 ) -> Iterator[str]:
-    view = ENGINES[settings["quant_method"]](settings, blueprint.source) if settings else None
+    view = (
+        ENGINES[settings["quant_method"]](settings, blueprint.source.layer_count)
+        if settings
+        else None
+    )
     for tensor in blueprint.tensors.values():
         info, module = tensor.info, tensor.module
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
@@ -67,7 +71,7 @@ def stored_bits(module: str, columns: int, slots: Mapping[str, Slot | TensorInfo
 # ------------------------------------------------------------------------------------------ engines
 
 
-def _gptq(settings: Settings, source: ModelSource) -> View:
+def _gptq(settings: Settings, layers: int) -> View:
     """GPTQModel 7.6: linears of the layers, and the head if it says so; of the rules that match,
     the first "-:" decides, then the first other one (quantization/config.py, dynamic_get)."""
     rules: Mapping[str, Mapping[str, int]] = settings.get("dynamic", {})
@@ -87,7 +91,7 @@ def _gptq(settings: Settings, source: ModelSource) -> View:
     return view
 
 
-def _auto_round(settings: Settings, source: ModelSource) -> View:
+def _auto_round(settings: Settings, layers: int) -> View:
     """auto-round 0.15: linears below the named blocks, unless `extra_config` names them."""
     blocks = tuple(f"{block}." for block in settings["block_name_to_quantize"].split(","))
     base, named = int(settings["bits"]), settings["extra_config"]
@@ -99,7 +103,7 @@ def _auto_round(settings: Settings, source: ModelSource) -> View:
     return view
 
 
-def _compressed_tensors(settings: Settings, source: ModelSource) -> View:
+def _compressed_tensors(settings: Settings, layers: int) -> View:
     """compressed-tensors 0.19: every Linear that `ignore` does not match; an exact name comes
     before a pattern, and a pattern before the class (utils/match.py)."""
     ignored = _Targets(settings["ignore"])
@@ -115,21 +119,21 @@ def _compressed_tensors(settings: Settings, source: ModelSource) -> View:
     return view
 
 
-def _bitsandbytes(settings: Settings, source: ModelSource) -> View:
+def _bitsandbytes(settings: Settings, layers: int) -> View:
     """Our own `loading`: experts of the decoder's layers unless listed, other linears if listed."""
     bits = 8 if settings["data_type"] == "int8" else 4
     in_16_bit, others = set(settings["in_16_bit"]), set(settings["others"])
 
     def view(module: str) -> int:
         layer = _LAYER.search(module)
-        within = layer is not None and int(layer[1]) < source.layer_count
+        within = layer is not None and int(layer[1]) < layers
         expert = within and _EXPERT.search(module) is not None
         return bits if (module not in in_16_bit if expert else module in others) else SOURCE_BITS
 
     return view
 
 
-ENGINES: Mapping[str, Callable[[Settings, ModelSource], View]] = {
+ENGINES: Mapping[str, Callable[[Settings, int], View]] = {
     "gptq": _gptq,
     "auto-round": _auto_round,
     "compressed-tensors": _compressed_tensors,

@@ -29,7 +29,7 @@ def float16_notes(
     profile."""
     size, where = max(_peaks(profile), default=(0.0, "")) if profile else (0.0, "")
     found = f"activations reach {size:,.0f} ({where}), and float16 ends at 65,504"
-    if _dtype_of(source) == "float16" and size * HEADROOM > FLOAT16_LARGEST:
+    if source.dtype == "float16" and size * HEADROOM > FLOAT16_LARGEST:
         beyond = size > FLOAT16_LARGEST
         becomes = "they are infinite" if beyond else "other text may take them beyond"
         how = ENGINES[plan.target].in_bfloat16
@@ -49,9 +49,3 @@ def _peaks(profile: ExpertProfile) -> Iterator[tuple[float, str]]:
             yield layer.mlp_peak, f"the dense MLP of layer {layer.layer}"
     for expert in profile.experts:
         yield expert.peak, f"the output of expert {expert.id}"
-
-
-def _dtype_of(source: ModelSource) -> str:
-    """What config.json says; older ones call it torch_dtype."""
-    found = source.config.get("dtype") or source.config.get("torch_dtype") or ""
-    return str(found).removeprefix("torch.")

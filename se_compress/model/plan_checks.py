@@ -2,7 +2,7 @@
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ExpertId, ModelSource
 from se_compress.errors import RecipeError
-from se_compress.model.surgery import SURGICAL, resulting_id, routing_group
+from se_compress.model.surgery import SURGICAL, resulting_id
 from se_compress.opening.config_rules import LEAST_IN_GROUP
 
 
@@ -42,7 +42,7 @@ def _check_merged(source: ModelSource, plan: CompressionPlan, where: str) -> Non
         members.setdefault(ExpertId(decision.layer, decision.becomes), []).append(decision)
     for identity, decisions in members.items():
         names = ", ".join(str(d.id) for d in decisions)
-        if len(decisions) < 2 or len({routing_group(source, d.id) for d in decisions}) > 1:
+        if len(decisions) < 2 or len({source.group_of(d.expert) for d in decisions}) > 1:
             raise RecipeError(
                 f"{where}: merged expert {identity} has the members {names}; it needs at least two,"
                 " all of one routing group"
@@ -59,7 +59,7 @@ def _check_counts(source: ModelSource, plan: CompressionPlan, where: str) -> Non
     left: dict[tuple[int, int], set[ExpertId]] = {}
     for decision in plan.experts:
         if decision.expert != "shared":
-            group = left.setdefault((decision.layer, routing_group(source, decision.id)), set())
+            group = left.setdefault((decision.layer, source.group_of(decision.expert)), set())
             identity = resulting_id(decision)
             group |= {identity} if identity else set()
     counts = {place: len(identities) for place, identities in left.items()}

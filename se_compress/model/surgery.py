@@ -33,10 +33,8 @@ from se_compress.opening.families import (
     COUNT_KEYS,
     FAMILIES,
     Family,
-    chosen_groups,
     is_grouped,
     per_expert_tensors,
-    routing_groups,
     setting,
 )
 from se_compress.opening.headers import ITEM_BYTES
@@ -72,7 +70,7 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
     if not any(decision.action in SURGICAL for decision in plan.experts):
         return Shrunk(source, source, plan, origin, {})
     count = max(identity.expert for identity in origin if isinstance(identity.expert, int)) + 1
-    top_k = valid_top_k(source, count)
+    top_k = source.top_k_of(count)
     structure = [(str(d.id), d.action, d.becomes, d.share) for d in plan.experts]
     small = replace(
         source,
@@ -100,28 +98,10 @@ def resulting_id(decision: ExpertDecision) -> ExpertId | None:
     return ExpertId(decision.layer, decision.becomes)
 
 
-def valid_top_k(source: ModelSource, count: int) -> int:
-    """Experts per token with `count` experts left in a layer.
-
-    As many as before, or as many as the router can choose from. Fewer than it asks for is what
-    masking the others out of the router would give as well.
-    """
-    family = FAMILIES[source.family]
-    each = count // routing_groups(family, source.config)
-    return min(source.top_k, each * chosen_groups(family, source.config))
-
-
-def routing_group(source: ModelSource, identity: ExpertId) -> int:
-    """Number of the group in which a group-limited router finds a routed expert, from 0."""
-    groups = routing_groups(FAMILIES[source.family], source.config)
-    assert isinstance(identity.expert, int)
-    return identity.expert * groups // source.expert_count
-
-
 # --------------------------------------------------------------------------------- plans and ids
 
 
-def renumbered(source: ModelSource, decisions: Iterable[ExpertDecision]) -> list[ExpertDecision]:
+def renumbered(decisions: Iterable[ExpertDecision]) -> list[ExpertDecision]:
     """The decisions, by id, with `becomes` made anew.
 
     What is left of a layer is counted from 0 in the order of the source; a merged expert stands

@@ -51,6 +51,8 @@ def open_source(
         expert_count=int(config[families.count_key(family, config)]),
         top_k=int(config["num_experts_per_tok"]),
         contents=partial(contents_digest, config, tensors),
+        group_count=families.routing_groups(family, config),
+        chosen_groups=families.chosen_groups(family, config),
     )
 
 

@@ -12,43 +12,28 @@ from se_compress.artifacts import (
     SOURCE_BITS,
     CompressionPlan,
     ExpertId,
-    ExpertProfile,
-    ModelSource,
 )
+from se_compress.engines.targets import check_grid
 from se_compress.errors import RecipeError
 from se_compress.planning.decisions import write_plan
 from se_compress.planning.knapsack import choose
-from se_compress.planning.terms import Terms, check_loadable
-from se_compress.planning.units import (
-    ExpertBits,
-    Task,
-    routed_bytes,
-    routed_experts,
-    unit_bytes,
-    unit_of,
-    weight_count,
-)
+from se_compress.planning.terms import check_bits
+from se_compress.planning.units import ExpertBits, Task, unit_of
 from se_compress.recipe import Recipe
 
 
-def plan_bits(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    terms: Terms,
-    protected: Mapping[ExpertId, str],
-) -> CompressionPlan:
-    """The plan of least predicted loss for all experts of a model.
-
-    profile    None before the first one: the bits are then an estimate, the most that fit all
-    protected  the experts that keep `policy.protected_bits`, and why
+def plan_bits(task: Task) -> CompressionPlan:
+    """The plan of least predicted loss for all experts of a model. Without a profile the bits are
+    an estimate, the most that fit all.
 
     Raises RecipeError for what the target cannot load and for a budget that cannot be met.
     """
+    terms = task.terms
     if terms.recipe.quantization.method == "none":
-        return _unquantized(Task(source, profile, terms, {}, {}))
-    check_loadable(source, terms)
-    raised = raised_with(source, terms, protected)
-    task = Task(source, profile, terms, protected, raised)
+        return _unquantized(replace(task, protected={}))
+    check_grid(task.source, terms.rules, terms.scheme)
+    check_bits(terms)
+    task = with_raised(task)
     least = write_plan(task, task.least_bits)
     expert_bits, notes = _solve(task, least)
     plan = least if expert_bits == task.least_bits else write_plan(task, expert_bits)
@@ -106,13 +91,13 @@ def _solve(task: Task, least: CompressionPlan) -> tuple[ExpertBits, tuple[str, .
 
 def _room(task: Task, least: CompressionPlan) -> int | None:
     """Bytes that the budget leaves for the free units; None if the recipe sets no budget."""
-    policy, source = task.terms.policy, task.source
+    policy = task.terms.policy
     if policy.size is not None:
         return policy.size - (least.size_bytes - _cost_of_option(task, 0))
     if policy.bits_per_weight is None:
         return None
-    limit = floor(policy.bits_per_weight * weight_count(source, task.routed) / 8)
-    return limit - (routed_bytes(source, least) - _cost_of_option(task, 0))
+    limit = floor(policy.bits_per_weight * task.weights(task.routed) / 8)
+    return limit - (task.routed_bytes(least) - _cost_of_option(task, 0))
 
 
 def _cost_of_option(task: Task, index: int) -> int:
@@ -152,44 +137,40 @@ def _over_budget(recipe: Recipe, least: CompressionPlan, why: str) -> str:
 # ------------------------------------------------------------------------------------ fixed bits
 
 
-def raised_with(
-    source: ModelSource, terms: Terms, protected: Mapping[ExpertId, str]
-) -> dict[ExpertId, str]:
-    """Where the target takes one number of bits per layer: the other experts of a layer with a
-    protected one, and why they get its bits. That is expensive: it needs the policy's leave."""
-    rules, policy = terms.rules, terms.policy
+def with_raised(task: Task) -> Task:
+    """The task with `raised`: where the target takes one number of bits per layer, the other
+    experts of a layer with a protected one, which get its bits. That is expensive: it needs the
+    policy's leave."""
+    rules, policy = task.terms.rules, task.terms.policy
     if rules.granularity == "model":
-        _check_one_width(terms, protected)
+        _check_one_width(task)
     if rules.granularity != "layer":
-        return {}
+        return task
     bits = policy.protected_bits
-    first = {i.layer: i for i in sorted(protected, reverse=True) if i.expert != "shared"}
-    whole = [i for i in routed_experts(source) if i.layer in first]
+    first = {i.layer: i for i in sorted(task.protected, reverse=True) if i.expert != "shared"}
+    whole = [i for i in task.routed if i.layer in first]
     raised = {
         i: f"lifted to {bits} bits with expert {first[i.layer]}: target {rules.target} loads one "
         "width per layer"
         for i in whole
-        if i not in protected
+        if i not in task.protected
     }
     if raised and not policy.lift_layers and set(policy.bits) != {bits}:
-        raise RecipeError(_without_leave(source, terms, first, whole))
-    return raised
+        raise RecipeError(_without_leave(task, first, whole))
+    return replace(task, raised=raised)
 
 
-def _without_leave(
-    source: ModelSource, terms: Terms, first: Mapping[int, ExpertId], whole: list[ExpertId]
-) -> str:
+def _without_leave(task: Task, first: Mapping[int, ExpertId], whole: list[ExpertId]) -> str:
     """What raising whole layers would cost.
 
     first  layer -> the protected expert that makes it necessary
     whole  all routed experts of these layers
     """
-    policy, target = terms.policy, terms.rules.target
+    policy, target = task.terms.policy, task.terms.rules.target
     bits, least = policy.protected_bits, min(policy.bits)
     unit = unit_of(whole)
-    at_least, at_most = (unit_bytes(source, terms.scheme, unit, b) for b in (least, bits))
-    more = at_most - at_least
-    share = 8 * more / weight_count(source, routed_experts(source))
+    more = task.cost(unit, bits) - task.cost(unit, least)
+    share = 8 * more / task.weights(task.routed)
     alike = "policy.protected_bits: 8, " if set(policy.bits) == {8} else ""
     return (
         f"target {target} loads one width per layer: for the protected "
@@ -201,10 +182,10 @@ def _without_leave(
     )
 
 
-def _check_one_width(terms: Terms, protected: Mapping[ExpertId, str]) -> None:
-    bits, rules = terms.policy.protected_bits, terms.rules
-    routed = sorted(identity for identity in protected if identity.expert != "shared")
-    if routed and set(terms.policy.bits) != {bits}:
+def _check_one_width(task: Task) -> None:
+    bits, rules = task.terms.policy.protected_bits, task.terms.rules
+    routed = sorted(identity for identity in task.protected if identity.expert != "shared")
+    if routed and set(task.terms.policy.bits) != {bits}:
         raise RecipeError(
             f"expert {routed[0]} keeps {bits} bits; as {rules.format}, target {rules.target} loads "
             "one width for all experts of a model: accepted are policy.protect none and another "
@@ -223,9 +204,9 @@ def _price_of_protection(task: Task, expert_bits: ExpertBits) -> tuple[str, ...]
     others = [identity for identity in expert_bits if identity not in task.fixed]
     if not fixed or not others:
         return ()
-    average = task.stored(others, expert_bits) / weight_count(task.source, others)
-    more = task.stored(fixed, expert_bits) - average * weight_count(task.source, fixed)
-    share = 8 * more / weight_count(task.source, expert_bits)
+    average = task.stored(others, expert_bits) / task.weights(others)
+    more = task.stored(fixed, expert_bits) - average * task.weights(fixed)
+    share = 8 * more / task.weights(expert_bits)
     return (
         f"protection: {_fixed(task)} at {task.terms.policy.protected_bits} bits; {more:,.0f} bytes "
         f"or {share:.4f} bits per expert weight more than at the others' average of "

@@ -10,6 +10,7 @@ from se_compress.artifacts import (
     ModelSource,
     TensorInfo,
 )
+from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.targets import (
     TARGETS,
     TargetRules,
@@ -21,8 +22,7 @@ from se_compress.engines.targets import (
 )
 from se_compress.errors import RecipeError
 from se_compress.model.plan_checks import check_structure
-from se_compress.model.surgery import renumbered, shrink
-from se_compress.planning.decisions import with_sizes
+from se_compress.model.surgery import renumbered
 
 
 def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> CompressionPlan:
@@ -42,14 +42,13 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
         _check_others(plan, source, rules)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
-    plan = replace(plan, experts=tuple(renumbered(source, plan.experts)))
+    plan = replace(plan, experts=tuple(renumbered(plan.experts)))
     check_structure(source, plan, where)
-    small = shrink(source, plan)
-    sizes = with_sizes(small.plan, small.source)
+    blueprint = draw_blueprint(source, plan)
     return replace(
         plan,
-        bits_per_weight=sizes.bits_per_weight,
-        size_bytes=sizes.size_bytes,
+        bits_per_weight=blueprint.bits_per_weight,
+        size_bytes=blueprint.size_bytes,
         source_size_bytes=source.size_bytes,
     )
 

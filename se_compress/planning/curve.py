@@ -1,42 +1,26 @@
 """What other budgets would buy: sizes against predicted loss."""
 
-from collections.abc import Mapping
-
-from se_compress.artifacts import (
-    PARTS,
-    CompressionPlan,
-    CurvePoint,
-    ExpertId,
-    ExpertProfile,
-    ModelSource,
-)
+from se_compress.artifacts import PARTS, CompressionPlan, CurvePoint
 from se_compress.engines.targets import widths_of
-from se_compress.planning.bits import raised_with
+from se_compress.planning.bits import with_raised
 from se_compress.planning.decisions import write_plan
 from se_compress.planning.knapsack import sweep
-from se_compress.planning.terms import Terms
-from se_compress.planning.units import ExpertBits, Task, routed_bytes, weight_count
+from se_compress.planning.units import ExpertBits, Task
 
 CURVE_POINTS = 9
 
 
-def cost_curve(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    terms: Terms,
-    protected: Mapping[ExpertId, str],
-) -> tuple[CurvePoint, ...]:
+def cost_curve(task: Task) -> tuple[CurvePoint, ...]:
     """Points by size, the protected experts kept: all bits that the target loads, for all other
     experts alike; and with a profile and several `policy.bits`, mixtures of them at equal steps
     between the least and the most."""
-    raised = raised_with(source, terms, protected) if terms.rules.widths else {}
-    task = Task(source, profile, terms, protected, raised)
-    loadable = widths_of(terms.scheme, terms.rules)
+    loadable = widths_of(task.terms.scheme, task.terms.rules)
     if not loadable:
         return ()
+    task = with_raised(task)
     least = write_plan(task, task.least_bits)
     points = [_point(task, least, (bits,), task.uniform(bits)) for bits in loadable]
-    if profile is not None and len(task.allowed) > 1:
+    if task.profile is not None and len(task.allowed) > 1:
         mixtures = (task.mixed(choice.picks) for choice in sweep(task.items, _budgets(task)))
         points += [_point(task, least, tuple(task.allowed), mixture) for mixture in mixtures]
     return tuple(sorted(points, key=lambda point: (point.size_bytes, len(point.widths))))
@@ -62,7 +46,7 @@ def _point(
     )
     return CurvePoint(
         label,
-        8 * (routed_bytes(task.source, least) + more) / weight_count(task.source, experts),
+        8 * (task.routed_bytes(least) + more) / task.weights(experts),
         least.size_bytes + more,
         loss if task.profile is not None else None,
     )

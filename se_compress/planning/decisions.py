@@ -8,11 +8,10 @@ from se_compress.artifacts import (
     CompressionPlan,
     ExpertDecision,
     ExpertId,
-    ModelSource,
     OtherDecision,
     TensorInfo,
 )
-from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.blueprint import bits_per_weight, list_tensors, size_bytes
 from se_compress.engines.targets import is_other_linear, unpackable
 from se_compress.planning.units import ExpertBits, Task, Unit, unit_of
 
@@ -26,7 +25,7 @@ _PREDICTED = {
 def write_plan(task: Task, expert_bits: ExpertBits) -> CompressionPlan:
     """The plan that gives the routed experts these bits."""
     predicted = _predictions(task)
-    plan = CompressionPlan(
+    unmeasured = CompressionPlan(
         target=task.terms.recipe.target,
         scheme=task.terms.scheme,
         bits_per_weight=0.0,
@@ -38,17 +37,9 @@ def write_plan(task: Task, expert_bits: ExpertBits) -> CompressionPlan:
         experts=tuple(_decide(task, i, expert_bits, predicted) for i in task.source.experts),
         others=tuple(_others(task)),
     )
-    return with_sizes(plan, task.source)
-
-
-def with_sizes(plan: CompressionPlan, source: ModelSource) -> CompressionPlan:
-    """The plan with its sizes worked out anew, to the byte."""
-    blueprint = draw_blueprint(source, plan)
+    tensors = list_tensors(task.source, unmeasured).values()
     return replace(
-        plan,
-        bits_per_weight=blueprint.bits_per_weight,
-        size_bytes=blueprint.size_bytes,
-        source_size_bytes=source.size_bytes,
+        unmeasured, bits_per_weight=bits_per_weight(tensors), size_bytes=size_bytes(tensors)
     )
 
 

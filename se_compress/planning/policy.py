@@ -7,7 +7,7 @@ know of it. What the target cannot load is refused here, before any weight is re
 comes back from a file is held to the same rules (check.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from se_compress.artifacts import (
@@ -28,8 +28,9 @@ from se_compress.model.surgery import renumbered, restored, shrink, shrunk_profi
 from se_compress.planning import structure
 from se_compress.planning.bits import plan_bits
 from se_compress.planning.curve import cost_curve
-from se_compress.planning.terms import Terms, terms_of
-from se_compress.recipe import Prune, Recipe
+from se_compress.planning.terms import terms_of
+from se_compress.planning.units import Task
+from se_compress.recipe import Recipe
 
 
 def make_plan(
@@ -37,19 +38,9 @@ def make_plan(
 ) -> CompressionPlan:
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
-    protected = _protected(source, profile, recipe)
-    plan = _plan(source, profile, terms_of(recipe), protected)
-    plan = replace(plan, notes=plan.notes + _notes(profile, recipe))
-    return with_cautions(plan, source, profile)
-
-
-def with_cautions(
-    plan: CompressionPlan, source: ModelSource, profile: ExpertProfile | None
-) -> CompressionPlan:
-    """The plan with what has to be known before its result is served; a note that it has already
-    is not repeated."""
-    said = cautions_of(plan, source, profile)
-    return replace(plan, notes=(*plan.notes, *(note for note in said if note not in plan.notes)))
+    task = Task(source, profile, terms_of(recipe))
+    plan = _plan(replace(task, protected=_protected(task)))
+    return plan.noting((*_notes(task), *cautions_of(plan, source, profile)))
 
 
 def cautions_of(
@@ -59,71 +50,46 @@ def cautions_of(
     return cautions(source, rules_of(plan)) + float16_notes(source, plan, profile)
 
 
-def _plan(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    terms: Terms,
-    reasons: Mapping[ExpertId, str],
-) -> CompressionPlan:
-    """Surgery first, if the recipe wants any, then bits for what is left.
-
-    reasons  the experts to protect, and why
-    """
-    policy = terms.policy
+def _plan(task: Task) -> CompressionPlan:
+    """Surgery first, if the recipe wants any, then bits for what is left."""
+    policy, prune = task.terms.policy, task.terms.policy.prune
     if policy.zero:
-        zeroed = structure.zero(source, profile, policy)
+        zeroed = structure.zero(task)
         silent = {decision.id for decision in zeroed}
-        reasons = {i: reason for i, reason in reasons.items() if i not in silent}
-        return _with_structure(source, profile, terms, reasons, zeroed, ())
+        heard = {i: why for i, why in task.protected.items() if i not in silent}
+        return _with_structure(replace(task, protected=heard), zeroed, ())
     if policy.merge:
-        fraction = policy.merge.fraction
-        count = structure.count_of(source, reasons.keys(), fraction, "policy.merge.fraction")
-        merged = structure.merge(source, profile, reasons.keys(), count)
-        notes = structure.notes(source, count, "merged into others")
-        return _with_structure(source, profile, terms, reasons, merged, notes)
-    prune = policy.prune
+        count = structure.count_of(task, policy.merge.fraction, "policy.merge.fraction")
+        notes = structure.notes(task.source, count, "merged into others")
+        return _with_structure(task, structure.merge(task, count), notes)
     if prune is None:
-        return plan_bits(source, profile, terms, reasons)
+        return plan_bits(task)
     if prune.fraction == "auto":
-        return _best_pruned(source, profile, terms, reasons, prune)
-    count = structure.count_of(source, reasons.keys(), prune.fraction, "policy.prune.fraction")
-    return _pruned(source, profile, terms, reasons, prune, count)
+        return _best_pruned(task, prune.score)
+    count = structure.count_of(task, prune.fraction, "policy.prune.fraction")
+    return _pruned(task, prune.score, count)
 
 
-def _pruned(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    terms: Terms,
-    reasons: Mapping[ExpertId, str],
-    prune: Prune,
-    count: int,
-) -> CompressionPlan:
+def _pruned(task: Task, score: str, count: int) -> CompressionPlan:
     """The plan with `count` experts of each routing group gone."""
-    gone = structure.prune(source, profile, reasons.keys(), prune.score, count)
-    notes = structure.notes(source, count, "pruned")
-    return _with_structure(source, profile, terms, reasons, gone, notes)
+    notes = structure.notes(task.source, count, "pruned")
+    return _with_structure(task, structure.prune(task, score, count), notes)
 
 
-def _best_pruned(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    terms: Terms,
-    reasons: Mapping[ExpertId, str],
-    prune: Prune,
-) -> CompressionPlan:
+def _best_pruned(task: Task, score: str) -> CompressionPlan:
     """`fraction: auto`: of all counts that can meet the budget, the one of least predicted loss.
     Without a profile no loss is known, and the least count that can meet it is taken."""
     best: tuple[float, CompressionPlan] | None = None
     tried, last = [], None
-    for count in structure.steps(source, reasons.keys()):
+    for count in structure.steps(task):
         try:
-            plan = _pruned(source, profile, terms, reasons, prune, count)
+            plan = _pruned(task, score, count)
         except RecipeError as error:
             last = error
             continue
-        if profile is None:
+        if task.profile is None:
             return plan
-        loss = predicted_loss(plan, profile)
+        loss = predicted_loss(plan, task.profile)
         tried.append(f"{loss:.4g} with {count}")
         if best is None or loss < best[0]:
             best = loss, plan
@@ -147,58 +113,55 @@ def predicted_loss(plan: CompressionPlan, profile: ExpertProfile) -> float:
 
 
 def _with_structure(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    terms: Terms,
-    reasons: Mapping[ExpertId, str],
-    decisions: Sequence[ExpertDecision],
-    notes: tuple[str, ...],
+    task: Task, decisions: Sequence[ExpertDecision], notes: tuple[str, ...]
 ) -> CompressionPlan:
     """The plan in which `decisions` hold for the experts that they name, and bits are planned for
     what is left of the model."""
     if not decisions:
-        return plan_bits(source, profile, terms, reasons)
+        return plan_bits(task)
     whole = CompressionPlan(
-        target=terms.recipe.target,
-        scheme=terms.scheme,
+        target=task.terms.recipe.target,
+        scheme=task.terms.scheme,
         bits_per_weight=0.0,
         size_bytes=0,
-        source_size_bytes=source.size_bytes,
-        protected=tuple(sorted(reasons)),
+        source_size_bytes=task.source.size_bytes,
+        protected=tuple(sorted(task.protected)),
         profile_digest="",
         notes=notes,
-        experts=tuple(renumbered(source, structure.complete(source, decisions))),
+        experts=tuple(renumbered(structure.complete(task.source, decisions))),
     )
-    check_structure(source, whole, "policy")
+    check_structure(task.source, whole, "policy")
     whole = replace(whole, notes=notes + structure.new_names(whole))
-    small = shrink(source, whole)
-    left = {new: reasons[m[0]] for new, m in small.origin.items() if m[0] in reasons}
-    known = shrunk_profile(profile, whole, small) if profile else None
-    return restored(whole, plan_bits(small.source, known, terms, left))
+    return restored(whole, plan_bits(_left(task, whole)))
+
+
+def _left(task: Task, plan: CompressionPlan) -> Task:
+    """The task of planning bits for the model that `plan` leaves, in its own ids."""
+    small = shrink(task.source, plan)
+    known = shrunk_profile(task.profile, plan, small) if task.profile else None
+    reasons = ((new, task.protected.get(old[0])) for new, old in small.origin.items())
+    kept = {new: why for new, why in reasons if why is not None}
+    return Task(small.source, known, task.terms, kept)
 
 
 def curve_of(
     source: ModelSource, profile: ExpertProfile | None, recipe: Recipe, plan: CompressionPlan
 ) -> tuple[CurvePoint, ...]:
     """What other budgets would buy for the model as the plan leaves it, see `cost_curve`."""
-    small = shrink(source, plan)
-    known = shrunk_profile(profile, plan, small) if profile else None
-    kept = {new: "" for new, old in small.origin.items() if old[0] in plan.protected}
-    return cost_curve(small.source, known, terms_of(recipe), kept)
+    task = Task(source, profile, terms_of(recipe), dict.fromkeys(plan.protected, ""))
+    return cost_curve(_left(task, plan))
 
 
-def _protected(
-    source: ModelSource, profile: ExpertProfile | None, recipe: Recipe
-) -> dict[ExpertId, str]:
+def _protected(task: Task) -> dict[ExpertId, str]:
     """The protected experts and why."""
-    protect, bits = recipe.policy.protect, recipe.policy.protected_bits
+    protect, bits = task.terms.policy.protect, task.terms.policy.protected_bits
     reasons: dict[ExpertId, str] = {}
     if isinstance(protect, tuple):
-        for identity in structure.listed(source, protect, "policy.protect"):
+        for identity in structure.listed(task.source, protect, "policy.protect"):
             kept = SOURCE_BITS if identity.expert == "shared" else bits
             reasons[identity] = f"protected at {kept} bits: listed in policy.protect"
-    elif protect == "super-experts" and profile is not None:
-        for expert in profile.super_experts:
+    elif protect == "super-experts" and task.profile is not None:
+        for expert in task.profile.super_experts:
             state = {True: "confirmed", False: "not confirmed", None: "not asked to confirm"}
             reasons[expert.id] = (
                 f"protected at {bits} bits: super expert, peak {expert.peak:.0f} on channel "
@@ -207,14 +170,15 @@ def _protected(
     return reasons
 
 
-def _notes(profile: ExpertProfile | None, recipe: Recipe) -> tuple[str, ...]:
+def _notes(task: Task) -> tuple[str, ...]:
     """What a reader has to know of the super experts."""
-    if recipe.policy.protect == "none":
+    protect, profile = task.terms.policy.protect, task.profile
+    if protect == "none":
         return ("policy.protect is none: super experts are treated like any other expert",)
-    if recipe.policy.protect == "super-experts" and profile is None:
+    if protect == "super-experts" and profile is None:
         return (
             "no profile yet: super experts are not known, so none is protected in this estimate",
         )
-    if recipe.policy.protect == "super-experts" and profile and not profile.super_experts:
+    if protect == "super-experts" and profile and not profile.super_experts:
         return ("the profile found no super expert, so none is protected",)
     return ()

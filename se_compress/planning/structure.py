@@ -8,7 +8,6 @@ by id, so equal inputs give an equal choice.
 import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 
 from se_compress.artifacts import (
     SOURCE_BITS,
@@ -21,10 +20,10 @@ from se_compress.artifacts import (
     ModelSource,
 )
 from se_compress.errors import RecipeError
-from se_compress.model.surgery import behind_decoder, routing_group, valid_top_k
+from se_compress.model.surgery import behind_decoder
 from se_compress.opening.config_rules import LEAST_IN_GROUP
-from se_compress.opening.families import FAMILIES, routing_groups
-from se_compress.recipe import ExpertName, Policy
+from se_compress.planning.units import Task
+from se_compress.recipe import ExpertName
 
 SCORES: Mapping[str, str] = {
     "reap": "saliency {:.4g}",
@@ -40,29 +39,23 @@ def score_of(stats: ExpertStats, score: str) -> float:
     ]
 
 
-def steps(source: ModelSource, protected: AbstractSet[ExpertId]) -> list[int]:
+def steps(task: Task) -> list[int]:
     """How many experts can go from each routing group, 0 first: the protected ones stay, and enough
     for the router to choose from."""
-    each, groups = _group_size(source)
-    least = LEAST_IN_GROUP if groups > 1 else 1
-    kept = max((len(members & protected) for members in _groups(source).values()), default=0)
-    return list(range(each - max(least, kept) + 1))
+    groups = _groups(task.source)
+    least = LEAST_IN_GROUP if task.source.group_count > 1 else 1
+    kept = max((len(members & task.protected.keys()) for members in groups), default=0)
+    return list(range(_group_size(task.source) - max(least, kept) + 1))
 
 
-def prune(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    protected: AbstractSet[ExpertId],
-    score: str,
-    count: int,
-) -> list[ExpertDecision]:
+def prune(task: Task, score: str, count: int) -> list[ExpertDecision]:
     """Drop `count` experts of every routing group of every layer, those of the least score first.
     Without a profile the last ones, which makes no difference to the sizes."""
-    decisions = []
-    for members in _groups(source).values() if count else ():
+    decisions, profile = [], task.profile
+    for members in _groups(task.source) if count else ():
         worth = {
             identity: score_of(profile.by_id[identity], score) if profile else 0.0
-            for identity in members - protected
+            for identity in members - task.protected.keys()
         }
         ranked = sorted(worth, key=lambda i: (worth[i], i) if profile else (0.0, _reversed(i)))
         gone, rest = ranked[:count], ranked[count:]
@@ -76,22 +69,19 @@ def prune(
     return decisions
 
 
-def merge(
-    source: ModelSource,
-    profile: ExpertProfile | None,
-    protected: AbstractSet[ExpertId],
-    count: int,
-) -> list[ExpertDecision]:
+def merge(task: Task, count: int) -> list[ExpertDecision]:
     """Merge experts of every routing group of every layer, so that `count` fewer are left: the
     groups of average linkage on the distances of their mean outputs (HC-SMoE). The weight of each
     in the average is its share of the group's tokens. Without a profile that measured them the
     first ones are merged, which makes no difference to the sizes."""
-    distances = {part.layer: part.distances for part in profile.similarities} if profile else {}
+    profile, experts = task.profile, task.source.expert_count
+    distances = {found.layer: found.distances for found in profile.similarities} if profile else {}
     decisions = []
-    for (layer, _), members in _groups(source).items():
-        free = sorted(members - protected)
-        if distances:
-            apart = [_distance(distances[layer], source.expert_count, *p) for p in pairs(free)]
+    for members in _groups(task.source):
+        free = sorted(members - task.protected.keys())
+        if distances and free:
+            known = distances[free[0].layer]
+            apart = [_distance(known, experts, *pair) for pair in pairs(free)]
             clusters = _clusters(free, apart, len(free) - count)
         else:
             clusters = [free[: count + 1]]
@@ -141,15 +131,13 @@ def _merged(cluster: Sequence[ExpertId], profile: ExpertProfile | None) -> list[
     ]
 
 
-def count_of(
-    source: ModelSource, protected: AbstractSet[ExpertId], fraction: float, key: str
-) -> int:
+def count_of(task: Task, fraction: float, key: str) -> int:
     """A fraction of each routing group in experts. Raises RecipeError, naming the recipe's `key`,
     if that is none or more than can go."""
-    each, groups = _group_size(source)
+    each = _group_size(task.source)
     count = int(fraction * each + 1e-9)
-    most = steps(source, protected)[-1]
-    unit = f"routing group of {each}" if groups > 1 else f"layer of {each}"
+    most = steps(task)[-1]
+    unit = f"routing group of {each}" if task.source.group_count > 1 else f"layer of {each}"
     if count < 1:
         raise RecipeError(
             f"{key} is {fraction}, less than one expert of a {unit}; the least is {1 / each:.4g}"
@@ -162,19 +150,18 @@ def count_of(
     return count
 
 
-def zero(
-    source: ModelSource, profile: ExpertProfile | None, policy: Policy
-) -> list[ExpertDecision]:
+def zero(task: Task) -> list[ExpertDecision]:
     """Silence the experts of `policy.zero`. Without a profile no super expert is known."""
+    policy = task.terms.policy
     if isinstance(policy.zero, tuple):
-        chosen = listed(source, policy.zero, "policy.zero")
+        chosen = listed(task.source, policy.zero, "policy.zero")
         why = "listed in policy.zero"
     else:
-        chosen = [expert.id for expert in profile.super_experts] if profile else []
+        chosen = [expert.id for expert in task.profile.super_experts] if task.profile else []
         why = "super expert"
     if policy.zero == "random":
         chosen, why = (
-            _others(source, chosen, policy.zero_seed),
+            _others(task.source, chosen, policy.zero_seed),
             "random, in place of a super expert",
         )
     return [_gone(identity, "zero", f"zeroed: {why}") for identity in sorted(set(chosen))]
@@ -218,10 +205,10 @@ def notes(source: ModelSource, count: int, verb: str) -> tuple[str, ...]:
     """What taking `count` experts from each routing group does beside: a line for each."""
     if not count:
         return ()
-    _, groups = _group_size(source)
-    left = source.expert_count - count * groups
-    lines = [f"{count * groups} of {source.expert_count} experts of each layer {verb}: {left} left"]
-    if (top_k := valid_top_k(source, left)) < source.top_k:
+    gone = count * source.group_count
+    left = source.expert_count - gone
+    lines = [f"{gone} of {source.expert_count} experts of each layer {verb}: {left} left"]
+    if (top_k := source.top_k_of(left)) < source.top_k:
         lines.append(
             f"num_experts_per_tok is lowered from {source.top_k} to {top_k}, all that the router "
             "can choose from"
@@ -249,19 +236,19 @@ def _gone(identity: ExpertId, action: Action, reason: str) -> ExpertDecision:
     return ExpertDecision(identity.layer, identity.expert, action, None, reason)
 
 
-def _group_size(source: ModelSource) -> tuple[int, int]:
-    """Experts of a routing group, and groups of a layer."""
-    groups = routing_groups(FAMILIES[source.family], source.config)
-    return source.expert_count // groups, groups
+def _group_size(source: ModelSource) -> int:
+    """Experts of a routing group."""
+    return source.expert_count // source.group_count
 
 
-def _groups(source: ModelSource) -> dict[tuple[int, int], set[ExpertId]]:
-    """The routed experts by layer and routing group."""
+def _groups(source: ModelSource) -> list[set[ExpertId]]:
+    """The routed experts of each layer and routing group."""
     found: dict[tuple[int, int], set[ExpertId]] = {}
     for identity in source.experts:
         if identity.expert != "shared":
-            found.setdefault((identity.layer, routing_group(source, identity)), set()).add(identity)
-    return found
+            place = identity.layer, source.group_of(identity.expert)
+            found.setdefault(place, set()).add(identity)
+    return list(found.values())
 
 
 def _reversed(identity: ExpertId) -> ExpertId:

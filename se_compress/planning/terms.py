@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from se_compress.artifacts import SOURCE_BITS, ModelSource, Scheme
-from se_compress.engines.targets import TargetRules, check_grid, find_rules, widths_of
+from se_compress.artifacts import SOURCE_BITS, Scheme
+from se_compress.engines.targets import TargetRules, find_rules, widths_of
 from se_compress.errors import RecipeError
 from se_compress.recipe import Policy, Recipe
 
@@ -44,9 +44,8 @@ def _scheme(recipe: Recipe, rules: TargetRules) -> Scheme:
     return Scheme(rules.format, asked.method, block, True, asked.data_type, double)
 
 
-def check_loadable(source: ModelSource, terms: Terms) -> None:
-    """Raises RecipeError if the target does not load the grid, or bits that the policy names."""
-    check_grid(source, terms.rules, terms.scheme)
+def check_bits(terms: Terms) -> None:
+    """Raises RecipeError if the target does not load the bits that the policy names."""
     policy, rules = terms.policy, terms.rules
     accepted = (*widths_of(terms.scheme, rules), SOURCE_BITS)
     files = f"{rules.format} {terms.scheme.data_type or ''}".rstrip()

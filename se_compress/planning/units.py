@@ -1,4 +1,6 @@
-"""What has bits of its own, what it costs and what it loses: the problem that a plan solves.
+"""What is to be planned: a model, what is known of it, what is wanted of it.
+
+What has bits of its own, what it costs and what it loses is worked out here.
 
 An expert has two projection groups: gate and up together, and down. What has bits of its own is a
 *unit*: some projection groups of some experts. The target's granularity says which: one group of
@@ -8,7 +10,7 @@ number of bits costs the bytes that the file will hold for it, and loses what th
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from se_compress.artifacts import (
@@ -18,7 +20,6 @@ from se_compress.artifacts import (
     ExpertProfile,
     ModelSource,
     Part,
-    Scheme,
 )
 from se_compress.engines.targets import stored_bytes
 from se_compress.planning.knapsack import Option
@@ -32,18 +33,18 @@ ExpertBits = Mapping[ExpertId, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Task:
-    """One model whose experts are to get bits.
+    """One model to plan for: the source, or what surgery leaves of it.
 
     profile    None before the first one: nothing is predicted then
     protected  the experts that keep `policy.protected_bits`, and why
-    raised     those that get them because others have to, and why
+    raised     those that get them because others have to, and why, see `bits.with_raised`
     """
 
     source: ModelSource
     profile: ExpertProfile | None
     terms: Terms
-    protected: Mapping[ExpertId, str]
-    raised: Mapping[ExpertId, str]
+    protected: Mapping[ExpertId, str] = field(default_factory=dict)
+    raised: Mapping[ExpertId, str] = field(default_factory=dict)
 
     @cached_property
     def fixed(self) -> dict[ExpertId, str]:
@@ -57,7 +58,7 @@ class Task:
 
     @cached_property
     def routed(self) -> list[ExpertId]:
-        return routed_experts(self.source)
+        return [identity for identity in self.source.experts if identity.expert != "shared"]
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -87,7 +88,13 @@ class Task:
         return self.uniform(self.allowed[0])
 
     def cost(self, unit: Unit, bits: int) -> int:
-        return unit_bytes(self.source, self.terms.scheme, unit, bits)
+        """Bytes of a unit at some bits."""
+        experts, scheme = self.source.experts, self.terms.scheme
+        return sum(
+            stored_bytes(experts[identity][role], bits, scheme)
+            for identity, group in unit
+            for role in PARTS[group]
+        )
 
     def loss(self, unit: Unit, bits: int) -> float:
         """What the profile predicts that a unit loses at some bits; 0 without one."""
@@ -120,38 +127,24 @@ class Task:
             for group, bits in zip(PARTS, expert_bits[identity], strict=True)
         )
 
+    def weights(self, experts: Iterable[ExpertId]) -> int:
+        """Weights of some experts."""
+        matrices = self.source.experts
+        return sum(
+            info.shape[0] * info.shape[1]
+            for identity in experts
+            for info in matrices[identity].values()
+        )
 
-def routed_experts(source: ModelSource) -> list[ExpertId]:
-    return [identity for identity in source.experts if identity.expert != "shared"]
+    def routed_bytes(self, plan: CompressionPlan) -> int:
+        """Bytes of all routed experts under a plan."""
+        return sum(
+            stored_bytes(info, plan.bits_of(info), plan.scheme)
+            for identity in self.routed
+            for info in self.source.experts[identity].values()
+        )
 
 
 def unit_of(experts: Iterable[ExpertId]) -> Unit:
     """All projection groups of some experts."""
     return tuple((identity, group) for identity in experts for group in PARTS)
-
-
-def weight_count(source: ModelSource, experts: Iterable[ExpertId]) -> int:
-    """Weights of some experts."""
-    return sum(
-        info.shape[0] * info.shape[1]
-        for identity in experts
-        for info in source.experts[identity].values()
-    )
-
-
-def unit_bytes(source: ModelSource, scheme: Scheme, unit: Unit, bits: int) -> int:
-    """Bytes of a unit at some bits."""
-    return sum(
-        stored_bytes(source.experts[identity][role], bits, scheme)
-        for identity, group in unit
-        for role in PARTS[group]
-    )
-
-
-def routed_bytes(source: ModelSource, plan: CompressionPlan) -> int:
-    """Bytes of all routed experts under a plan."""
-    return sum(
-        stored_bytes(info, plan.bits_of(info), plan.scheme)
-        for identity in routed_experts(source)
-        for info in source.experts[identity].values()
-    )

@@ -9,14 +9,13 @@ from torch import Tensor
 from se_compress.artifacts import (
     GATES,
     Check,
-    CompressionPlan,
     LayerRecord,
     ModelSource,
     Scheme,
     TensorInfo,
 )
 from se_compress.engines.accounting import account, is_complete, leading, same_bytes
-from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.blueprint import Blueprint
 from se_compress.errors import SourceError
 from se_compress.formats import FORMATS, UNQUANTISED
 from se_compress.model.checkpoint import Reader, check_finite, open_result, open_tensors
@@ -82,15 +81,13 @@ def _usable(read: Reader, names: Mapping[str, str]) -> Reader:
 
 
 def planned(
-    source: ModelSource,
-    plan: CompressionPlan,
+    blueprint: Blueprint,
     directory: Path,
     found: Mapping[str, TensorInfo],
     records: Sequence[LayerRecord],
 ) -> Stored:
     """The result of a plan of ours, accounted for tensor by tensor with what `records` tell."""
-    blueprint = draw_blueprint(source, plan)
-    model = blueprint.source
+    model, plan = blueprint.source, blueprint.plan
     read = open_result(found, model.tensors, plan.scheme, blueprint.names)
     return Stored(
         source=model,

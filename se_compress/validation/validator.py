@@ -24,6 +24,7 @@ from se_compress.artifacts import (
     TensorInfo,
     ValidationReport,
 )
+from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.reloading import RELOAD_LIMIT, check_reload
 from se_compress.model.checkpoint import Reader
 from se_compress.model.streaming import StreamedModel
@@ -76,7 +77,7 @@ def validate(
         reason = f"not run: compressing stopped after layer {records[-1].layer}"
         return report_on(source, alone(stopped, reason), None, (), records, found)
     if plan:
-        stored = planned(source, plan, directory, found, records)
+        stored = planned(draw_blueprint(source, plan), directory, found, records)
     else:
         stored = foreign(source, directory, found)
     if not stored.complete:
@@ -131,7 +132,7 @@ def try_again(
 ) -> ValidationReport:
     """The report on a result with its reload checked once more, and all else as it was."""
     found = read_headers(directory)
-    stored = planned(source, plan, directory, found, report.records)
+    stored = planned(draw_blueprint(source, plan), directory, found, report.records)
     result = stream(stored.source, stored.read, recipe, options)
     again = _reload(result, stored.target, directory, found, tokens, options)
     checks = tuple(again if check.name == again.name else check for check in report.checks)
