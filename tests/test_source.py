@@ -237,7 +237,6 @@ def test_no_layer_has_experts(model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"quant_method": "fp8", "fmt": "e4m3"}, "the model is FP8, as some are published"),
         ({"quant_method": "gptq"}, r"already quantised \(gptq\); give the original checkpoint, or"),
         ({"bits": 4}, r"already quantised \(unknown\)"),
         ("awq", r"already quantised \(awq\)"),

@@ -73,7 +73,9 @@ from se_compress.artifacts.profile import (
     SuperExpert,
 )
 from se_compress.artifacts.source import (
+    Encoding,
     ModelSource,
+    Stored,
     TensorInfo,
     TensorKind,
 )
@@ -107,6 +109,7 @@ __all__ = [
     "CompressionPlan",
     "Continuation",
     "CurvePoint",
+    "Encoding",
     "ExpertDecision",
     "ExpertId",
     "ExpertIndex",
@@ -133,6 +136,7 @@ __all__ = [
     "Scheme",
     "Side",
     "SinkPosition",
+    "Stored",
     "SuperExpert",
     "TensorInfo",
     "TensorKind",

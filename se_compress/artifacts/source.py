@@ -13,9 +13,38 @@ TensorKind = Literal[
 ]
 
 
+# How the values of a tensor are coded on disk; "plain" ones only lie otherwise.
+Encoding = Literal["plain", "fp8", "mxfp4", "pack-quantized"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a tensor is decoded from, where no file holds it as it is.
+
+    encoding    how its values are coded
+    parts       its tensors on disk, or the slices of fused ones, by what the encoding calls them
+    size_bytes  of the tensor, in its own dtype and shape
+    disk_bytes  of its parts; of a part that others share, its own share
+    block       rows and columns that share a scale of FP8
+    transposed  the parts hold [columns, rows]
+    rows        first, end and step of its rows among those of the parts; None for all of them
+    """
+
+    encoding: Encoding
+    parts: "Mapping[str, TensorInfo]"
+    size_bytes: int
+    disk_bytes: int
+    block: tuple[int, int] = (1, 1)
+    transposed: bool = False
+    rows: tuple[int, int, int] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint, as its safetensors header has it, and what it is to the model.
+
+    A tensor that is decoded when it is read is described as what comes out: name, dtype and shape
+    are those of the weight, and the place in the file is that of its first part.
 
     name        as in the file
     dtype       safetensors' own name ("BF16", "F32", "I32" ...)
@@ -26,6 +55,7 @@ class TensorInfo:
     layer       decoder layer, None for tensors outside the decoder layers
     expert      set for kinds "expert" and "shared_expert"
     role        which of the three projections; None for anything else (biases, gates, norms)
+    stored      what it is decoded from; None if the file holds it as it is
     """
 
     name: str
@@ -38,10 +68,17 @@ class TensorInfo:
     layer: int | None = None
     expert: ExpertIndex | None = None
     role: Role | None = None
+    stored: Stored | None = None
 
     @property
     def size_bytes(self) -> int:
-        return self.end - self.begin
+        """In its own dtype and shape."""
+        return self.end - self.begin if self.stored is None else self.stored.size_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of what holds it on disk, scales included."""
+        return self.end - self.begin if self.stored is None else self.stored.disk_bytes
 
 
 @dataclass(frozen=True)
@@ -120,5 +157,5 @@ class ModelSource:
 
     @cached_property
     def size_bytes(self) -> int:
-        """All tensor data, headers not counted."""
-        return sum(info.size_bytes for info in self.tensors.values())
+        """All tensor data on disk, headers not counted."""
+        return sum(info.disk_bytes for info in self.tensors.values())

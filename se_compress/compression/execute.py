@@ -170,20 +170,20 @@ def _check_copied(read: Reader, tensors: Iterable[PlannedTensor]) -> None:
     """Raises SourceError if one that is copied holds NaN or infinity: layers for multi-token
     prediction are in no forward pass, which would show it."""
     for tensor in tensors:
-        if tensor.making == "copied":
+        if tensor.making in ("copied", "decoded"):
             check_finite(tensor.info.name, read(tensor.info.name))
 
 
 def _copy(
     read: Reader, layout: Mapping[str, TensorInfo], tensors: Iterable[PlannedTensor]
 ) -> dict[str, str]:
-    """Put those of the tensors that keep their precision into the result: byte for byte, or as
-    surgery makes them. Returns the digests of the latter by name."""
+    """Put those of the tensors that keep their precision into the result: byte for byte, decoded,
+    or as surgery makes them. Returns the digests of the latter by name."""
     digests: dict[str, str] = {}
     for tensor in tensors:
         if tensor.making == "copied":
             copy_tensor(tensor.info, layout[tensor.name])
-        elif tensor.making == "made":
+        elif tensor.making in ("decoded", "made"):
             digests |= _write(layout, {tensor.name: read(tensor.info.name)})
     return digests
 

@@ -119,7 +119,8 @@ def _changes(tensor: PlannedTensor, known: _Known) -> list[str]:
         same = same_bytes(tensor.info, found[name])
         return [] if same else [f"{name} differs from the source"]
     same = torch.equal(open_tensors(found)(name), known.made(tensor.info.name))
-    return [] if same else [f"{name} differs from what surgery makes"]
+    maker = "surgery makes" if tensor.making == "made" else "the source decodes to"
+    return [] if same else [f"{name} differs from what {maker}"]
 
 
 def leading(problems: Sequence[str]) -> list[str]:

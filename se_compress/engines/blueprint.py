@@ -107,7 +107,12 @@ def _planned(info: TensorInfo, name: str, plan: CompressionPlan) -> PlannedTenso
     bits = plan.bits_of(info)
     size = stored_bytes(info, bits, plan.scheme)
     if bits == SOURCE_BITS:
-        making: Making = "made" if is_made(info) else "copied"
-        return PlannedTensor(info, name, bits, making, size)
+        return PlannedTensor(info, name, bits, _making(info), size)
     parts = packed_parts(info.shape, bits, plan.scheme)
     return PlannedTensor(info, name, bits, "packed", size, parts)
+
+
+def _making(info: TensorInfo) -> Making:
+    if is_made(info):
+        return "made"
+    return "copied" if info.stored is None else "decoded"

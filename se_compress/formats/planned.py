@@ -7,7 +7,7 @@ from typing import Literal
 from se_compress.artifacts import TensorInfo
 from se_compress.opening.headers import Slot
 
-Making = Literal["copied", "made", "packed"]
+Making = Literal["copied", "decoded", "made", "packed"]
 # A part of a stored matrix: suffix, safetensors dtype, shape.
 StoredPart = tuple[str, str, tuple[int, ...]]
 
@@ -19,7 +19,8 @@ class PlannedTensor:
     info        the tensor as that model has it; one that surgery makes is in no file
     name        its name in the result, before it is taken apart into stored parts
     bits        its width; SOURCE_BITS for the source's own precision
-    making      copied: the source's own bytes; made: by surgery (splice.py); packed: quantised
+    making      copied: the source's own bytes; decoded: those of a source that codes its weights
+                (decoding.py); made: by surgery (splice.py); packed: quantised
     size_bytes  of all that is stored of it
     parts       what a packed matrix is taken apart into; of any other nothing
     """

@@ -19,6 +19,7 @@ from torch import Tensor
 from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.errors import ResourceError, SourceError
 from se_compress.formats import FORMATS, UNQUANTISED
+from se_compress.model.decoding import decode
 from se_compress.opening.headers import INDEX_FILE, header_bytes
 
 Reader = Callable[[str], Tensor]
@@ -27,6 +28,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 # Of a tensor that holds the codes of a quantised matrix.
 CODE_DTYPES = ("I32", "U8", "I8")
@@ -34,11 +36,11 @@ COPY_BYTES = 2**24
 
 
 def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
-    """A function that reads one tensor by name through a memory map.
+    """A function that reads one tensor by name through a memory map, decoded where it is coded.
 
-    Shape and dtype are those on disk. The tensors share the map's pages and are read-only by
-    convention: change a copy. The function raises SourceError for an unknown name, a dtype that
-    torch does not have and a file that has changed.
+    Shape and dtype are those of `tensors`. What is not decoded shares the map's pages and is
+    read-only by convention: change a copy. The function raises SourceError for an unknown name, a
+    dtype that torch does not have and a file that has changed.
     """
 
     def read(name: str) -> Tensor:
@@ -47,7 +49,10 @@ def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
             raise SourceError(f"{name}: the checkpoint has no such tensor")
         if info.dtype not in TORCH_DTYPES:
             raise SourceError(f"{name}: dtype {info.dtype} cannot be read")
-        return _map(info)
+        if info.stored is None:
+            return _map(info)
+        parts = {part: _map(where) for part, where in info.stored.parts.items()}
+        return decode(info.stored, parts, TORCH_DTYPES[info.dtype])
 
     return read
 

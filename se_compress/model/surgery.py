@@ -317,4 +317,4 @@ def _made(info: TensorInfo) -> TensorInfo:
     items = 1
     for extent in info.shape:
         items *= extent
-    return replace(info, file="", begin=0, end=items * ITEM_BYTES[info.dtype])
+    return replace(info, file="", begin=0, end=items * ITEM_BYTES[info.dtype], stored=None)

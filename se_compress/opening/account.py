@@ -99,7 +99,8 @@ def bind(
                 f"{path}: {name} is {info.dtype}; {', '.join(WEIGHT_DTYPES)} can be read"
             )
         bound[name] = TensorInfo(
-            name, info.dtype, shape, info.file, info.begin, info.end, kind, layer, expert, role
+            *(name, info.dtype, shape, info.file, info.begin, info.end),
+            *(kind, layer, expert, role, info.stored),
         )
     if len(bound) < len(found):
         bound |= {

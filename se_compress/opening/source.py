@@ -1,7 +1,7 @@
 """Open a model: config, headers, and the account of every tensor. No weight is read; no torch."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from se_compress.opening.account import bind
 from se_compress.opening.config_rules import check_rules, settle
 from se_compress.opening.config_values import take_values
 from se_compress.opening.digest import contents_digest
+from se_compress.opening.encodings import SETTINGS_KEY, decoded, packing_of
 from se_compress.opening.headers import read_headers
 from se_compress.opening.hub import locate
-from se_compress.opening.modelfiles import check_file, check_place, read_json, shown
+from se_compress.opening.modelfiles import check_file, check_place, read_json
 
 _LARGEST_CONFIG_BYTES = 2**23
 
@@ -29,17 +30,22 @@ def open_source(
     notice      called with a sentence if the Hub's cache stands in for the Hub
 
     The config's values are taken for what they are, every tensor is bound to its place in the model
-    or explained. Raises SourceError with the tensor, file or key that is wrong.
+    or explained. Coded weights are listed as what they are decoded to when they are read.
+    Raises SourceError with the tensor, file or key that is wrong.
     """
     path = locate(model, keep_code, notice)
     file = str(path / "config.json")
     found = read_config(path)
     family = families.family_of(found, str(path))
-    _check_plain(found, file)
-    config = settle(take_values(found, file), family, file)
-    headers = read_headers(path)
+    packing = packing_of(found, file)
+    config = said = settle(take_values(found, file), family, file)
+    headers = tensors = read_headers(path)
+    if packing is not None:
+        tensors = decoded(headers, packing, file)
+        # Of the files, and not of the model that is read from them.
+        config = {key: value for key, value in said.items() if key != SETTINGS_KEY}
     check_rules(config, family, len(headers), file)
-    tensors = bind(headers, family, config, path)
+    tensors = bind(tensors, family, config, path)
     return ModelSource(
         path=path,
         name=model,
@@ -50,7 +56,7 @@ def open_source(
         moe_layers=families.moe_layers(config),
         expert_count=int(config[families.count_key(family, config)]),
         top_k=int(config["num_experts_per_tok"]),
-        contents=partial(contents_digest, config, tensors),
+        contents=partial(contents_digest, said, headers),
         group_count=families.routing_groups(family, config),
         chosen_groups=families.chosen_groups(family, config),
     )
@@ -67,20 +73,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SourceError(f"{file}: is not a JSON object")
     return config
-
-
-def _check_plain(config: Mapping[str, Any], file: str) -> None:
-    """Raises SourceError for a checkpoint that says of itself that it is quantised."""
-    settings = config.get("quantization_config")
-    if not settings:
-        return
-    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-    if method == "fp8":
-        raise SourceError(
-            f"{file}: the model is FP8, as some are published (quantization_config says fp8); such "
-            "weights cannot be read yet: convert them to bfloat16 first"
-        )
-    raise SourceError(
-        f"{file}: the model is already quantised ({shown(method)}); give the original checkpoint, "
-        "or one that is converted to bfloat16"
-    )
