@@ -8,7 +8,7 @@ R rows by C columns, as the parts have them. One decoded matrix is in memory bes
 parts, and for a moment a few hundred of its rows in float32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,64 +25,61 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 def decode(stored: Stored, parts: Parts, dtype: torch.dtype) -> Tensor:
     """The tensor in `dtype`, from its parts by what the encoding calls them."""
-    values = _DECODERS[stored.encoding](parts, stored, dtype)
+    rows = slice(*stored.rows) if stored.rows is not None else slice(None)
+    decoder = _DECODERS[stored.encoding]
     if stored.transposed:
-        values = values.T
-    if stored.rows is not None:
-        first, end, step = stored.rows
-        values = values[first:end:step]
-    return values.contiguous()
+        return decoder(parts, stored, slice(None), dtype).T[rows].contiguous()
+    return decoder(parts, stored, rows, dtype)
 
 
-def _plain(parts: Parts, stored: Stored, dtype: torch.dtype) -> Tensor:
-    """weight, in `dtype`."""
-    return parts["weight"]
+def _plain(parts: Parts, stored: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
+    """weight [R, ...], in `dtype`."""
+    return parts["weight"][rows].contiguous()
 
 
-def _fp8(parts: Parts, stored: Stored, dtype: torch.dtype) -> Tensor:
+def _fp8(parts: Parts, stored: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
     """weight F8_E4M3 or F8_E5M2 [R, C]; scale [r, c], one for a block of rows and columns."""
-    codes = parts["weight"]
+    count, columns = parts["weight"].shape
     height, width = stored.block
-    rows, columns = codes.shape
-    scales = _scales(parts["scale"]).reshape(-(-rows // height), -(-columns // width))
+    scales = _scales(parts["scale"]).reshape(-(-count // height), -(-columns // width))
     by_column = scales.repeat_interleave(width, 1)[:, :columns]
+    codes, block = parts["weight"][rows], torch.arange(count)[rows] // height
     decoded = torch.empty(codes.shape, dtype=dtype)
-    for first in range(0, rows, _ROWS):
-        some = slice(first, min(first + _ROWS, rows))
-        block = torch.arange(some.start, some.stop) // height
-        decoded[some] = codes[some].float() * by_column[block]
+    for some in _runs(len(codes)):
+        decoded[some] = codes[some].float() * by_column[block[some]]
     return decoded
 
 
-def _mxfp4(parts: Parts, stored: Stored, dtype: torch.dtype) -> Tensor:
+def _mxfp4(parts: Parts, stored: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
     """blocks U8 [R, G, 16], two values in a byte, the lower half first; scales U8 [R, G], the
     exponents of what 32 values are multiplied by, plus 127."""
-    blocks, scales = parts["blocks"], _scales(parts["scales"])
+    blocks, scales = parts["blocks"][rows], _scales(parts["scales"][rows])
     pairs = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
-    rows, groups, half = blocks.shape
-    decoded = torch.empty(rows, groups, 2 * half, dtype=dtype)
-    for first in range(0, rows, _ROWS):
-        some = slice(first, min(first + _ROWS, rows))
+    count, groups, half = blocks.shape
+    decoded = torch.empty(count, groups, 2 * half, dtype=dtype)
+    for some in _runs(count):
         values = pairs[blocks[some].int()].reshape(-1, groups, 2 * half)
         decoded[some] = values * scales[some].unsqueeze(-1)
-    return decoded.reshape(rows, groups * 2 * half)
+    return decoded.reshape(count, groups * 2 * half)
 
 
-def _packed(parts: Parts, stored: Stored, dtype: torch.dtype) -> Tensor:
+def _runs(count: int) -> Iterator[slice]:
+    return (slice(first, min(first + _ROWS, count)) for first in range(0, count, _ROWS))
+
+
+def _packed(parts: Parts, stored: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
     """What `quant.packing.pack_rows` packs: weight_packed, weight_scale, weight_shape and, where
     zeros differ, weight_zero_point, whose words run down the rows."""
-    rows, columns = parts["weight_shape"].tolist()
-    decoded = torch.empty(rows, columns, dtype=dtype)
-    for first in range(0, rows, _ROWS):
-        count = min(_ROWS, rows - first)
-        some = {"weight_shape": torch.tensor([count, columns])}
+    count, columns = parts["weight_shape"].tolist()
+    decoded = torch.empty(count, columns, dtype=dtype)
+    for some in _runs(count):
+        run = {"weight_shape": torch.tensor([some.stop - some.start, columns])}
         for part in ("weight_packed", "weight_scale", "weight_zero_point"):
             if part in parts:
-                length = -(-count * len(parts[part]) // rows)
-                start = first * len(parts[part]) // rows
-                some[part] = parts[part][start : start + length]
-        decoded[first : first + count] = unpack_rows(some, columns).dequantized()
-    return decoded
+                words = len(parts[part])  # as many as rows; of zero points, fewer
+                run[part] = parts[part][some.start * words // count : some.stop * words // count]
+        decoded[some] = unpack_rows(run, columns).dequantized()
+    return decoded[rows]
 
 
 def _scales(stored: Tensor) -> Tensor:
@@ -92,7 +89,7 @@ def _scales(stored: Tensor) -> Tensor:
     return stored.float()
 
 
-_DECODERS: Mapping[Encoding, Callable[[Parts, Stored, torch.dtype], Tensor]] = {
+_DECODERS: Mapping[Encoding, Callable[[Parts, Stored, slice, torch.dtype], Tensor]] = {
     "plain": _plain,
     "fp8": _fp8,
     "mxfp4": _mxfp4,

@@ -240,8 +240,8 @@ def _check_fused(found: Mapping[str, TensorInfo]) -> None:
         if inside and not rest[:1].isdigit():
             raise SourceError(
                 f"{info.file}: {shown(name)} is {shown(list(info.shape))}: the experts of a layer "
-                "are fused into one tensor, where one for each expert is needed; transformers 5 "
-                "writes those: from_pretrained, model._weight_conversions = None, save_pretrained"
+                "are fused into one tensor under a name that is not known; gate_up_proj and "
+                "down_proj are, and one for each expert"
             )
 
 

@@ -29,6 +29,10 @@ class Family:
     width_key      config key of the routed experts' intermediate width
     shared_width   config keys whose product is the shared expert's intermediate width
     renames        (on disk, in memory) name parts, where transformers' live module differs
+    fused          tensors that hold all experts of a layer where a file has such, by what follows
+                   `layers.N.` in their names -> what transformers calls them in its module
+    transposed     fused matrices hold [columns, rows]
+    interleaved    in a fused tensor rows of gate and up take turns
     latent_attention   multi-head latent attention: keys and values come from a low rank
     query_norm     over what queries and keys are normed: "head", "hidden", or "" for not at all
     attention_bias config key that says whether attention has biases, "" if it never has
@@ -51,6 +55,14 @@ class Family:
     width_key: str = "moe_intermediate_size"
     shared_width: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "mlp.experts.gate_up_proj": "gate_up_proj",
+            "mlp.experts.down_proj": "down_proj",
+        }
+    )
+    transposed: bool = False
+    interleaved: bool = False
     grouped_if: Mapping[str, str] | None = None
     latent_attention: bool = False
     query_norm: str = ""

@@ -1,12 +1,12 @@
 """Open a model: config, headers, and the account of every tensor. No weight is read; no torch."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from se_compress.artifacts import ModelSource
+from se_compress.artifacts import ModelSource, TensorInfo
 from se_compress.errors import SourceError
 from se_compress.opening import families
 from se_compress.opening.account import bind
@@ -14,6 +14,7 @@ from se_compress.opening.config_rules import check_rules, settle
 from se_compress.opening.config_values import take_values
 from se_compress.opening.digest import contents_digest
 from se_compress.opening.encodings import SETTINGS_KEY, decoded, packing_of
+from se_compress.opening.fused import unfused
 from se_compress.opening.headers import read_headers
 from se_compress.opening.hub import locate
 from se_compress.opening.modelfiles import check_file, check_place, read_json
@@ -39,13 +40,14 @@ def open_source(
     family = families.family_of(found, str(path))
     packing = packing_of(found, file)
     config = said = settle(take_values(found, file), family, file)
-    headers = tensors = read_headers(path)
+    headers = read_headers(path)
+    tensors: Mapping[str, TensorInfo] = headers
     if packing is not None:
         tensors = decoded(headers, packing, file)
         # Of the files, and not of the model that is read from them.
         config = {key: value for key, value in said.items() if key != SETTINGS_KEY}
     check_rules(config, family, len(headers), file)
-    tensors = bind(tensors, family, config, path)
+    tensors = bind(unfused(tensors, family), family, config, path)
     return ModelSource(
         path=path,
         name=model,

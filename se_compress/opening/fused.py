@@ -1,0 +1,139 @@
+"""Experts that a file holds fused, as the matrices of each expert.
+
+Whatever `Family.fused` lists is one tensor [E, ...] for the E experts of a layer: gate and up, one
+above the other or row by row in turn ("interleaved"), and down; each with its rows as rows, or
+"transposed". Every expert gets matrices [R, C] of its own, with the names that the family gives to
+those of one expert. A matrix that lies in one piece is that piece of the file, and copied as any
+other tensor; of any other, and of coded ones, `TensorInfo.stored` says how it is made. Standard
+library only.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from se_compress.artifacts import ROLES, Role, Stored, TensorInfo
+from se_compress.errors import SourceError
+from se_compress.opening.families import Family
+from se_compress.opening.modelfiles import shown
+
+_LAYER = re.compile(r"(.*?\blayers\.\d+\.)(.+)")
+# What is fused in a tensor, by its live name.
+_ROLES: Mapping[str, tuple[Role, ...]] = {
+    "gate_up_proj": ("gate", "up"),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+}
+Rows = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Lies:
+    """How the rows of one projection lie in what is fused of an expert.
+
+    rows        first, end and step
+    transposed  the matrix has to be turned before it has these rows
+    """
+
+    rows: Rows
+    transposed: bool
+
+
+def unfused(found: Mapping[str, TensorInfo], family: Family) -> Mapping[str, TensorInfo]:
+    """The tensors with fused ones taken apart, in the order of `found`. Raises SourceError for one
+    that does not have the extents of such."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in found.items():
+        match = _LAYER.fullmatch(name)
+        live = family.fused.get(match[2]) if match else None
+        if match is None or live is None:
+            tensors[name] = info
+            continue
+        parts = {part.name: part for part in _taken_apart(info, family, match[1], live)}
+        if twice := next((n for n in parts if n in found), None):
+            raise SourceError(f"{info.file}: {shown(twice)} is there twice, fused and by itself")
+        tensors |= parts
+    if tensors.keys() == found.keys():
+        return found
+    # The file was saved under the names in memory, others than the published ones.
+    renamed = (replace(info, name=_published(name, family)) for name, info in tensors.items())
+    return {info.name: info for info in renamed}
+
+
+def _published(name: str, family: Family) -> str:
+    for disk, memory in family.renames:
+        name = name.replace(f".{memory}", f".{disk}")
+    return name
+
+
+def _taken_apart(info: TensorInfo, family: Family, start: str, live: str) -> Iterator[TensorInfo]:
+    """The matrices, or biases, of every expert.
+
+    start  of the layer's names
+    live   what transformers calls the tensor in its module
+    """
+    stem = live.removesuffix("_bias")
+    bias, roles = stem != live, _ROLES[stem]
+    transposed = family.transposed and not bias and info.stored is None
+    dimensions = 2 if bias else 3
+    axis = 2 if transposed else 1
+    if len(info.shape) != dimensions or info.shape[axis] % len(roles):
+        raise SourceError(
+            f"{info.file}: {shown(info.name)} is {shown(list(info.shape))}; the experts of a layer "
+            f"are {dimensions} extents, with {' and '.join(roles)} in the "
+            f"{'last' if axis + 1 == dimensions else 'middle'} one"
+        )
+    template = family.expert.partition("{layer}.")[2].removesuffix(".weight")
+    names = dict(zip(ROLES, family.projections, strict=True))
+    for expert in range(info.shape[0]):
+        for place, role in enumerate(roles):
+            name = template.format(expert=expert, projection=names[role])
+            name = f"{start}{name}.{'bias' if bias else 'weight'}"
+            lies = Lies(_rows(info.shape[axis], len(roles), place, family), transposed)
+            yield _part(replace(info, name=name), expert, lies, len(roles), place)
+
+
+def _rows(count: int, roles: int, place: int, family: Family) -> Rows:
+    if family.interleaved:
+        return place, count, roles
+    return place * count // roles, (place + 1) * count // roles, 1
+
+
+def _part(info: TensorInfo, expert: int, lies: Lies, roles: int, place: int) -> TensorInfo:
+    """One projection of one expert.
+
+    roles, place  projections that the tensor holds, and which one of them this is
+    """
+    first, end, step = lies.rows
+    count = len(range(first, end, step))
+    shape = (count, *info.shape[2:])
+    if lies.transposed:
+        shape = (count, info.shape[1])
+    whole = _of_expert(info, expert)
+    if info.stored is None and step == 1 and not lies.transposed:
+        row_bytes = whole.size_bytes // whole.shape[0]
+        begin = whole.begin + first * row_bytes
+        return replace(whole, shape=shape, begin=begin, end=begin + count * row_bytes)
+    if info.stored is None:
+        stored = Stored("plain", {"weight": whole}, 0, 0)
+    else:
+        parts = {p: _of_expert(part, expert) for p, part in info.stored.parts.items()}
+        stored = replace(info.stored, parts=parts)
+    on_disk = sum(part.size_bytes for part in stored.parts.values())
+    stored = replace(
+        stored,
+        size_bytes=info.size_bytes // info.shape[0] // roles,
+        # What cannot be halved goes to the first.
+        disk_bytes=on_disk // roles + (on_disk % roles if place == 0 else 0),
+        transposed=lies.transposed,
+        rows=lies.rows if roles > 1 else None,
+    )
+    lead = next(iter(stored.parts.values()))
+    return replace(info, shape=shape, begin=lead.begin, end=lead.end, stored=stored)
+
+
+def _of_expert(info: TensorInfo, expert: int) -> TensorInfo:
+    """The piece [...] of one expert of a tensor on disk [E, ...]."""
+    size = (info.end - info.begin) // info.shape[0]
+    begin = info.begin + expert * size
+    return replace(info, shape=info.shape[1:], begin=begin, end=begin + size)
