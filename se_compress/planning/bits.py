@@ -97,7 +97,7 @@ def _room(task: Task, least: CompressionPlan) -> int | None:
     if policy.bits_per_weight is None:
         return None
     limit = floor(policy.bits_per_weight * task.weights(task.routed) / 8)
-    return limit - (task.routed_bytes(least) - _cost_of_option(task, 0))
+    return limit - task.stored((i for i in task.routed if i in task.fixed), task.least_bits)
 
 
 def _cost_of_option(task: Task, index: int) -> int:

@@ -1,7 +1,6 @@
 """What other budgets would buy: sizes against predicted loss."""
 
 from se_compress.artifacts import PARTS, CompressionPlan, CurvePoint
-from se_compress.engines.targets import widths_of
 from se_compress.planning.bits import with_raised
 from se_compress.planning.decisions import write_plan
 from se_compress.planning.knapsack import sweep
@@ -14,12 +13,11 @@ def cost_curve(task: Task) -> tuple[CurvePoint, ...]:
     """Points by size, the protected experts kept: all bits that the target loads, for all other
     experts alike; and with a profile and several `policy.bits`, mixtures of them at equal steps
     between the least and the most."""
-    loadable = widths_of(task.terms.scheme, task.terms.rules)
-    if not loadable:
+    if not task.terms.widths:
         return ()
     task = with_raised(task)
     least = write_plan(task, task.least_bits)
-    points = [_point(task, least, (bits,), task.uniform(bits)) for bits in loadable]
+    points = [_point(task, least, (bits,), task.uniform(bits)) for bits in task.terms.widths]
     if task.profile is not None and len(task.allowed) > 1:
         mixtures = (task.mixed(choice.picks) for choice in sweep(task.items, _budgets(task)))
         points += [_point(task, least, tuple(task.allowed), mixture) for mixture in mixtures]
@@ -37,8 +35,7 @@ def _point(
     task: Task, least: CompressionPlan, label: tuple[int, ...], expert_bits: ExpertBits
 ) -> CurvePoint:
     """Sizes by what differs from the least plan, which is measured to the byte."""
-    experts = task.routed
-    more = task.stored(experts, expert_bits) - task.stored(experts, task.least_bits)
+    routed, of_least = (task.stored(task.routed, bits) for bits in (expert_bits, task.least_bits))
     loss = sum(
         task.loss(((identity, group),), bits)
         for identity, pair in expert_bits.items()
@@ -46,7 +43,7 @@ def _point(
     )
     return CurvePoint(
         label,
-        8 * (task.routed_bytes(least) + more) / task.weights(experts),
-        least.size_bytes + more,
+        8 * routed / task.weights(task.routed),
+        least.size_bytes - of_least + routed,
         loss if task.profile is not None else None,
     )

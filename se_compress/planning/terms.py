@@ -15,11 +15,13 @@ class Terms:
     recipe  what is wanted
     rules   what the target loads of it
     scheme  how everything that is quantised is stored
+    widths  bits that the target loads of that
     """
 
     recipe: Recipe
     rules: TargetRules
     scheme: Scheme
+    widths: tuple[int, ...]
 
     @property
     def policy(self) -> Policy:
@@ -30,7 +32,8 @@ def terms_of(recipe: Recipe) -> Terms:
     """The terms of a recipe. Raises RecipeError if the target loads no such file."""
     asked = recipe.quantization
     rules = find_rules(recipe.target, asked.method, asked.format, asked.symmetric)
-    return Terms(recipe, rules, _scheme(recipe, rules))
+    scheme = _scheme(recipe, rules)
+    return Terms(recipe, rules, scheme, widths_of(scheme, rules))
 
 
 def _scheme(recipe: Recipe, rules: TargetRules) -> Scheme:
@@ -47,7 +50,7 @@ def _scheme(recipe: Recipe, rules: TargetRules) -> Scheme:
 def check_bits(terms: Terms) -> None:
     """Raises RecipeError if the target does not load the bits that the policy names."""
     policy, rules = terms.policy, terms.rules
-    accepted = (*widths_of(terms.scheme, rules), SOURCE_BITS)
+    accepted = (*terms.widths, SOURCE_BITS)
     files = f"{rules.format} {terms.scheme.data_type or ''}".rstrip()
     wanted = [("policy.bits lists", bits) for bits in policy.bits]
     wanted.append(("policy.protected_bits is", policy.protected_bits))

@@ -15,7 +15,6 @@ from functools import cached_property
 
 from se_compress.artifacts import (
     PARTS,
-    CompressionPlan,
     ExpertId,
     ExpertProfile,
     ModelSource,
@@ -134,14 +133,6 @@ class Task:
             info.shape[0] * info.shape[1]
             for identity in experts
             for info in matrices[identity].values()
-        )
-
-    def routed_bytes(self, plan: CompressionPlan) -> int:
-        """Bytes of all routed experts under a plan."""
-        return sum(
-            stored_bytes(info, plan.bits_of(info), plan.scheme)
-            for identity in self.routed
-            for info in self.source.experts[identity].values()
         )
 
 
