@@ -48,15 +48,13 @@ from se_compress.running.preflight import (
     disk_shortage,
 )
 from se_compress.running.publishing import publish, recover
+from se_compress.running.records import load, save, save_settings
 from se_compress.running.run_directory import (
     STAGED,
     check_output_of_variants,
     check_replaceable,
-    load,
     locked,
     prepare,
-    save,
-    save_settings,
 )
 from se_compress.text.overlap import cautions, cautions_before
 

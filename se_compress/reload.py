@@ -10,7 +10,7 @@ vLLM and SGLang are not loaded here. transformers reads their unquantised files,
 width, and stands in for them: what it says is no proof of the engine, but a file that it cannot
 load, or loads otherwise, is broken.
 
-SCRATCH holds request.json ({"tokens": [...], "target": ..., "parent": process id});
+SCRATCH holds request.json ({"tokens": [...], "target": ..., "format": ..., "parent": process id});
 logits.safetensors is written beside it. When the parent ends, however it does, this process ends
 too, and takes SCRATCH with it.
 """
@@ -20,7 +20,6 @@ import errno
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -31,15 +30,11 @@ from typing import Any, cast
 
 from se_compress.artifacts.targets import ENGINES, Loader
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
-from se_compress.formats import FORMATS
+from se_compress.formats import FORMATS, Format
+from se_compress.running.faults import shortage
 from se_compress.running.memory import available_memory
 
-# By what config.json calls it.
-BY_METHOD = {form.quant_method: form for form in FORMATS.values()}
 EXTRAS = {form.package: form.extra for form in FORMATS.values()}
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-EXHAUSTED = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
-FILLED = re.compile(r"No space left on device|Disk quota exceeded")
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -82,13 +77,11 @@ def fault_of_machine(error: BaseException) -> str:
     if isinstance(error, ImportError):
         return " ".join(str(error).split())[:200]
     for cause in _causes(error):
-        text = str(cause)
-        number = cause.errno if isinstance(cause, OSError) else None
-        if isinstance(cause, MemoryError) or number == errno.ENOMEM or EXHAUSTED.search(text):
+        what = shortage(cause)
+        if what == "memory":
             return "memory is exhausted"
-        rust = re.search(r"\(os error (\d+)\)", text)  # safetensors' and tokenizers' errors
-        if number in FULL or (rust and int(rust[1]) in FULL) or FILLED.search(text):
-            return f"the disk is full ({' '.join(text.split())[:150]})"
+        if what == "disk" or (isinstance(cause, OSError) and cause.errno == errno.EROFS):
+            return f"the disk is full ({' '.join(str(cause).split())[:150]})"
     return ""
 
 
@@ -107,14 +100,14 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
             f"{available.size_bytes / 1e9:.1f} GB {available.limit} are available"
         )
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    settings = config.get("quantization_config", {})
-    if reason := _missing_package(request["target"], settings):
+    loader, form = ENGINES[request["target"]].loader, FORMATS.get(request["format"])
+    if reason := _missing_package(loader, form):
         return _not_run(reason)
-    if _of_several_widths(settings):
+    if _of_several_widths(config.get("quantization_config", {})):
         reason = "is not installed, and transformers would read layers of several widths wrong"
         print(f"{request['target']} {reason}", file=sys.stderr)
         return CANNOT_RUN_EXIT_CODE
-    model = _LOADERS[ENGINES[request["target"]].loader](directory)
+    model = _LOADERS[loader](directory, form)
 
     import torch
     from safetensors.torch import save_file
@@ -125,9 +118,8 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
     return 0
 
 
-def _missing_package(target: str, settings: Mapping[str, Any]) -> str:
+def _missing_package(loader: Loader, form: Format | None) -> str:
     """What has to be installed before this machine can tell anything; "" if it all is."""
-    form, loader = BY_METHOD.get(settings.get("quant_method", "")), ENGINES[target].loader
     package = form.package if form and loader == "transformers" else loader
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed (pip install 'se-compress[{EXTRAS.get(package, '')}]')"
@@ -145,7 +137,7 @@ def _not_run(reason: str) -> int:
     return NOT_RUN_EXIT_CODE
 
 
-def _load_gptqmodel(directory: str) -> Any:
+def _load_gptqmodel(directory: str, form: Format | None) -> Any:
     # With two cores GPTQModel 7.6 asks for more workers than its own pool has, unless told.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel
@@ -153,14 +145,12 @@ def _load_gptqmodel(directory: str) -> Any:
     return GPTQModel.load(directory, device="cpu").model.eval()
 
 
-def _load_transformers(directory: str) -> Any:
+def _load_transformers(directory: str, form: Format | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     # auto-round's linears have no float32; Mixtral's renamed tensors keep their dtype under a
     # quantizer.
-    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    form = BY_METHOD.get(config.get("quantization_config", {}).get("quant_method", ""))
     as_stored = form is not None and not form.has_float32
     loaded = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -177,7 +167,7 @@ def _load_transformers(directory: str) -> Any:
     return model.eval()
 
 
-_LOADERS: Mapping[Loader, Callable[[str], Any]] = {
+_LOADERS: Mapping[Loader, Callable[[str, Format | None], Any]] = {
     "gptqmodel": _load_gptqmodel,
     "transformers": _load_transformers,
 }

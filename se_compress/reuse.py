@@ -31,14 +31,8 @@ from se_compress.running.manifest import (
 )
 from se_compress.running.places import rejected
 from se_compress.running.publishing import publish
-from se_compress.running.run_directory import (
-    STAGED,
-    VERSION_KEY,
-    RunSettings,
-    load,
-    load_settings,
-    locked,
-)
+from se_compress.running.records import RunSettings, load, load_settings
+from se_compress.running.run_directory import STAGED, VERSION_KEY, locked
 
 # Files of a result, beside its weights, that only the whole work makes again.
 _RECORDS = ("compression", "profile", "plan", "validation")

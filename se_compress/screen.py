@@ -311,8 +311,7 @@ def _verdict(check: Check) -> str:
     if unlimited(check):
         return "no limit"
     word = {True: "passed", False: "FAILED", None: "not run"}[check.passed]
-    detail = check.detail.removeprefix("not run: ")
-    return word if check.passed or not detail else f"{word}: {detail}"
+    return word if check.passed or not check.detail else f"{word}: {check.detail}"
 
 
 def _result_line(outcome: Outcome) -> str:

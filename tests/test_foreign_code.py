@@ -126,9 +126,8 @@ def test_the_reload_runs_nothing_of_a_result(
     booby_trap(directory, mark)
     found = read_headers(directory)
     read = open_result(found, source.tensors, plan.scheme, draw_blueprint(source, plan).names)
-    check = check_reload(
-        StreamedModel(source, read), target, directory, found.values(), TOKENS, RunOptions()
-    )
+    model, stored_as = StreamedModel(source, read), plan.scheme.format
+    check = check_reload(model, target, stored_as, directory, found.values(), TOKENS, RunOptions())
     assert check.value is not None, check.detail
     assert check.value < 0.1
     assert check.passed is not False

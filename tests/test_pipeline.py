@@ -82,7 +82,7 @@ run(Request(load_recipe(recipe), recipe.read_text(), RunOptions(progress=progres
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = Check("reload", None, validator.RELOAD_LIMIT, None, "not run: not in this test")
+    check = Check("reload", None, validator.RELOAD_LIMIT, None, "not in this test")
     monkeypatch.setattr(validator, "_reload", lambda *arguments: check)
 
 
@@ -992,9 +992,7 @@ def test_a_run_that_has_lost_its_massive_activation_stops_and_keeps_what_it_has(
     assert [check.name for check in failed] == ["massive_activation_ratio"]
     assert "after layer 1 on calibration text" in failed[0].detail
     assert "expert (1, 5) wrote" in failed[0].detail
-    assert outcome.validation.check("reload").detail == (
-        "not run: compressing stopped after layer 1"
-    )
+    assert outcome.validation.check("reload").detail == "compressing stopped after layer 1"
     assert [record.layer for record in outcome.validation.records] == [0, 1]
     assert (place.rejected / "se_compress" / "report.html").exists()
     assert not (place.rejected / "config.json").exists(), "half a checkpoint is not one"

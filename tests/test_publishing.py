@@ -22,15 +22,8 @@ from se_compress.running import publishing
 from se_compress.running.manifest import FILES_FILE, damages, write_list
 from se_compress.running.places import partial, rejected
 from se_compress.running.publishing import publish, recover
-from se_compress.running.run_directory import (
-    RunSettings,
-    check_output,
-    check_replaceable,
-    load_settings,
-    locked,
-    prepare,
-    save_settings,
-)
+from se_compress.running.records import RunSettings, load_settings, save_settings
+from se_compress.running.run_directory import check_output, check_replaceable, locked, prepare
 
 SETTINGS = {"the version of se-compress": "1", "seed": 0}
 OTHERS = {**SETTINGS, "seed": 1}

@@ -25,6 +25,7 @@ from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
 from se_compress.compression.execute import compress
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.targets import is_other_linear
+from se_compress.formats import UNQUANTISED
 from se_compress.model.checkpoint import Reader, open_result
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
@@ -172,8 +173,8 @@ def test_the_widths_of_the_mixed_case_are_mixed(loaded: Loaded) -> None:
 # ------------------------------------------------------------------------------ the reload process
 
 
-def ask(scratch: Path, target: str) -> list[str]:
-    request = {"tokens": TOKENS[0], "target": target}
+def ask(scratch: Path, target: str, form: str = UNQUANTISED) -> list[str]:
+    request = {"tokens": TOKENS[0], "target": target, "format": form}
     (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
     return ["reload", str(scratch.parent / "result"), str(scratch)]
 
@@ -227,11 +228,10 @@ def test_a_missing_engine_is_told_from_a_broken_result(
 def test_a_missing_bitsandbytes_is_told_from_a_broken_result(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"quantization_config": {"quant_method": "se-compress"}}
     (scratch.parent / "result").mkdir()
-    (scratch.parent / "result" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (scratch.parent / "result" / "config.json").write_text("{}", encoding="utf-8")
     monkeypatch.setattr(reload.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ask(scratch, "transformers"))
+    monkeypatch.setattr(sys, "argv", ask(scratch, "transformers", "bitsandbytes"))
     assert reload.main() == 77
     message = "bitsandbytes is not installed (pip install 'se-compress[bnb]')\n"
     assert capsys.readouterr().err == message

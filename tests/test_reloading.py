@@ -29,6 +29,7 @@ from se_compress.artifacts import (
 )
 from se_compress.engines import reloading
 from se_compress.engines.reloading import RELOAD_LIMIT, START, check_reload
+from se_compress.formats import UNQUANTISED
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.headers import read_headers
@@ -104,7 +105,7 @@ def test_a_process_that_crashed_over_the_result_does(code: int) -> None:
 
 def test_not_here_and_not_now_are_two_things() -> None:
     assert (ended(77, "no memory").retry, ended(78, "never").retry) == (True, None)
-    assert ended(78, "never").detail == "not run: never"
+    assert ended(78, "never").detail == "never"
 
 
 # --------------------------------------------------------------------------------- with a process
@@ -119,7 +120,9 @@ def reload(source: ModelSource) -> Check:
     """Of the source itself, which transformers loads."""
     model = StreamedModel(source, open_tensors(source.tensors))
     found = read_headers(source.path).values()
-    return check_reload(model, "transformers", source.path, found, TOKENS, RunOptions())
+    return check_reload(
+        model, "transformers", UNQUANTISED, source.path, found, TOKENS, RunOptions()
+    )
 
 
 def test_a_temporary_directory_that_cannot_be_written_is_told(
@@ -228,7 +231,7 @@ def recipe(model: Path, output: Path, text: Path) -> Request:
     )
 
 
-NOT_NOW = Check("reload", None, RELOAD_LIMIT, None, "not run: no memory", retry=True)
+NOT_NOW = Check("reload", None, RELOAD_LIMIT, None, "no memory", retry=True)
 PASSED = Check("reload", 0.001, RELOAD_LIMIT, True, "logits through transformers")
 FAILED = Check("reload", 0.5, RELOAD_LIMIT, False, "logits through transformers")
 

@@ -51,7 +51,7 @@ from se_compress.model.states import batches_of, load_states, save_states
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.headers import lay_out
 from se_compress.recipe import Recipe
-from se_compress.running.run_directory import load_layers, save
+from se_compress.running.records import load_layers, save
 
 STATES_FILE = "compress-states.safetensors"
 
@@ -110,7 +110,7 @@ def _fill(
     records, streams = _resume(options, blueprint, layout)
     if streams is None:
         embedded = reduced.embed(batches_of(tokens, options.batch_tokens))
-        streams = Streams(embedded, embedded)
+        streams = Streams(embedded)
     for layer in range(source.layer_count):
         options.progress("compress", layer, source.layer_count)
         if layer == len(records):
@@ -144,15 +144,16 @@ def _resume(
     if change := change_since(blueprint, layout, records):
         options.notice(f"{change}: its stage starts again")
         return [], None
-    return records, Streams(**streams) if records else None
+    return records, Streams(streams["source"], streams.get("result")) if records else None
 
 
 def _save(options: RunOptions, record: LayerRecord, streams: Streams) -> None:
     """The record first: a layer counts as done once the states behind it are on disk."""
     if options.work is not None:
         save(record, _record_file(options.work, record.layer))
-        named = {"source": streams.source, "result": streams.result}
-        save_states(options.work / STATES_FILE, record.layer, named)
+        named = {"source": streams.source, "result": streams.changed}
+        there = {name: states for name, states in named.items() if states is not None}
+        save_states(options.work / STATES_FILE, record.layer, there)
 
 
 def _forget_what_is_gone(emptied: Sequence[str], options: RunOptions) -> None:

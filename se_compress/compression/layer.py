@@ -33,18 +33,22 @@ WITNESS_TOKENS = 1024
 class Streams:
     """Hidden states after the last layer that is done, [B, T, H] a batch.
 
-    source  those of the source: of all sequences while the two are one, of a few leading ones
-            after that
-    result  those of the model compressed so far
+    source   those of the source: of all sequences while nothing has been changed, of a few leading
+             ones after that
+    changed  those of the model compressed so far; None while nothing in it has been changed
     """
 
     source: list[Tensor]
-    result: list[Tensor]
+    changed: list[Tensor] | None = None
+
+    @property
+    def result(self) -> list[Tensor]:
+        """Those of the model compressed so far, which may be the source's."""
+        return self.source if self.changed is None else self.changed
 
     @property
     def are_one(self) -> bool:
-        """Nothing has been changed yet: there is one list of states for both."""
-        return self.source is self.result
+        return self.changed is None
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def _pass_unchanged(model: StreamedModel, layer: int, streams: Streams) -> Compr
     """Nothing is changed so far: the states of both models stay one."""
     watch = _Watch([], runs_experts=True)
     states = model.run_layer(layer, model.load_layer(layer), streams.result, watch)
-    return CompressedLayer(Made(states), Streams(states, states))
+    return CompressedLayer(Made(states), Streams(states))
 
 
 def _source_side(model: StreamedModel, layer: int, module: nn.Module, streams: Streams) -> Side:

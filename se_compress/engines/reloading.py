@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,12 +37,14 @@ ITS_OWN_FAULT = (signal.SIGSEGV, signal.SIGFPE)
 def check_reload(
     result: StreamedModel,
     target: str,
+    form: str,
     directory: Path,
     tensors: Iterable[TensorInfo],
     tokens: Sequence[int],
     options: RunOptions,
 ) -> Check:
-    """Load the checkpoint in `directory`, which holds `tensors`, as a user would.
+    """Load the checkpoint in `directory`, which holds `tensors` in the format `form`, as a user
+    would.
 
     What keeps this machine from trying is no fault of the result: the check is not run, and asks
     for another try where one may go better (`Check.retry`).
@@ -51,7 +53,11 @@ def check_reload(
     tokens = tokens[:RELOAD_TOKENS]
     try:
         with tempfile.TemporaryDirectory(prefix="se-compress-reload-") as scratch:
-            found = _ask_engine(target, directory, tensors, tokens, Path(scratch))
+            bare = Path(scratch) / "model"
+            bare.mkdir()
+            lay_bare(directory, tensors, bare)
+            request = {"tokens": list(tokens), "target": target, "format": form}
+            found = _ask_engine(request, Path(scratch))
     except OSError as error:
         where = error.filename or tempfile.tempdir or "the temporary directory"
         found = _not_run(f"{where}: {error.strerror}")
@@ -59,22 +65,13 @@ def check_reload(
     return found if isinstance(found, Check) else _compare(result, target, tokens, found)
 
 
-def _ask_engine(
-    target: str,
-    directory: Path,
-    tensors: Iterable[TensorInfo],
-    tokens: Sequence[int],
-    scratch: Path,
-) -> Tensor | Check:
-    """Logits [1, T, vocabulary], or why there are none."""
-    bare = scratch / "model"
-    bare.mkdir()
-    lay_bare(directory, tensors, bare)
-    request = {"tokens": list(tokens), "target": target, "parent": os.getpid()}
-    (scratch / "request.json").write_text(json.dumps(request))
+def _ask_engine(request: Mapping[str, object], scratch: Path) -> Tensor | Check:
+    """Logits [1, T, vocabulary] of the model that lies in `scratch`, or why there are none."""
+    text = json.dumps({**request, "parent": os.getpid()})
+    (scratch / "request.json").write_text(text)
     home = str(Path(__file__).parent.parent)
     process = subprocess.run(
-        [sys.executable, "-P", "-c", START, home, str(bare), str(scratch)],
+        [sys.executable, "-P", "-c", START, home, str(scratch / "model"), str(scratch)],
         env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -120,4 +117,4 @@ def _failure(process: "subprocess.CompletedProcess[str]") -> Check:
 
 
 def _not_run(reason: str, again: bool = True) -> Check:
-    return Check("reload", None, RELOAD_LIMIT, None, f"not run: {reason}", retry=again or None)
+    return Check("reload", None, RELOAD_LIMIT, None, reason, retry=again or None)

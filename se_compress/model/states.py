@@ -6,7 +6,7 @@ different lengths. Hidden states have the model's dtype and device.
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -62,28 +62,23 @@ def in_pieces(hidden: Sequence[Tensor]) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------- resume
 
 
-def save_states(path: Path, layer: int, streams: dict[str, list[Tensor]]) -> None:
+def save_states(path: Path, layer: int, streams: Mapping[str, Sequence[Tensor]]) -> None:
     """Write the hidden states after `layer`, atomically: the file is the old one or the new one.
 
-    streams  name -> hidden states [B, T, H] of each batch; two names of one and the same list are
-             written once and come back as one list
+    streams  name -> hidden states [B, T, H] of each batch
     """
     from safetensors.torch import save_file
 
-    names = list(streams)
-    same_as = {name: next(n for n in names if streams[n] is streams[name]) for name in names}
     tensors = {
         f"{name}.{index}": states.contiguous()
         for name, batches in streams.items()
         for index, states in enumerate(batches)
-        if same_as[name] == name
     }
     partial = path.with_name(path.name + ".writing")
     sums = {key: _checksum(states) for key, states in tensors.items()}
     metadata = {
         "file": path.name,
         "layer": str(layer),
-        "same_as": json.dumps(same_as),
         "checksums": json.dumps(sums),
     }
     save_file(tensors, partial, metadata=metadata)
@@ -132,5 +127,4 @@ def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[
             if _checksum(states) != sums[key]:
                 raise ValueError(f"the checksum of {key} is wrong")
             streams.setdefault(key.split(".")[0], []).append(states.to(device))
-    same_as = json.loads(metadata["same_as"])
-    return int(metadata["layer"]), {name: streams[first] for name, first in same_as.items()}
+    return int(metadata["layer"]), streams

@@ -36,7 +36,7 @@ from se_compress.profiling.similarity import output_distances
 from se_compress.profiling.watch import Watch, layer_stats
 from se_compress.quant.grid import Grid
 from se_compress.recipe import Recipe
-from se_compress.running.run_directory import load_layers, save
+from se_compress.running.records import load_layers, save
 
 STATES_FILE = "profile-states.safetensors"
 # Widths whose losses a profile has.

@@ -213,7 +213,7 @@ def describe_check(check: Check) -> CheckInWords:
         limit=limit,
         limit_text=text(limit),
         state="no-limit" if unlimited(check) else states[check.passed],
-        detail=check.detail.removeprefix("not run: "),
+        detail=check.detail,
         interval=_interval(check.low, check.high, text),
     )
 

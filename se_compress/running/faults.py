@@ -1,20 +1,28 @@
-"""What the system and the libraries refuse in the middle of the work, told as errors of ours."""
+"""What the system and the libraries refuse in the middle of the work, told as errors of ours.
+
+Where a library has a class or a number for it, that tells; here alone words do, of those that have
+neither.
+"""
 
 import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from se_compress.errors import ResourceError, SeCompressError, SourceError
 from se_compress.running.places import partial, rejected
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Rust libraries give the number in the text only, and torch has no class for a full memory. The
-# last words are those of the loader of shared libraries, where `ulimit -v` has no room for torch.
-_FULL_IN_RUST = re.compile(rf"\(os error ({'|'.join(map(str, FULL))})\)")
+Shortage = Literal["memory", "disk"]
+# safetensors and tokenizers, written in Rust, give the number in their text only. Of a CPU's memory
+# torch raises a bare RuntimeError. The last words are those of the loader of shared libraries,
+# where `ulimit -v` has no room for torch.
+_RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
+_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _OUT_OF_MEMORY = re.compile(
-    r"an't allocate memory|annot allocate memory|CUDA out of memory"
+    r"an't allocate memory|annot allocate memory|out of memory"
     r"|failed to map segment from shared object(?!: Operation not permitted)"
 )
 
@@ -42,10 +50,22 @@ def telling_whose(model: Path, output: Path) -> Iterator[None]:
 
 def foreseen(error: Exception) -> SeCompressError | None:
     """What a library's error means to the user. None if it is a bug."""
-    text = str(error)
-    full = isinstance(error, OSError) and error.errno in FULL
-    if full or _FULL_IN_RUST.search(text):
-        return ResourceError(f"the disk is full ({text}); progress is kept")
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
+    what = shortage(error)
+    if what == "disk":
+        return ResourceError(f"the disk is full ({error}); progress is kept")
+    if what == "memory":
         return ResourceError("memory is exhausted; lower calibration.samples; progress is kept")
+    return None
+
+
+def shortage(error: BaseException) -> Shortage | None:
+    """What this machine has run out of, if that is what an error of any library says."""
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _RUST_NUMBER.search(text)):
+        number = int(found[1])
+    if number in FULL or _FULL.search(text):
+        return "disk"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _OUT_OF_MEMORY.search(text):
+        return "memory"
     return None

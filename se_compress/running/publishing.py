@@ -19,17 +19,8 @@ from se_compress.artifacts import OURS, ValidationReport, write_atomically
 from se_compress.errors import RecipeError, ResourceError
 from se_compress.running.manifest import FILES_FILE, sync
 from se_compress.running.places import partial, rejected, shown
-from se_compress.running.run_directory import (
-    LOCK,
-    MARK,
-    REPLACED,
-    RUN,
-    STAGED,
-    discard,
-    load,
-    load_settings,
-    remove,
-)
+from se_compress.running.records import load, load_settings
+from se_compress.running.run_directory import LOCK, MARK, REPLACED, RUN, STAGED, discard, remove
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

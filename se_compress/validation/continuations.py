@@ -18,7 +18,7 @@ def continue_both(
     """Both models go on with the beginnings of some held-out sequences, spread over all of them."""
     wanted, tokens = validation.generation, original.tokens
     if not wanted.tokens:
-        reason = "not run: validation.generation.tokens is 0"
+        reason = "validation.generation.tokens is 0"
         repetition = not_judged(validation, "repetition", reason)
         return (), (repetition, not_judged(validation, "loops", reason))
     step = max(1, len(tokens) // wanted.prompts)

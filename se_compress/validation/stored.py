@@ -23,6 +23,7 @@ from se_compress.model.splice import open_shrunk
 from se_compress.model.surgery import Shrunk
 from se_compress.opening.families import FAMILIES, unfused_name
 from se_compress.opening.source import read_config
+from se_compress.running.faults import shortage
 
 LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
 
@@ -38,6 +39,7 @@ class Stored:
     source     it as a model: the source itself, or what surgery left of that
     small      that surgery; None without
     target     engine that should load it
+    form       its format, a key of FORMATS, or UNQUANTISED
     accounted  the check of its tensors
     complete   every tensor is there, so that it can be run
     read       reader of its tensors by the names of `source`; raises Unusable
@@ -48,6 +50,7 @@ class Stored:
     source: ModelSource
     small: Shrunk | None
     target: str
+    form: str
     accounted: Check
     complete: bool
     read: Reader
@@ -72,7 +75,7 @@ def _usable(read: Reader, names: Mapping[str, str]) -> Reader:
         except SourceError as error:
             raise Unusable(str(error)) from None
         except (ValueError, IndexError, RuntimeError) as error:  # words that no unpacker can read
-            if "memory" in str(error):  # torch has no class of its own for that on a CPU
+            if shortage(error):
                 raise
             reason = str(error).partition("\n")[0]
             raise Unusable(f"{where} cannot be unpacked: {reason[:200]}") from None
@@ -93,6 +96,7 @@ def planned(
         source=model,
         small=blueprint.shrunk,
         target=plan.target,
+        form=plan.scheme.format,
         accounted=account(blueprint, directory, found, records),
         complete=is_complete(blueprint, found),
         read=_usable(read, blueprint.names),
@@ -115,6 +119,7 @@ def foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo
         source=source,
         small=None,
         target=target,
+        form=form,
         accounted=accounted,
         complete=complete,
         read=_usable(open_result(found, source.tensors, Scheme(form, "", -1, True), names), names),

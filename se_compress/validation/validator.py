@@ -31,7 +31,7 @@ from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.opening.headers import read_headers
 from se_compress.recipe import Recipe, Validation
-from se_compress.running.run_directory import load
+from se_compress.running.records import load
 from se_compress.validation.checks import (
     massive_checks,
     prediction_checks,
@@ -74,20 +74,20 @@ def validate(
     found = read_headers(directory)
     records = _records(directory)
     if records and (stopped := records[-1].failed):
-        reason = f"not run: compressing stopped after layer {records[-1].layer}"
+        reason = f"compressing stopped after layer {records[-1].layer}"
         return report_on(source, alone(stopped, reason), None, (), records, found)
     if plan:
         stored = planned(draw_blueprint(source, plan), directory, found, records)
     else:
         stored = foreign(source, directory, found)
     if not stored.complete:
-        reason = "not run: a result with tensors missing cannot be run"
+        reason = "a result with tensors missing cannot be run"
         return report_on(source, alone(stored.accounted, reason), None, (), records, found)
     original = original or Original(source, tokens, recipe, options)
     try:
         return _judge_stored(stored, original, directory, records, found, recipe, options, reload)
     except Unusable as error:
-        reason = "not run: a tensor of the result cannot be used"
+        reason = "a tensor of the result cannot be used"
         return report_on(source, alone(stored.not_usable(error), reason), None, (), records, found)
 
 
@@ -104,10 +104,10 @@ def _judge_stored(
     """All gates of a checkpoint that is whole. Raises Unusable."""
     result = stream(stored.source, stored.read, recipe, options)
     judged = _judge_behaviour(original, result, stored.small, recipe.validation, options)
-    reloaded = Check("reload", None, RELOAD_LIMIT, None, "not run: left out by the caller")
+    reloaded = Check("reload", None, RELOAD_LIMIT, None, "left out by the caller")
     if reload:
         tokens = original.tokens
-        reloaded = _reload(result, stored.target, directory, found, tokens, options)
+        reloaded = _reload(result, stored, directory, found, tokens, options)
     weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
     source = original.model.source
@@ -134,7 +134,7 @@ def try_again(
     found = read_headers(directory)
     stored = planned(draw_blueprint(source, plan), directory, found, report.records)
     result = stream(stored.source, stored.read, recipe, options)
-    again = _reload(result, stored.target, directory, found, tokens, options)
+    again = _reload(result, stored, directory, found, tokens, options)
     checks = tuple(again if check.name == again.name else check for check in report.checks)
     return replace(
         report,
@@ -192,11 +192,12 @@ def _judge_behaviour(
 
 def _reload(
     result: StreamedModel,
-    target: str,
+    stored: Stored,
     directory: Path,
     found: Mapping[str, TensorInfo],
     tokens: Sequence[Sequence[int]],
     options: RunOptions,
 ) -> Check:
     """On the first held-out sequence, in a process of its own: engines patch what they import."""
-    return check_reload(result, target, directory, found.values(), tokens[0], options)
+    target, form = stored.target, stored.form
+    return check_reload(result, target, form, directory, found.values(), tokens[0], options)
