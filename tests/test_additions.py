@@ -173,7 +173,7 @@ def test_settings_that_an_engine_reads_otherwise_are_found_before_the_work(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method: Any = "compressed-tensors"
-    monkeypatch.setitem(engine_view.ENGINES, method, lambda settings, source: lambda module: 4)
+    monkeypatch.setitem(engine_view.FUSING, method, lambda settings, source: lambda module: 4)
     source = open_source(str(tiny_model("qwen3_moe")))
     settings = recipe(source)
     plan = make_plan(source, None, recipe(source, target="vllm"))

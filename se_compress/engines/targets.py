@@ -16,13 +16,11 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
-from se_compress.artifacts.targets import ENGINES
 from se_compress.artifacts.targets import TARGETS as TARGETS
 from se_compress.artifacts.targets import TargetRules as TargetRules
 from se_compress.errors import RecipeError
 from se_compress.formats import FORMATS, StoredPart
 from se_compress.opening.encodings import ACTIVATION_PARTS
-from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import Slot
 
 
@@ -123,15 +121,8 @@ def _accepted_instead(packed: Sequence[TensorInfo], rules: TargetRules, scheme: 
     )
 
 
-def cautions(source: ModelSource, rules: TargetRules) -> tuple[str, ...]:
-    """What goes wrong when the target loads a model that others load right, and what becomes of
-    coded weights."""
-    harm = ENGINES[rules.target].assumed_biases.get(FAMILIES[source.family].attention_bias)
-    biased = any(name.endswith(".q_proj.bias") for name in source.tensors)
-    return ((harm,) if harm and not biased else ()) + _of_coded(source)
-
-
-def _of_coded(source: ModelSource) -> tuple[str, ...]:
+def cautions(source: ModelSource) -> tuple[str, ...]:
+    """What becomes of coded weights."""
     coded = [info.stored for info in source.tensors.values() if info.stored is not None]
     encodings = sorted({stored.encoding for stored in coded} - {"plain"})
     if not encodings:

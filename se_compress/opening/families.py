@@ -39,6 +39,8 @@ class Family:
     slides         `sliding_window` holds without `use_sliding_window`
     grouped_if     config values with which the router is group-limited; None: it never is
     defaults       what transformers takes for config keys that are not there
+    implied        keys that transformers neither writes nor reads, with what its code does: the
+                   published configs have them, and other engines ask for them
     """
 
     model_type: str
@@ -69,6 +71,7 @@ class Family:
     attention_bias: str = ""
     slides: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    implied: Mapping[str, Any] = field(default_factory=dict)
 
 
 # The keys of all families. An engine may look at any of them, whatever the family.
@@ -174,6 +177,7 @@ FAMILIES: Mapping[str, Family] = {
                 "topk_group": 4,
                 "num_nextn_predict_layers": 1,
             },
+            implied={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         ),
     )
 }
