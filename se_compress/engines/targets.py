@@ -5,6 +5,7 @@ engine loads of it. The planner takes a row as its constraint; what the result t
 blueprint (blueprint.py), exact to the byte.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -136,6 +137,16 @@ def cautions(source: ModelSource) -> tuple[str, ...]:
     if any(part in ACTIVATION_PARTS for stored in coded for part in stored.parts):
         note += "; its scales of activations are not used"
     return (note,)
+
+
+def check_installed(scheme: Scheme) -> None:
+    """The library that quantises by itself is there. Raises RecipeError."""
+    form = FORMATS.get(scheme.format)
+    if form and form.quantize and importlib.util.find_spec(form.package) is None:
+        raise RecipeError(
+            f"quantization.method is {scheme.method}, which is not installed: "
+            f"pip install 'se-compress[{form.extra}]'"
+        )
 
 
 def is_other_linear(info: TensorInfo) -> bool:
