@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from tiny import CONFIGS
 
 from se_compress.artifacts.targets import ENGINES
-from se_compress.opening.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md",
@@ -60,7 +60,7 @@ def test_links_and_paths_lead_somewhere(document: str) -> None:
 
 def test_the_readme_names_every_target_and_family_and_stays_short() -> None:
     text = text_of("README.md")
-    assert [name for name in (*ENGINES, *FAMILIES) if f"`{name}`" not in text] == []
+    assert [name for name in (*ENGINES, *CONFIGS) if f"`{name}`" not in text] == []
     assert len(text.splitlines()) <= 150
 
 

@@ -16,7 +16,6 @@ from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.engine_view import _Patterns, literal_start, misread, stored_bits
 from se_compress.engines.export import quantization_config
 from se_compress.engines.targets import find_rules
-from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import Slot, read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
@@ -25,7 +24,7 @@ from se_compress.validation import stored
 
 TinyModel = Callable[[str], Path]
 TWELVE = "deepseek_v3-twelve"
-MODELS = (*FAMILIES, "deepseek_v3-next-token", "qwen3_moe-tied", TWELVE)
+MODELS = (*tiny.CONFIGS, "deepseek_v3-next-token", "qwen3_moe-tied", TWELVE)
 # Target, method and format -> widths that a mixed plan of it may have.
 ENGINES = {
     "gptqmodel": ("gptqmodel", "rtn", "auto"),

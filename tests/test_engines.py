@@ -22,7 +22,6 @@ from torch import Tensor
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource, OtherDecision
 from se_compress.engines.targets import find_rules, is_other_linear, unpackable
-from se_compress.opening.families import FAMILIES
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 
@@ -143,9 +142,6 @@ def plans_for(source: ModelSource) -> dict[str, tuple[str, CompressionPlan]]:
     plans = {
         "gptq-default": ("gptqmodel", plan_for(source, "gptqmodel", "gptq", protect=protect)),
         "gptq-mixed": ("gptqmodel", mixed(source, plan_for(source, "gptqmodel", "gptq"))),
-        "gptq-by-layer": (
-            "gptqmodel", by_layer(source, plan_for(source, "gptqmodel", "gptq"))
-        ),
         "gptq_v2-mixed": (
             "gptqmodel",
             mixed(source, plan_for(source, "gptqmodel", "gptq_v2", symmetric=False)),
@@ -177,7 +173,7 @@ def found(
     """Family/case -> logits through the engine and through the independent dequantisation."""
     root = tmp_path_factory.mktemp("engines")
     engines: dict[str, list[Path]] = {name: [] for name in LOADERS}
-    for family in FAMILIES:
+    for family in tiny.CONFIGS:
         source = open_source(str(tiny_model(family)))
         for case, (engine, plan) in plans_for(source).items():
             directory = tiny.write_result(source, plan, root / f"{family}-{case}")
@@ -206,14 +202,13 @@ def load_all(loader: str, directories: list[Path]) -> None:
 
 
 CASES = (
-    "gptq-default", "gptq-mixed", "gptq-by-layer", "gptq_v2-mixed", "auto-round",
-    "auto-round-mixed", "auto-round-asymmetric", "compressed-tensors", "vllm-one-width",
-    "vllm-by-layer",
+    "gptq-default", "gptq-mixed", "gptq_v2-mixed", "auto-round", "auto-round-mixed",
+    "auto-round-asymmetric", "compressed-tensors", "vllm-one-width", "vllm-by-layer",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_the_engine_computes_what_the_file_stands_for(
     found: Mapping[str, tuple[Tensor, Tensor]], family: str, case: str
 ) -> None:

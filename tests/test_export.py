@@ -15,7 +15,6 @@ from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.export import export_config, quantization_config
 from se_compress.errors import ValidationFailed
-from se_compress.opening.families import FAMILIES
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 
@@ -62,7 +61,7 @@ def test_the_settings_are_those_of_gptq_v1(tiny_model: TinyModel) -> None:
         "pack_dtype": "int32",
         "dynamic": {
             r"-:^model\.layers\.1\.mlp\.experts\.2\.": {},
-            r"-:^(model\.|lm_head)(?!.*\.experts(\.|$)).*$": {},
+            r"-:^(model\.|lm_head)(?!.*\.experts\.\d+\.).*$": {},
         },
         "meta": {"quantizer": ["se-compress"]},
     }
@@ -83,7 +82,7 @@ def mixed(decision: ExpertDecision) -> ExpertDecision:
     return replace(decision, bits=bits, down_bits=down, action=action)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_the_patterns_give_every_module_what_the_plan_says(
     tiny_model: TinyModel, family: str
 ) -> None:

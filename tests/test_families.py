@@ -1,12 +1,15 @@
 """One row per family, and what a row and a config say together."""
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_types
 import torch
 from safetensors import safe_open
 from tiny import CONFIGS, VARIANTS
@@ -16,7 +19,12 @@ from se_compress.errors import SourceError
 from se_compress.opening import families
 from se_compress.opening.families import FAMILIES
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import families as families_tool
+
 TinyModel = Callable[[str], Path]
+# The rows as they were when each fact was read off a modelling file and a published checkpoint.
+BY_HAND = json.loads(Path(__file__).with_name("six_families.json").read_text(encoding="utf-8"))
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -28,8 +36,23 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
 
 
 def test_every_row_has_a_tiny_model() -> None:
-    assert set(CONFIGS) == set(FAMILIES)
+    assert set(tiny_types.CONFIGS) == set(FAMILIES)
     assert all(row.model_type == key for key, row in FAMILIES.items())
+    assert {name for name, row in FAMILIES.items() if row.exact} == set(CONFIGS)
+
+
+def test_the_rows_are_what_transformers_says_today() -> None:
+    """The file is what its tool derives from the transformers that is installed."""
+    assert families_tool.contents() == families_tool.FILE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_rows_of_six_families_say_what_they_said_when_they_were_written_by_hand(
+    name: str,
+) -> None:
+    row = json.loads(json.dumps(asdict(FAMILIES[name])))
+    assert {key: row[key] for key in BY_HAND[name]} == BY_HAND[name]
+    assert len(BY_HAND[name]) == 16
 
 
 # ------------------------------------------------------------------------- templates and tensors
@@ -84,15 +107,24 @@ def test_expert_layers(config: dict[str, object], layers: tuple[int, ...]) -> No
 
 
 def test_not_a_mixture_of_experts() -> None:
-    match = r"^here: model_type 'llama' is .* Mixture-of-Experts model; known are deepseek_v2, "
+    match = (
+        r"^here: model_type 'llama' is no Mixture-of-Experts model; README.md lists what is read"
+    )
     with pytest.raises(SourceError, match=match):
         families.family_of({"model_type": "llama", "hidden_size": 64}, "here")
 
 
 def test_an_unknown_family() -> None:
-    match = r"^here: model_type 'gpt_oss' is not supported; known are .*mixtral, olmoe, qwen2_moe"
+    match = r"^here: model_type 'qwen3_moo' is not supported; .*close to this name are .*qwen3_moe"
     with pytest.raises(SourceError, match=match):
-        families.family_of({"model_type": "gpt_oss", "num_local_experts": 32}, "here")
+        families.family_of({"model_type": "qwen3_moo", "num_local_experts": 32}, "here")
+
+
+@pytest.mark.parametrize("model_type", tiny_types.NOT_RUN)
+def test_a_family_that_transformers_cannot_run_as_others(model_type: str) -> None:
+    match = rf"^here: model_type '{model_type}' is not supported: .*transformers"
+    with pytest.raises(SourceError, match=match):
+        families.family_of({"model_type": model_type, "num_experts": 8}, "here")
 
 
 def test_no_model_type() -> None:
@@ -104,17 +136,27 @@ def test_no_model_type() -> None:
     ("config", "inner"),
     [
         ({"model_type": "qwen3_vl_moe", "text_config": {"num_experts": 8}}, "text_config"),
-        ({"model_type": "llama4", "text_config": {"num_local_experts": 8}}, "text_config"),
         ({"model_type": "new", "llm_config": {"moe_intermediate_size": 8}}, "llm_config"),
-        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 8}}, "ffn_config"),
     ],
 )
 def test_a_composite_model(config: dict[str, Any], inner: str) -> None:
     match = (
         rf"model_type '{config['model_type']}' is a composite .* experts below {inner} of config"
+        r".*; of composites, gemma4, qwen3_5_moe, .* are read"
     )
     with pytest.raises(SourceError, match=match):
         families.family_of(config, "here")
+
+
+def test_a_composite_that_is_read() -> None:
+    config = {"model_type": "qwen3_5_moe", "text_config": {"num_experts": 8, "hidden_size": 64}}
+    assert families.family_of(config, "here").model_type == "qwen3_5_moe_text"
+    assert families.text_of(config) == config["text_config"]
+    assert families.text_of({"model_type": "mixtral"}) == {"model_type": "mixtral"}
+
+
+def test_kimi_k2_is_deepseek_v3() -> None:
+    assert families.family_of({"model_type": "kimi_k2"}, "here") is FAMILIES["deepseek_v3"]
 
 
 @pytest.mark.parametrize("model_type", [5, ["mixtral"], {"a": 1}, "x" * 10**6, "a\nb", None])
@@ -148,12 +190,13 @@ def test_routing_groups(config: dict[str, Any], groups: int, chosen: int) -> Non
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_transformers(name: str) -> None:
     config = AutoConfig.for_model(name)
+    assert FAMILIES[name].defaults or name == "olmoe"
     for key, value in FAMILIES[name].defaults.items():
         assert getattr(config, key) == value, key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("key", families.COUNT_KEYS)
+@pytest.mark.parametrize("key", ["moe_num_experts", *families.COUNT_KEYS])
 def test_the_count_keys_are_those_that_transformers_listens_to(name: str, key: str) -> None:
     family = FAMILIES[name]
     config = AutoConfig.for_model(name, **{key: 37})

@@ -29,7 +29,6 @@ from se_compress.engines.loading import PackedLinear
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import open_result
 from se_compress.model.streaming import StreamedModel
-from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
@@ -135,7 +134,7 @@ def plain_model(result: Result, directory: Path) -> Any:
 
 
 @pytest.mark.parametrize("data_type", TYPES)
-@pytest.mark.parametrize("name", [*FAMILIES, "deepseek_v3-next-token", "qwen3_moe-tied"])
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, "deepseek_v3-next-token", "qwen3_moe-tied"])
 def test_the_file_means_what_bitsandbytes_and_transformers_alone_make_of_it(
     tiny_model: TinyModel, tmp_path: Path, name: str, data_type: str
 ) -> None:

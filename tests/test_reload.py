@@ -28,7 +28,6 @@ from se_compress.engines.targets import is_other_linear
 from se_compress.formats import UNQUANTISED
 from se_compress.model.checkpoint import Reader, open_result
 from se_compress.model.streaming import StreamedModel
-from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
@@ -38,7 +37,7 @@ TinyModel = Callable[[str], Path]
 TOKENS = tiny.random_tokens(2, 24, seed=5)
 MIXED = "qwen3_moe-mixed"
 OTHERS = ("qwen2_moe-others", "deepseek_v2-others")  # attention and MLPs are packed as well
-CASES = (*FAMILIES, MIXED, *OTHERS)
+CASES = (*tiny.CONFIGS, MIXED, *OTHERS)
 
 # Logits, and what each expert's projection stands for, through GPTQModel; float16, as its reference
 # kernel has no float32. TORCHDYNAMO_DISABLE: compiling its 2- and 8-bit kernels takes longer than

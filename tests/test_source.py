@@ -208,12 +208,12 @@ def test_a_config_that_is_no_object(model: Path) -> None:
 
 def test_not_a_mixture_of_experts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
-    refusal(tmp_path, r"model_type 'llama' is .* Mixture-of-Experts model; known are deepseek_v2")
+    refusal(tmp_path, r"model_type 'llama' is no Mixture-of-Experts model; README.md lists")
 
 
 def test_an_unknown_family(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss", "num_local_experts": 4}')
-    refusal(tmp_path, r"model_type 'gpt_oss' is not supported; known are deepseek_v2")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_os", "num_local_experts": 4}')
+    refusal(tmp_path, r"model_type 'gpt_os' is not supported; .* close to this name are gpt_oss")
 
 
 @pytest.mark.parametrize(

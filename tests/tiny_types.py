@@ -29,6 +29,7 @@ _COMMON: Mapping[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+_OWN_TOP_K = {key: value for key, value in _COMMON.items() if key != "num_experts_per_tok"}
 _LAST_THREE = ["dense", "sparse", "sparse", "sparse"]
 _QWEN = {**_COMMON, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8}
 _LOCAL = {**_COMMON, "intermediate_size": 32, "num_local_experts": 8}
@@ -109,7 +110,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 16,
     },
     "ernie4_5_moe": {
-        **_COMMON,
+        **_OWN_TOP_K,
         "intermediate_size": 96,
         "moe_intermediate_size": 32,
         "moe_num_experts": 8,
@@ -128,7 +129,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "flex_olmo": {**_COMMON, "intermediate_size": 32, "num_experts": 7},
     "gemma4_text": {
-        **_COMMON,
+        **_OWN_TOP_K,
         **_WINDOW,
         "intermediate_size": 96,
         "enable_moe_block": True,
@@ -176,7 +177,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "granitemoeshared": _GRANITE,
     "hunyuan_v1_moe": {
-        **_COMMON,
+        **_OWN_TOP_K,
         "intermediate_size": 32,
         "num_experts": 8,
         "moe_topk": 2,
@@ -219,7 +220,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "kimi_linear": {
-        **_COMMON,
+        **_OWN_TOP_K,
         "intermediate_size": 96,
         "moe_intermediate_size": 32,
         "num_shared_experts": 1,

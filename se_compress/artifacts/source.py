@@ -55,6 +55,7 @@ class TensorInfo:
     layer       decoder layer, None for tensors outside the decoder layers
     expert      set for kinds "expert" and "shared_expert"
     role        which of the three projections; None for anything else (biases, gates, norms)
+    axis        the axis that runs over the routed experts, where the tensor is of all of them
     stored      what it is decoded from; None if the file holds it as it is
     """
 
@@ -68,6 +69,7 @@ class TensorInfo:
     layer: int | None = None
     expert: ExpertIndex | None = None
     role: Role | None = None
+    axis: int | None = None
     stored: Stored | None = None
 
     @property
@@ -96,6 +98,8 @@ class ModelSource:
     expert_count    routed experts of each of these layers
     group_count     groups of these that the router chooses from first; 1: it looks at no groups
     chosen_groups   of these for a token
+    text_key        key of config.json that holds the language model of a composite; "" for others
+    prefix          what precedes `layers.N.` in names
     contents        works `digest` out, when it is wanted
     """
 
@@ -111,6 +115,8 @@ class ModelSource:
     contents: Callable[[], str] = field(repr=False, compare=False)
     group_count: int = 1
     chosen_groups: int = 1
+    text_key: str = ""
+    prefix: str = "model."
 
     @cached_property
     def digest(self) -> str:
@@ -130,12 +136,20 @@ class ModelSource:
         return {identity: found[identity] for identity in sorted(found)}
 
     @property
+    def text(self) -> Mapping[str, Any]:
+        """What config.json says of the language model: all of it, or that part of a composite."""
+        part: Mapping[str, Any] = self.config[self.text_key] if self.text_key else self.config
+        return part
+
+    @property
     def dtype(self) -> str:
         """The dtype that config.json asks engines for, e.g. "bfloat16"; "" if it asks for none.
 
         Older configs call it torch_dtype.
         """
-        found = self.config.get("dtype") or self.config.get("torch_dtype") or ""
+        parts = (self.config, self.text)
+        words = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+        found = next(filter(None, words), "")
         return str(found).removeprefix("torch.")
 
     def group_of(self, expert: ExpertIndex) -> int:

@@ -100,7 +100,7 @@ def bind(
             )
         bound[name] = TensorInfo(
             *(name, info.dtype, shape, info.file, info.begin, info.end),
-            *(kind, layer, expert, role, info.stored),
+            *(kind, layer, expert, role, _axis(family, name, kind), info.stored),
         )
     if len(bound) < len(found):
         bound |= {
@@ -127,6 +127,13 @@ def places(family: Family, config: Mapping[str, Any]) -> Iterator[Place]:
             yield prefix + rest, shape, kind, layer, None, None
         if layer in sparse:
             yield from _experts(family, layer, sizes)
+
+
+def _axis(family: Family, name: str, kind: TensorKind) -> int | None:
+    """The axis of a router's tensor that runs over the experts."""
+    if kind != "router":
+        return None
+    return family.leaves[name.split(".", 3)[3]].axis
 
 
 def _experts(family: Family, layer: int, sizes: Mapping[str, int]) -> Iterator[Place]:

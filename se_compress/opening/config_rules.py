@@ -18,6 +18,7 @@ from se_compress.opening.families import (
     layer_count,
     moe_layers,
     setting,
+    top_k_of,
 )
 from se_compress.opening.modelfiles import quoted
 
@@ -30,11 +31,14 @@ def settle(config: Mapping[str, Any], family: Family, where: str) -> dict[str, A
     """The config with what null and synonyms leave open written out. Raises SourceError, beginning
     with `where`, if synonyms contradict each other."""
     settled = dict(config)
-    for synonyms in COUNT_KEYS, NEXT_TOKEN_KEYS:
+    of_experts = COUNT_KEYS if family.exact else family.count_keys
+    for synonyms in of_experts, NEXT_TOKEN_KEYS:
         said = {key: config[key] for key in synonyms if key in config}
-        if len(set(said.values())) > 1:
+        if any(value != other for value in said.values() for other in said.values()):
             values = ", ".join(f"{key} is {value}" for key, value in said.items())
             raise SourceError(f"{where}: {values}; these are one number")
+    if not family.exact:
+        return settled
     counts = [config[key] for key in COUNT_KEYS if key in config]
     if counts and not any(key in config for key in family.count_keys):
         settled[family.count_keys[0]] = counts[0]
@@ -59,6 +63,10 @@ def check_rules(config: Mapping[str, Any], family: Family, tensors: int, where: 
     _check_needed(config, family, where)
     if layer_count(config) > tensors:  # before anything is done for each layer
         raise _refused(config, "num_hidden_layers", where, f"at most {tensors}, all the tensors")
+    if not family.exact:
+        # What else has to hold is transformers' to say, at the start of a run.
+        _check_routing(config, family, where)
+        return
     if _has_dense(config) and config.get("intermediate_size") is None:
         raise SourceError(f"{where}: intermediate_size is missing; an integer from 1 is needed")
     _check_layers(config, where)
@@ -77,11 +85,15 @@ def _refused(config: Mapping[str, Any], key: str, where: str, accepted: str) -> 
 
 
 def _check_needed(config: Mapping[str, Any], family: Family, where: str) -> None:
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
-              "num_experts_per_tok", count_key(family, config), family.width_key)  # fmt: skip
+    shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    exact = (*shape, "num_experts_per_tok", count_key(family, config), family.width_key)
+    needed = exact if family.exact else (count_key(family, config),)
     for key in needed:
         if config.get(key) is None:
             raise SourceError(f"{where}: {key} is missing; an integer from 1 is needed")
+    for key in () if family.exact else (*shape, *needed):
+        if type(setting(config, key)) is not int:
+            raise _refused(config, key, where, "an integer from 1")
     if setting(config, "mlp_bias"):
         raise _refused(config, "mlp_bias", where, "false: experts with biases cannot be read")
 
@@ -127,11 +139,23 @@ def _check_heads(config: Mapping[str, Any], family: Family, where: str) -> None:
         raise SourceError(f"{where}: {key} is {turned}; accepted is an even number, to be turned")
 
 
+def _top_k_key(config: Mapping[str, Any], family: Family) -> str:
+    return next((key for key in family.top_k_keys if key in config), family.top_k_keys[0])
+
+
+def _top_k(config: Mapping[str, Any], family: Family, where: str) -> int:
+    try:
+        return top_k_of(family, config)
+    except (TypeError, ValueError):
+        accepted = "an integer from 1, or one for each layer"
+        raise _refused(config, _top_k_key(config, family), where, accepted) from None
+
+
 def _check_routing(config: Mapping[str, Any], family: Family, where: str) -> None:
     name = count_key(family, config)
-    count, top_k = config[name], config["num_experts_per_tok"]
+    count, top_k = config[name], _top_k(config, family, where)
     if top_k > count:
-        raise _refused(config, "num_experts_per_tok", where, f"1 to {count}, as {name} says")
+        raise _refused(config, _top_k_key(config, family), where, f"1 to {count}, as {name} says")
     if family.grouped_if is None:
         return
     if "topk_method" in family.grouped_if and setting(config, "topk_method") == "noaux_tc":
@@ -139,6 +163,8 @@ def _check_routing(config: Mapping[str, Any], family: Family, where: str) -> Non
     if not is_grouped(family, config):
         return
     groups, chosen = setting(config, "n_group"), setting(config, "topk_group")
+    if groups in (None, 1) and not family.exact:
+        return
     least = LEAST_IN_GROUP if not family.grouped_if else 1
     if not groups or count % groups or count // groups < least:
         raise _refused(
@@ -149,7 +175,7 @@ def _check_routing(config: Mapping[str, Any], family: Family, where: str) -> Non
         raise _refused(config, "topk_group", where, f"1 to {groups}, as n_group says")
     if top_k > count // groups * chosen:
         raise _refused(
-            config, "num_experts_per_tok", where,
+            config, _top_k_key(config, family), where,
             f"1 to {count // groups * chosen}, all that topk_group {chosen} of n_group {groups} "
             "leaves to choose from",
         )  # fmt: skip

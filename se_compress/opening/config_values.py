@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from se_compress.errors import SourceError
-from se_compress.opening.families import is_foreign
+from se_compress.opening.families import FAMILIES, is_foreign
 from se_compress.opening.modelfiles import quoted, shown
 
 _INTEGER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
@@ -178,6 +178,13 @@ KINDS: Mapping[str, Kind] = {
     "label2id": Kind("a mapping", _labels),
     "num_labels": _COUNT,
 }  # fmt: skip
+# Keys that mean the same to every class of transformers; of families whose shapes are not known as
+# functions of the config, these alone are looked at.
+_COMMON = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_experts_per_tok",
+    "num_experts", "num_local_experts", "n_routed_experts", "num_nextn_predict_layers",
+    "tie_word_embeddings",
+)  # fmt: skip
 _ROPE: Mapping[str, Kind] = {
     "factor": Kind("a number above 0", lambda value: _above(value, 0)),
     "rope_theta": Kind("a number above 1", lambda value: _above(value, 1)),
@@ -218,6 +225,9 @@ def _numbers(value: object) -> list[float] | None:
 def take_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config with each value as transformers wants it. Raises SourceError, beginning with
     `where`, for a value that cannot be one. Keys of other families are handed on as they are."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None and not family.exact:
+        return _take(config, {key: KINDS[key] for key in _COMMON}, where, "")
     kinds = {key: kind for key, kind in KINDS.items() if not is_foreign(config, key)}
     taken = _take(config, kinds, where, "")
     for key in ("rope_scaling", "rope_parameters"):

@@ -1,79 +1,178 @@
-"""The facts about each model family, in one place. A new family is a new row, and no other line.
+"""The facts about each model family: rows that tools/families.py derives from transformers.
 
 Names are those of the checkpoint on disk. `{layer}` and `{expert}` stand for indices,
-`{projection}` for one of the three names in `projections`. Facts were read off the modelling and
-configuration files of transformers 5.17 and off the published checkpoints; each row names its
-source.
+`{projection}` for one of the three names in `projections`. The rows are in families.json, made by
+that tool and committed, so that a model opens without torch; a test holds them to transformers.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from se_compress.artifacts import ROLES, Role, TensorKind
 from se_compress.errors import SourceError
 from se_compress.opening.modelfiles import quoted
+
+
+class Leaf(NamedTuple):
+    """What a name in a decoder layer stands for, behind `layers.N.`; experts are no leaves.
+
+    kind   what the tensor is to the model
+    where  in every layer, in every layer with experts, or in some
+    live   its name in the live model, "" if that is the same
+    role   of the shared expert, which of its projections
+    axis   the axis that runs over the routed experts, None if none does
+    more   that axis is longer than there are experts; what is behind them is something else
+    """
+
+    kind: TensorKind
+    where: Literal["every", "experts", "some"]
+    live: str = ""
+    role: Role | Literal[""] = ""
+    axis: int | None = None
+    more: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
     """How one model family names its tensors and its config keys.
 
+    source         what the facts were derived from
+    prefix         what precedes `layers.N.` in names
     expert         weight of one routed expert; [expert_width, hidden] for gate and up,
                    [hidden, expert_width] for down
-    projections    the family's names of gate, up, down: out = down(act(gate x) * up x)
+    projections    the family's names of gate, up, down: out = down(act(gate x) * up x); "" for a
+                   gate that the experts do not have
+    live_experts   path of the experts' module in a live layer
+    fused          tensors of a layer that hold all its experts -> parameter of that module
+    published_fused   the family's checkpoints hold those, not a tensor for each expert
+    gated, biased, transposed, interleaved   form of the fused parameters: up and down alone or with
+                   a gate; with biases; [E, in, out]; gate and up in turns, not one above the other
+    own_activation   between the projections there is more than act(gate) * up
     router         [experts, hidden]
-    per_expert     other tensors whose axis 0 runs over the experts
+    per_expert     other tensors with an axis that runs over the experts
+    ids            tensors of a layer whose values are numbers of experts
     shared         weight of the shared expert, "" if the family has none
     shared_gate    the gate of the shared expert's output, "" if there is none
     count_keys     config keys in which transformers looks for the number of routed experts
+    top_k_keys     and for the number of those that a token is routed to
     width_key      config key of the routed experts' intermediate width
-    shared_width   config keys whose product is the shared expert's intermediate width
+    leaves         every name of a layer, behind `layers.N.`
+    outer          every name outside of the layers -> its kind
     renames        (on disk, in memory) name parts, where transformers' live module differs
-    fused          tensors that hold all experts of a layer where a file has such, by what follows
-                   `layers.N.` in their names -> what transformers calls them in its module
-    transposed     fused matrices hold [columns, rows]
-    interleaved    in a fused tensor rows of gate and up take turns
+    grouped_if     config values with which the router is group-limited; None: it never is
+    defaults       what transformers takes for config keys that are not there
+    exact          every shape is known as a function of the config (account.py), by the rest:
+    shared_width   config keys whose product is the shared expert's intermediate width
     latent_attention   multi-head latent attention: keys and values come from a low rank
     query_norm     over what queries and keys are normed: "head", "hidden", or "" for not at all
     attention_bias config key that says whether attention has biases, "" if it never has
     slides         `sliding_window` holds without `use_sliding_window`
-    grouped_if     config values with which the router is group-limited; None: it never is
-    defaults       what transformers takes for config keys that are not there
-    implied        keys that transformers neither writes nor reads, with what its code does: the
-                   published configs have them, and other engines ask for them
     """
 
     model_type: str
     source: str
+    prefix: str = "model."
     expert: str = "model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    router: str = "model.layers.{layer}.mlp.gate.weight"
-    per_expert: tuple[str, ...] = ()
-    shared: str = ""
-    shared_gate: str = ""
-    # transformers 5 saves a Qwen3 config with num_local_experts; the published ones have
-    # num_experts.
-    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
-    width_key: str = "moe_intermediate_size"
-    shared_width: tuple[str, ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
-    fused: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "mlp.experts.gate_up_proj": "gate_up_proj",
-            "mlp.experts.down_proj": "down_proj",
-        }
-    )
+    live_experts: str = "mlp.experts"
+    fused: Mapping[str, str] = field(default_factory=dict)
+    published_fused: bool = False
+    gated: bool = True
+    biased: bool = False
     transposed: bool = False
     interleaved: bool = False
+    own_activation: bool = False
+    router: str = "model.layers.{layer}.mlp.gate.weight"
+    per_expert: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+    shared: str = ""
+    shared_gate: str = ""
+    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
+    width_key: str = "moe_intermediate_size"
+    leaves: Mapping[str, Leaf] = field(default_factory=dict)
+    outer: Mapping[str, TensorKind] = field(default_factory=dict)
+    renames: tuple[tuple[str, str], ...] = ()
     grouped_if: Mapping[str, str] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = False
+    shared_width: tuple[str, ...] = ()
     latent_attention: bool = False
     query_norm: str = ""
     attention_bias: str = ""
     slides: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    implied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The projections that an expert has."""
+        return ROLES if self.gated else ("up", "down")
+
+    def at(self, prefix: str) -> "Family":
+        """The row for a checkpoint whose layers are called otherwise: `{prefix}layers.N.`."""
+        if prefix == self.prefix:
+            return self
+
+        def moved(name: str) -> str:
+            return prefix + name.removeprefix(self.prefix) if name else name
+
+        return replace(
+            self,
+            prefix=prefix,
+            expert=moved(self.expert),
+            router=moved(self.router),
+            per_expert=tuple(map(moved, self.per_expert)),
+            shared=moved(self.shared),
+            shared_gate=moved(self.shared_gate),
+            outer={
+                **self.outer,
+                **{_moved(n, self.prefix, prefix): k for n, k in self.outer.items()},
+            },
+        )
 
 
+def _moved(name: str, before: str, after: str) -> str:
+    return after + name.removeprefix(before) if before and name.startswith(before) else name
+
+
+def _read() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
+    )
+    return found
+
+
+def _family(model_type: str, row: Mapping[str, Any], version: str) -> Family:
+    lists = ("projections", "per_expert", "ids", "count_keys", "top_k_keys", "shared_width")
+    fields: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in row.items()}
+    fields["renames"] = tuple(map(tuple, row.get("renames", ())))
+    fields["leaves"] = {name: Leaf(*leaf) for name, leaf in row["leaves"].items()}
+    source = f"transformers {version}, {fields.pop('model_class')}"
+    return Family(model_type=model_type, source=source, **fields)
+
+
+_FILE = _read()
+FAMILIES: Mapping[str, Family] = {
+    name: _family(name, row, _FILE["transformers"]) for name, row in _FILE["families"].items()
+}
+# Model type of a composite -> the key of its config that holds the language model's.
+COMPOSITES: Mapping[str, str] = {name: key for name, (key, _) in _FILE["composites"].items()}
+_TEXT_TYPES: Mapping[str, str] = {name: text for name, (_, text) in _FILE["composites"].items()}
+# Model types of remote code that transformers does not have -> the type that is the same model.
+ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+# Why a type with experts is not read, where more can be said than that it is unknown.
+_NOT_READ: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("llama4", "llama4_text", "dbrx", "aria", "aria_text", "jetmoe"),
+        "transformers runs its experts by code of its own, not by its experts interface",
+    ),
+    "longcat_flash": "transformers 5.17 cannot load the published layout, with experts that are "
+    "no experts (zero_expert_num)",
+    "doge": "its experts are embeddings, and transformers 5.17 cannot run it",
+}
 # The keys of all families. An engine may look at any of them, whatever the family.
 COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 _QWEN, _DEEPSEEK = ("qwen2_moe", "qwen3_moe"), ("deepseek_v2", "deepseek_v3")
@@ -95,122 +194,64 @@ _OWNERS: Mapping[str, tuple[str, ...]] = {
     "rope_interleave": ("deepseek_v3",),
     "router_jitter_noise": ("mixtral",),
 }  # fmt: skip
-_QWEN3_MOE = Family(
-    model_type="qwen3_moe",
-    source="transformers, modeling_qwen3_moe.py; Qwen/Qwen3-30B-A3B",
-    query_norm="head",
-    attention_bias="attention_bias",
-    defaults={"num_key_value_heads": 4},
-)
-_LATENT_ATTENTION: Mapping[str, int] = {
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-_DEEPSEEK_V2 = Family(
-    model_type="deepseek_v2",
-    source="transformers, modeling_deepseek_v2.py; deepseek-ai/DeepSeek-V2-Lite",
-    count_keys=("n_routed_experts", "num_experts"),
-    shared="model.layers.{layer}.mlp.shared_experts.{projection}.weight",
-    shared_width=("moe_intermediate_size", "n_shared_experts"),
-    grouped_if={"topk_method": "group_limited_greedy"},
-    latent_attention=True,
-    attention_bias="attention_bias",
-    defaults={**_LATENT_ATTENTION, "n_shared_experts": 2, "topk_method": "greedy"},
-)
-
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
-    for family in (
-        _QWEN3_MOE,
-        replace(
-            _QWEN3_MOE,
-            model_type="qwen2_moe",
-            source="transformers, modeling_qwen2_moe.py; Qwen/Qwen1.5-MoE-A2.7B",
-            shared="model.layers.{layer}.mlp.shared_expert.{projection}.weight",
-            shared_gate="model.layers.{layer}.mlp.shared_expert_gate.weight",
-            count_keys=("num_experts",),
-            query_norm="",
-            attention_bias="qkv_bias",
-            shared_width=("shared_expert_intermediate_size",),
-            defaults={
-                "num_key_value_heads": 16,
-                "qkv_bias": True,
-                "shared_expert_intermediate_size": 5632,
-            },
-        ),
-        Family(
-            model_type="olmoe",
-            source="transformers, modeling_olmoe.py; allenai/OLMoE-1B-7B-0924",
-            width_key="intermediate_size",
-            query_norm="hidden",
-            attention_bias="attention_bias",
-        ),
-        Family(
-            model_type="mixtral",
-            source="transformers, modular_mixtral.py: w1 is activated; mistralai/Mixtral-8x7B-v0.1",
-            expert="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
-            projections=("w1", "w3", "w2"),
-            router="model.layers.{layer}.block_sparse_moe.gate.weight",
-            width_key="intermediate_size",
-            renames=(("block_sparse_moe.", "mlp."),),
-            slides=True,
-            count_keys=("num_local_experts", "num_experts"),
-            defaults={"num_key_value_heads": 8},
-        ),
-        _DEEPSEEK_V2,
-        replace(
-            _DEEPSEEK_V2,
-            model_type="deepseek_v3",
-            source="transformers, modeling_deepseek_v3.py; deepseek-ai/DeepSeek-V3",
-            count_keys=("n_routed_experts", "num_local_experts"),
-            per_expert=("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
-            grouped_if={},
-            defaults={
-                **_LATENT_ATTENTION,
-                "n_shared_experts": 1,
-                "num_key_value_heads": 128,
-                "first_k_dense_replace": 3,
-                "n_group": 8,
-                "topk_group": 4,
-                "num_nextn_predict_layers": 1,
-            },
-            implied={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-        ),
-    )
-}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The row for a config.json. Raises SourceError for a model that is not MoE or not known."""
     model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family = FAMILIES.get(_type_of_text(config))
     if family is not None:
         return family
-    known, said = ", ".join(sorted(FAMILIES)), quoted(model_type)
+    said = f"{where}: model_type {quoted(model_type)}"
+    if isinstance(model_type, str) and model_type in _NOT_READ:
+        raise SourceError(f"{said} is not supported: {_NOT_READ[model_type]}; {_known(model_type)}")
     inner = next((key for key, part in config.items() if isinstance(part, dict)
                   and key.endswith("_config") and _has_experts(part)), None)  # fmt: skip
     if inner is not None:
         raise SourceError(
-            f"{where}: model_type {said} is a composite of models, with experts below {inner} of "
-            f"config.json; a language model alone is read, known are {known}"
+            f"{said} is a composite of models, with experts below {inner} of config.json; of "
+            f"composites, {', '.join(sorted(COMPOSITES))} are read; {_known(model_type)}"
         )
     if not _has_experts(config):
-        raise SourceError(
-            f"{where}: model_type {said} is no Mixture-of-Experts model; known are {known}"
-        )
-    raise SourceError(f"{where}: model_type {said} is not supported; known are {known}")
+        raise SourceError(f"{said} is no Mixture-of-Experts model; README.md lists what is read")
+    raise SourceError(f"{said} is not supported; {_known(model_type)}")
+
+
+def _known(model_type: object) -> str:
+    """How many types are known, and which of them are called nearly the same."""
+    close = get_close_matches(str(model_type)[:40], FAMILIES, n=4, cutoff=0.5)
+    return f"README.md lists the {len(FAMILIES)} types that are" + (
+        f"; close to this name are {', '.join(close)}" if close else ""
+    )
 
 
 def _has_experts(config: Mapping[str, Any]) -> bool:
     return any("expert" in key or "moe" in key for key in config)
 
 
+def _type_of_text(config: Mapping[str, Any]) -> str:
+    model_type = str(config.get("model_type"))
+    return _TEXT_TYPES.get(model_type) or ALIASES.get(model_type, model_type)
+
+
+def text_key(config: Mapping[str, Any]) -> str:
+    """The key of a composite's config that holds the language model's; "" for any other."""
+    return COMPOSITES.get(str(config.get("model_type")), "")
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of the language model: all of it, or that part of a composite."""
+    key = text_key(config)
+    part = config.get(key) if key else None
+    return part if isinstance(part, Mapping) else config
+
+
 def is_foreign(config: Mapping[str, Any], key: str) -> bool:
     """The key shapes models of other families only, so that nothing goes by it here."""
-    return key in _OWNERS and config.get("model_type") not in _OWNERS[key]
+    family = FAMILIES.get(str(config.get("model_type")))
+    if key not in _OWNERS or (family is not None and not family.exact):
+        return False
+    return config.get("model_type") not in _OWNERS[key]
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
@@ -237,17 +278,22 @@ def is_grouped(family: Family, config: Mapping[str, Any]) -> bool:
 def routing_groups(family: Family, config: Mapping[str, Any]) -> int:
     """Groups of neighbouring experts that a group-limited router chooses among first; 1 for any
     other router."""
-    return int(setting(config, "n_group")) if is_grouped(family, config) else 1
+    return int(setting(config, "n_group") or 1) if is_grouped(family, config) else 1
 
 
 def chosen_groups(family: Family, config: Mapping[str, Any]) -> int:
     """Of how many of its groups a group-limited router takes experts; 1 for any other router."""
-    return int(setting(config, "topk_group")) if is_grouped(family, config) else 1
+    return int(setting(config, "topk_group") or 1) if is_grouped(family, config) else 1
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
     """Decoder layers, dense ones counted; layers behind them (multi-token prediction) not."""
-    return int(config["num_hidden_layers"])
+    if "num_hidden_layers" not in config:
+        # Nemotron-H says of each what it is, by a list or by a letter.
+        for key in ("layers_block_type", "hybrid_override_pattern"):
+            if isinstance(config.get(key), (list, str)):
+                return len(config[key])
+    return int(setting(config, "num_hidden_layers"))
 
 
 def moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -266,14 +312,43 @@ def moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     )
 
 
+def top_k_of(family: Family, config: Mapping[str, Any]) -> int:
+    """Experts that a token is routed to; of layers that differ, the most."""
+    key = next((key for key in family.top_k_keys if key in config), family.top_k_keys[0])
+    value = setting(config, key)
+    return int(max(value) if isinstance(value, list) else value)
+
+
 def unfused_name(family: Family, name: str) -> str:
     """What `name` (or a template of names) is called in a live model whose experts are modules of
     their own, with gate_proj, up_proj and down_proj."""
-    for disk, memory in family.renames:
-        name = name.replace(disk, memory)
+    start, number, rest = _split(family, name)
+    if not number:
+        return name
+    leaf = family.leaves.get(rest)
+    if leaf is not None:
+        return f"{start}{number}.{leaf.live or rest}"
+    path = _experts_path(family)
+    if rest.startswith(path):
+        expert, _, projection = rest.removeprefix(path).partition(".")
+        rest = f"{family.live_experts}.{expert}.{projection}"
     for own, common in zip(family.projections, Family.projections, strict=True):
-        name = name.replace(f".{own}.", f".{common}.")
-    return name
+        rest = rest.replace(f".{own}.", f".{common}.") if own else rest
+    return f"{start}{number}.{rest}"
+
+
+def _split(family: Family, name: str) -> tuple[str, str, str]:
+    """A name as what precedes the number of its layer, the number, and the rest."""
+    start = f"{family.prefix}layers."
+    if not name.startswith(start):
+        return "", "", name
+    number, _, rest = name.removeprefix(start).partition(".")
+    return start, number, rest
+
+
+def _experts_path(family: Family) -> str:
+    """What precedes the number of an expert, behind `layers.N.`."""
+    return family.expert.partition("{layer}.")[2].partition("{expert}")[0]
 
 
 def router_tensors(family: Family, layer: int) -> tuple[str, ...]:
@@ -283,5 +358,5 @@ def router_tensors(family: Family, layer: int) -> tuple[str, ...]:
 
 
 def per_expert_tensors(family: Family, layer: int) -> tuple[str, ...]:
-    """Names of the layer's tensors whose axis 0 runs over the routed experts."""
+    """Names of the layer's tensors with an axis that runs over the routed experts."""
     return tuple(t.format(layer=layer) for t in (family.router, *family.per_expert))

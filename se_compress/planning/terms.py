@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from se_compress.artifacts import SOURCE_BITS, Scheme
 from se_compress.engines.targets import TargetRules, find_rules, widths_of
 from se_compress.errors import RecipeError
-from se_compress.formats import FORMATS
 from se_compress.recipe import Policy, Recipe
 
 
@@ -38,10 +37,10 @@ def terms_of(recipe: Recipe) -> Terms:
 
 
 def _scheme(recipe: Recipe, rules: TargetRules) -> Scheme:
-    asked, form = recipe.quantization, FORMATS.get(rules.format)
-    if form is None or form.quantize is None:
+    asked = recipe.quantization
+    if rules.format != "bitsandbytes":
         return Scheme(rules.format, asked.method, asked.group_size, asked.symmetric)
-    # a library's own data types: int8 has one maximum per row, and no blocks
+    # int8 has one maximum per row, and no blocks
     block, double = (
         (-1, None) if asked.data_type == "int8" else (asked.block_size, asked.double_quant)
     )
