@@ -23,6 +23,7 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
+from se_compress.engines.targets import check_installed
 from se_compress.errors import RecipeError, SeCompressError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
@@ -41,7 +42,6 @@ from se_compress.running.places import partial
 from se_compress.running.preflight import (
     check_disk,
     check_memory,
-    check_packages,
     check_place,
     check_places,
     check_positions,
@@ -208,8 +208,8 @@ def _check_before(requests: Mapping[str, Request], source: ModelSource, whole: R
         with _naming(name):
             _check_request(one, source)
             plans.append(_plan(source, None, one))
+            check_installed(plans[-1].scheme)
     _tell(find_auxiliary(source.path, source.config, whole.keep_code).notes, whole.notice)
-    check_packages(plans)
     check_disk(plans, source, whole.recipe)
 
 

@@ -260,12 +260,11 @@ def _comparison(comparison: Comparison) -> Table:
     )
     for variant in comparison.variants:
         one = variant.checkpoint
-        check = one.by_name.get("kl_divergence")
         table.add_row(
             one.name,
             in_units(one.size_bytes),
             f"{one.bits_per_weight:.2f}",
-            _number(check.value if check else None),
+            _number(one.distance),
             _number(one.perplexity_result),
             "passed" if one.published else "REJECTED",
         )

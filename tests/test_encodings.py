@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sourced import source_formats
 from tiny import edit_config, edit_weights, plain_model, random_tokens
 
-from se_compress.engines.targets import cautions, find_rules
+from se_compress.engines.targets import cautions
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.streaming import StreamedModel
@@ -143,7 +143,7 @@ def test_scales_of_a_tensor_a_row_or_a_block(
     source = open_source(str(path))
     assert torch.equal(open_tensors(source.tensors)(name), (codes.float() * 0.5).bfloat16())
     assert source.size_bytes == sum(i.size_bytes for i in read_headers(path).values())
-    (note,) = cautions(source, find_rules("transformers", "none"))
+    (note,) = cautions(source)
     assert note == (
         "one weight of the source is fp8; what is not quantised here is written in 16 bits; its "
         "scales of activations are not used"

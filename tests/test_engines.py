@@ -142,6 +142,9 @@ def plans_for(source: ModelSource) -> dict[str, tuple[str, CompressionPlan]]:
     plans = {
         "gptq-default": ("gptqmodel", plan_for(source, "gptqmodel", "gptq", protect=protect)),
         "gptq-mixed": ("gptqmodel", mixed(source, plan_for(source, "gptqmodel", "gptq"))),
+        "gptq-by-layer": (
+            "gptqmodel", by_layer(source, plan_for(source, "gptqmodel", "gptq"))
+        ),
         "gptq_v2-mixed": (
             "gptqmodel",
             mixed(source, plan_for(source, "gptqmodel", "gptq_v2", symmetric=False)),
@@ -202,8 +205,9 @@ def load_all(loader: str, directories: list[Path]) -> None:
 
 
 CASES = (
-    "gptq-default", "gptq-mixed", "gptq_v2-mixed", "auto-round", "auto-round-mixed",
-    "auto-round-asymmetric", "compressed-tensors", "vllm-one-width", "vllm-by-layer",
+    "gptq-default", "gptq-mixed", "gptq-by-layer", "gptq_v2-mixed", "auto-round",
+    "auto-round-mixed", "auto-round-asymmetric", "compressed-tensors", "vllm-one-width",
+    "vllm-by-layer",
 )  # fmt: skip
 
 

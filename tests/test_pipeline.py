@@ -35,6 +35,7 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
+from se_compress.engines import targets
 from se_compress.errors import RecipeError, ResourceError, SourceError
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
@@ -615,7 +616,7 @@ def test_a_missing_bitsandbytes_is_found_before_the_work(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.settings |= {"target": "transformers", "quantization": {"method": "bitsandbytes"}}
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"not installed: pip install 'se-compress\[bnb\]'$"):
         run(place.request("quantization.block_size=32"))
     assert not place.partial.exists()

@@ -22,7 +22,6 @@ from se_compress.artifacts.targets import ENGINES, Target
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.targets import (
     TARGETS,
-    cautions,
     find_rules,
     packed_parts,
     stored_bytes,
@@ -321,17 +320,3 @@ def test_no_two_tensors_share_a_name_in_the_result(tiny_model: TinyModel) -> Non
     source = open_source(str(tiny_model("mixtral")))
     names = draw_blueprint(source, plan_for(source)).names
     assert len(set(names.values())) == len(source.tensors)
-
-
-def test_a_model_that_the_target_loads_wrong_gets_a_caution(
-    tiny_model: TinyModel,
-) -> None:
-    """tiny's Qwen2-MoE has biases of q, k and v; without them vLLM leaves its own uninitialised."""
-    source = open_source(str(tiny_model("qwen2_moe")))
-    rules = find_rules("vllm", "gptq")
-    assert any(name.endswith("q_proj.bias") for name in source.tensors)
-    assert cautions(source, rules) == ()
-    unbiased = {n: info for n, info in source.tensors.items() if not n.endswith("_proj.bias")}
-    (caution,) = cautions(replace(source, tensors=unbiased), rules)
-    assert "uninitialised" in caution
-    assert cautions(replace(source, tensors=unbiased), find_rules("gptqmodel", "gptq")) == ()

@@ -25,6 +25,7 @@ from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.export import export_config
 from se_compress.formats import FORMATS
 from se_compress.model.checkpoint import allocate, copy_tensor, open_tensors, write_tensors
+from se_compress.model.splice import open_shrunk
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import lay_out
@@ -301,10 +302,14 @@ def write_result(
     layout = lay_out(blueprint.slots.values(), directory, shard_bytes)
     allocate(layout)
     read, scheme = open_tensors(source.tensors), plan.scheme
+    read_made = open_shrunk(blueprint.shrunk)
     for planned in blueprint.tensors.values():
         info, bits = planned.info, planned.bits
         if planned.making == "copied":
             copy_tensor(info, layout[planned.name])
+            continue
+        if planned.making == "made":
+            write_tensors(layout, {planned.name: read_made(info.name)})
             continue
         form = FORMATS[scheme.format]
         scale_dtype = getattr(torch, str(form.scale_dtype))

@@ -78,6 +78,7 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
     },
     "deepseek_v3": {
         **_DEEPSEEK,
+        "implied": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         "defaults": [
             *_LATENT,
             "n_shared_experts",

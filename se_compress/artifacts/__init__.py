@@ -34,6 +34,7 @@ from se_compress.artifacts.compression import (
     LinearRecord,
 )
 from se_compress.artifacts.gates import (
+    DISTANCE,
     GATES,
     Gate,
     Side,
@@ -90,6 +91,7 @@ from se_compress.artifacts.validation import (
 
 __all__ = [
     "COMPRESSION_FILE",
+    "DISTANCE",
     "GATES",
     "NOT_FINITE",
     "NO_BITS",

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 from se_compress.artifacts.checks import Check
+from se_compress.artifacts.gates import DISTANCE
 from se_compress.artifacts.ids import UNLESS_NONE, ExpertId
 from se_compress.artifacts.plan import CurvePoint
 from se_compress.artifacts.validation import LayerComparison
@@ -68,6 +69,12 @@ class CheckpointSummary:
     @cached_property
     def by_name(self) -> dict[str, Check]:
         return {check.name: check for check in self.checks}
+
+    @property
+    def distance(self) -> float | None:
+        """From the source, in nats; None where it is not known."""
+        check = self.by_name.get(DISTANCE)
+        return check.value if check else None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Gate:
     fraction    limits lie between 0 and 1, both included; if false, above 0
     percent     pages show values as percentages
     in_recipe   a recipe may set the limit
+    explained   the page that compares results explains it
     """
 
     name: str
@@ -47,6 +48,7 @@ class Gate:
     fraction: bool = False
     percent: bool = False
     in_recipe: bool = True
+    explained: bool = False
 
     def meets(self, value: float, limit: float) -> bool:
         """Whether a value is on the good side. NaN never is."""
@@ -99,6 +101,7 @@ _ROWS = (
         "at most",
         limit=0.20,
         harmless=1e3,
+        explained=True,
     ),
     Gate(
         "massive_activation_ratio",
@@ -113,6 +116,7 @@ _ROWS = (
         harmless=0.0,
         fraction=True,
         percent=True,
+        explained=True,
     ),
     Gate(
         "sink_decay",
@@ -126,6 +130,7 @@ _ROWS = (
         harmless=1.0,
         fraction=True,
         percent=True,
+        explained=True,
     ),
     Gate(
         "sink_token_error",
@@ -153,6 +158,7 @@ _ROWS = (
         harmless=0.0,
         fraction=True,
         percent=True,
+        explained=True,
     ),
     Gate(
         "router_agreement_least",
@@ -176,6 +182,7 @@ _ROWS = (
         "at most",
         limit=0.25,
         harmless=1.0,
+        explained=True,
     ),
     Gate(
         "loops",
@@ -240,8 +247,11 @@ _ROWS = (
         limit=0.10,
         harmless=math.inf,
         in_recipe=False,
+        explained=True,
     ),
 )
+# By how far results are from the source, the nearest first.
+DISTANCE = "kl_divergence"
 # In the order of a recipe's keys.
 GATES: Mapping[str, Gate] = {gate.name: gate for gate in _ROWS}
 

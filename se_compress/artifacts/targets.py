@@ -7,7 +7,7 @@ engines/engine_view.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Target = Literal["transformers", "gptqmodel", "vllm", "sglang"]
@@ -24,14 +24,20 @@ class Engine:
     loader          what loads them here, to see whether they can be (reload.py)
     stands_in       the loader is not the engine itself, which is not run here
     in_bfloat16     how a user asks it for bfloat16
-    assumed_biases  config keys of attention biases that it takes for true, whatever they say, and
-                    what comes of it
+    biased          config keys of attention biases that it takes for true, whatever they say: where
+                    they are false the result gets biases of zero, and the key is true
+    asks_for        keys of config.json without which it fails, or computes something else: written
+                    where they are missing and the family implies a value (families.py)
+    fuses           it looks the experts of a layer up once, and fuses linears beside each other:
+                    settings are read by the names of what comes of it (engine_view.py)
     """
 
     loader: Loader
     stands_in: bool
     in_bfloat16: str
-    assumed_biases: Mapping[str, str] = field(default_factory=dict)
+    biased: tuple[str, ...] = ()
+    asks_for: tuple[str, ...] = ()
+    fuses: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,20 +145,30 @@ _AS_IT_IS = TargetRules(
     " of experts would be re-initialised at random without an error",
 )
 
+# Without the first, vLLM 0.32 ends in a KeyError of e_score_correction_bias if the model has one;
+# without the second it takes softmax for sigmoid (models/deepseek_v2.py). SGLang 0.5.23 reads both
+# as attributes of the config (models/deepseek_v2.py).
+_ROUTER_KEYS = ("topk_method", "scoring_func")
 ENGINES: Mapping[str, Engine] = {
     "gptqmodel": Engine("gptqmodel", False, "GPTQModel.load(..., dtype=torch.bfloat16)"),
     "transformers": Engine("transformers", False, "from_pretrained(..., dtype=torch.bfloat16)"),
+    # vLLM 0.32 gives every Qwen2-MoE biases of q, k and v (models/qwen2_moe.py) and leaves them
+    # uninitialised if the checkpoint has none: every logit is NaN, without an error.
     "vllm": Engine(
         "transformers",
         stands_in=True,
         in_bfloat16="vllm serve --dtype bfloat16",
-        assumed_biases={
-            "qkv_bias": "vLLM 0.32 gives every Qwen2-MoE biases of q, k and v "
-            "(models/qwen2_moe.py) and leaves them uninitialised if the checkpoint has none, as "
-            "here: its results may be NaN"
-        },
+        biased=("qkv_bias",),
+        asks_for=_ROUTER_KEYS,
+        fuses=True,
     ),
-    "sglang": Engine("transformers", stands_in=True, in_bfloat16="--dtype bfloat16"),
+    "sglang": Engine(
+        "transformers",
+        stands_in=True,
+        in_bfloat16="--dtype bfloat16",
+        asks_for=_ROUTER_KEYS,
+        fuses=True,
+    ),
 }
 # For a target, method and symmetry the first row that holds them is taken.
 TARGETS: tuple[TargetRules, ...] = (

@@ -6,10 +6,11 @@ cannot disagree. No weight is read; no torch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from se_compress.artifacts import SOURCE_BITS, CompressionPlan, ModelSource, TensorInfo
+from se_compress.engines.adapting import adapted
 from se_compress.engines.targets import packed_parts, rules_of, stored_bytes
 from se_compress.formats import Making, PlannedTensor
 from se_compress.model.surgery import Shrunk, is_made, shrink
@@ -21,7 +22,8 @@ from se_compress.opening.headers import Slot
 class Blueprint:
     """What a result will hold.
 
-    shrunk   the model that the plan leaves of the source, with the plan in its ids
+    shrunk   the model that the plan leaves of the source, with what its engine asks for beside
+             (adapting.py), and the plan in its ids
     tensors  every tensor of that model, by its name there
     """
 
@@ -77,11 +79,13 @@ class Blueprint:
 def draw_blueprint(source: ModelSource, plan: CompressionPlan) -> Blueprint:
     """The blueprint of the result that a consistent plan makes of a source."""
     shrunk = shrink(source, plan)
+    shrunk = replace(shrunk, source=adapted(shrunk.source, plan.target))
     return Blueprint(shrunk, list_tensors(shrunk.source, shrunk.plan))
 
 
 def list_tensors(source: ModelSource, plan: CompressionPlan) -> dict[str, PlannedTensor]:
     """Every tensor of a result, by its name in the source, of a plan without surgery."""
+    source = adapted(source, plan.target)
     unfused = rules_of(plan).unfused_names
     family = FAMILIES[source.family]
     tensors = {}

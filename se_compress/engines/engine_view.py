@@ -8,10 +8,13 @@ engines and read wrong by others, mostly without a word. No torch.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from se_compress.artifacts import SOURCE_BITS, TensorInfo
+from se_compress.artifacts.targets import ENGINES as TARGET_ENGINES
 from se_compress.engines.blueprint import Blueprint
+from se_compress.formats.gptq import FUSED_NAMES
 from se_compress.opening.headers import Slot
 
 Settings = Mapping[str, Any]
@@ -39,11 +42,7 @@ def misread(
 def _misread(
     settings: Settings, blueprint: Blueprint, slots: Mapping[str, Slot | TensorInfo]
 ) -> Iterator[str]:
-    view = (
-        ENGINES[settings["quant_method"]](settings, blueprint.source.layer_count)
-        if settings
-        else None
-    )
+    view = _view(settings, blueprint) if settings else None
     for tensor in blueprint.tensors.values():
         info, module = tensor.info, tensor.module
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
@@ -52,6 +51,13 @@ def _misread(
         claimed = view(module) if view else SOURCE_BITS
         if held is not None and held != claimed:
             yield f"{module} has {held} bits in the file and {claimed} by its settings"
+
+
+def _view(settings: Settings, blueprint: Blueprint) -> View:
+    method, views = settings["quant_method"], ENGINES
+    if TARGET_ENGINES[blueprint.plan.target].fuses and method in FUSING:
+        views = FUSING
+    return views[method](settings, blueprint.source.layer_count)
 
 
 def stored_bits(module: str, columns: int, slots: Mapping[str, Slot | TensorInfo]) -> int | None:
@@ -133,11 +139,52 @@ def _bitsandbytes(settings: Settings, layers: int) -> View:
     return view
 
 
+def _fused_gptq(settings: Settings, layer_count: int) -> View:
+    """vLLM 0.32 with --quantization humming (quantization/humming.py, is_layer_skipped, and
+    utils/humming/linear.py, resolve_humming_layer_config), and SGLang 0.5.23 alike: any "-:" that
+    matches, then the first "+:". vLLM without that flag (utils/gptq_utils.py,
+    get_dynamic_override) takes the first of either kind, which is the same for rules of ours."""
+    rules: Mapping[str, Mapping[str, int]] = settings.get("dynamic", {})
+
+    def view(module: str) -> int:
+        name = fused_module(module)
+        if name in ("lm_head", "model.embed_tokens"):
+            return SOURCE_BITS
+        matching = [rule for rule in rules if re.match(rule[2:], name)]
+        if any(rule.startswith("-") for rule in matching):
+            return SOURCE_BITS
+        wider = (rules[rule] for rule in matching if rule.startswith("+"))
+        return int({"bits": settings["bits"], **next(wider, {})}["bits"])
+
+    return cache(view)
+
+
+def _expert_0(settings: Settings, layer_count: int) -> View:
+    """vLLM 0.32 (compressed_tensors_moe.py, get_moe_method) and SGLang 0.5.23: what the settings
+    say of expert 0 holds for all experts of its layer."""
+    view = _compressed_tensors(settings, layer_count)
+    return lambda module: view(re.sub(r"\.experts\.\d+\.", ".experts.0.", module))
+
+
+def fused_module(module: str) -> str:
+    """The name by which vLLM and SGLang look a linear up: that of the module that holds a layer's
+    experts, or of the linear that it becomes a part of."""
+    if found := re.match(r"(.*\.experts)\.\d+\.", module):
+        return found[1]
+    stem, _, linear = module.rpartition(".")
+    return f"{stem}.{FUSED_NAMES.get(linear, linear)}" if stem else module
+
+
 ENGINES: Mapping[str, Callable[[Settings, int], View]] = {
     "gptq": _gptq,
     "auto-round": _auto_round,
     "compressed-tensors": _compressed_tensors,
     "se-compress": _bitsandbytes,
+}
+# Of engines that look the experts of a layer up once, where they differ.
+FUSING: Mapping[str, Callable[[Settings, int], View]] = {
+    "gptq": _fused_gptq,
+    "compressed-tensors": _expert_0,
 }
 
 

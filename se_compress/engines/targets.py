@@ -5,6 +5,7 @@ engine loads of it. The planner takes a row as its constraint; what the result t
 blueprint (blueprint.py), exact to the byte.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,13 +17,11 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
-from se_compress.artifacts.targets import ENGINES
 from se_compress.artifacts.targets import TARGETS as TARGETS
 from se_compress.artifacts.targets import TargetRules as TargetRules
 from se_compress.errors import RecipeError
 from se_compress.formats import FORMATS, StoredPart
 from se_compress.opening.encodings import ACTIVATION_PARTS
-from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import Slot
 
 
@@ -123,15 +122,8 @@ def _accepted_instead(packed: Sequence[TensorInfo], rules: TargetRules, scheme: 
     )
 
 
-def cautions(source: ModelSource, rules: TargetRules) -> tuple[str, ...]:
-    """What goes wrong when the target loads a model that others load right, and what becomes of
-    coded weights."""
-    harm = ENGINES[rules.target].assumed_biases.get(FAMILIES[source.family].attention_bias)
-    biased = any(name.endswith(".q_proj.bias") for name in source.tensors)
-    return ((harm,) if harm and not biased else ()) + _of_coded(source)
-
-
-def _of_coded(source: ModelSource) -> tuple[str, ...]:
+def cautions(source: ModelSource) -> tuple[str, ...]:
+    """What becomes of coded weights."""
     coded = [info.stored for info in source.tensors.values() if info.stored is not None]
     encodings = sorted({stored.encoding for stored in coded} - {"plain"})
     if not encodings:
@@ -145,6 +137,16 @@ def _of_coded(source: ModelSource) -> tuple[str, ...]:
     if any(part in ACTIVATION_PARTS for stored in coded for part in stored.parts):
         note += "; its scales of activations are not used"
     return (note,)
+
+
+def check_installed(scheme: Scheme) -> None:
+    """The library that quantises by itself is there. Raises RecipeError."""
+    form = FORMATS.get(scheme.format)
+    if form and form.quantize and importlib.util.find_spec(form.package) is None:
+        raise RecipeError(
+            f"quantization.method is {scheme.method}, which is not installed: "
+            f"pip install 'se-compress[{form.extra}]'"
+        )
 
 
 def is_other_linear(info: TensorInfo) -> bool:

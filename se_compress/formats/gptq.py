@@ -27,8 +27,16 @@ if TYPE_CHECKING:
     from se_compress.quant.grid import Grid
 
 # All that is no routed expert. By full names: GPTQModel matches names within a layer as well, and
-# gives up what a "-:" pattern hits there.
-EVERYTHING_ELSE = r"-:^(model\.|lm_head)(?!.*\.experts\.\d+\.).*$"
+# gives up what a "-:" pattern hits there. vLLM and SGLang look the experts of a layer up once, by
+# the name that they have in common: it must not match either.
+EVERYTHING_ELSE = r"-:^(model\.|lm_head)(?!.*\.experts(\.|$)).*$"
+
+# What vLLM and SGLang call a matrix that they make of several (packed_modules_mapping).
+FUSED_NAMES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+}
 
 
 def _parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
@@ -61,7 +69,13 @@ def _settings(
 ) -> dict[str, Any]:
     """As GPTQModel 7.6 reads it (quantization/config.py). `dynamic` maps patterns of module names
     to what differs: "-:pattern" leaves a module in 16 bits, "+:pattern" gives it another width. Of
-    the patterns that match, the first "-:" decides, then the first "+:", whatever their order."""
+    the patterns that match, the first "-:" decides, then the first "+:", whatever their order.
+
+    vLLM and SGLang read the same patterns, but ask once for all experts of a layer, by the name of
+    the module that holds them, and once for linears that they fuse: a layer whose experts are alike
+    has one pattern, which matches that name too. A layer of several widths has none, and is read by
+    GPTQModel alone.
+    """
     return {
         "quant_method": "gptq",
         "format": version,
@@ -81,26 +95,56 @@ def _dynamic(
     linears: Sequence[PlannedTensor], scheme: Scheme, base: int
 ) -> dict[str, dict[str, int]]:
     others: dict[str, int] = {}
-    experts: dict[str, dict[str, int]] = {}
+    layers: dict[str, dict[str, int]] = {}
     for tensor in linears:
         if tensor.info.kind == "expert":
-            expert = tensor.module.rpartition(".")[0]
-            experts.setdefault(expert, {})[tensor.module] = tensor.bits
+            holder = tensor.module.rpartition(".experts.")[0] + ".experts"
+            layers.setdefault(holder, {})[tensor.module] = tensor.bits
         else:
             others[tensor.module] = tensor.bits
     rules = _plain_layers(others)
-    for expert, modules in experts.items():
-        widths = set(modules.values())
-        if len(widths) == 1 and widths != {base}:
-            rules |= _rule(re.escape(expert + "."), widths.pop(), scheme)
-        elif len(widths) > 1:
-            for module, bits in modules.items():
-                rules |= _rule(re.escape(module) + "$", bits, scheme)
+    for holder, modules in layers.items():
+        rules |= _expert_rules(holder, modules, scheme, base)
     if set(others.values()) == {SOURCE_BITS}:
         return rules | {EVERYTHING_ELSE: {}}
     for module, bits in others.items():
-        rules |= _rule(re.escape(module) + "$", bits, scheme)
+        rules |= _rule(_or_fused(module) + "$", bits, scheme)
     return rules
+
+
+def _expert_rules(
+    holder: str, modules: Mapping[str, int], scheme: Scheme, base: int
+) -> dict[str, dict[str, int]]:
+    """Rules for the experts of a layer, as few as do.
+
+    holder  name of the module that holds them
+    """
+    widths = set(modules.values())
+    if len(widths) == 1:
+        bits = widths.pop()
+        return {} if bits == base else _rule(rf"{re.escape(holder)}(\.|$)", bits, scheme)
+    experts: dict[str, dict[str, int]] = {}
+    for module, bits in modules.items():
+        experts.setdefault(module.rpartition(".")[0], {})[module] = bits
+    rules: dict[str, dict[str, int]] = {}
+    for expert, parts in experts.items():
+        alike = set(parts.values())
+        if len(alike) == 1 and alike != {base}:
+            rules |= _rule(re.escape(expert + "."), alike.pop(), scheme)
+        elif len(alike) > 1:
+            for module, bits in parts.items():
+                rules |= _rule(re.escape(module) + "$", bits, scheme)
+    return rules
+
+
+def _or_fused(module: str) -> str:
+    """A pattern for a linear and for the one that vLLM and SGLang make of it and its neighbours;
+    experts are no such linears."""
+    stem, _, linear = module.rpartition(".")
+    fused = FUSED_NAMES.get(linear)
+    if fused is None or re.search(r"\.experts\.\d+$", stem):
+        return re.escape(module)
+    return rf"{re.escape(stem)}\.({linear}|{fused})"
 
 
 def _plain_layers(others: dict[str, int]) -> dict[str, dict[str, int]]:

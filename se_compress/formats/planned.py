@@ -20,7 +20,7 @@ class PlannedTensor:
     name        its name in the result, before it is taken apart into stored parts
     bits        its width; SOURCE_BITS for the source's own precision
     making      copied: the source's own bytes; decoded: those of a source that codes its weights
-                (decoding.py); made: by surgery (splice.py); packed: quantised
+                (decoding.py); made: by surgery, or a bias of zero (splice.py); packed: quantised
     size_bytes  of all that is stored of it
     parts       what a packed matrix is taken apart into; of any other nothing
     """

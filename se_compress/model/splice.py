@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from se_compress.artifacts import ROLES, ExpertId, Role, TensorInfo
-from se_compress.model.checkpoint import Reader, open_tensors
+from se_compress.model.checkpoint import TORCH_DTYPES, Reader, open_tensors
 from se_compress.model.surgery import Shrunk, anchor_of, is_made
 
 # The three matrices of an expert: gate and up [I, H], down [H, I].
@@ -27,9 +27,10 @@ Weights = Mapping[Role, Tensor]
 def open_shrunk(small: Shrunk) -> Reader:
     """Reader of the smaller model by its own names.
 
-    What merely moved is read where it is. Router rows, and every other tensor that has a row per
-    expert, are those of the experts that are left. A merged expert is the average of its members.
-    The down_proj of a zeroed expert is zero. Dtypes are the source's, of merged experts the
+    What the source does not have is a bias of zero (engines/adapting.py). What merely moved is read
+    where it is. Router rows, and every other tensor that has a row per expert, are those of the
+    experts that are left. A merged expert is the average of its members. The down_proj of a zeroed
+    expert is zero. Dtypes are the source's, of merged experts the
     anchor's; shapes are those of `small.source.tensors`.
     """
     source = small.original
@@ -48,6 +49,8 @@ def open_shrunk(small: Shrunk) -> Reader:
         info = small.source.tensors.get(name)
         if info is None or not is_made(info):
             return read_moved(name)
+        if name not in source.tensors:
+            return torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype])
         if info.role is None:
             return _rows(read_source(name), small, info)
         identity = _identity(info)

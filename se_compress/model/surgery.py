@@ -85,7 +85,7 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
 
 
 def is_made(info: TensorInfo) -> bool:
-    """Whether a tensor of the smaller model is in no file, so that surgery has to make it."""
+    """Whether a tensor of the smaller model is in no file, so that it has to be made."""
     return not info.file
 
 
@@ -262,14 +262,14 @@ def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator
             if moved is not None and moved.name not in seen:
                 seen.add(moved.name)
                 if moved.name in dtypes:
-                    moved = _made(replace(moved, dtype=dtypes[moved.name]))
+                    moved = without_file(replace(moved, dtype=dtypes[moved.name]))
                 yield moved
         elif (
             count != source.expert_count
             and info.layer is not None
             and info.name in per_expert_tensors(family, info.layer)
         ):
-            yield _made(replace(info, shape=(count, *info.shape[1:])))
+            yield without_file(replace(info, shape=(count, *info.shape[1:])))
         else:
             yield info
 
@@ -309,10 +309,10 @@ def _expert_tensor(info: TensorInfo, decision: ExpertDecision, family: Family) -
         name = family.expert.format(layer=new.layer, expert=new.expert, projection=projection)
         info = replace(info, name=name, expert=new.expert)
     made = decision.action == "merge" or (decision.action == "zero" and info.role == "down")
-    return _made(info) if made else info
+    return without_file(info) if made else info
 
 
-def _made(info: TensorInfo) -> TensorInfo:
+def without_file(info: TensorInfo) -> TensorInfo:
     """The tensor without a file, its bytes counted from 0."""
     items = 1
     for extent in info.shape:

@@ -65,6 +65,8 @@ class Family:
     renames        (on disk, in memory) name parts, where transformers' live module differs
     grouped_if     config values with which the router is group-limited; None: it never is
     defaults       what transformers takes for config keys that are not there
+    implied        keys that transformers neither writes nor reads, with what its code does: the
+                   published configs have them, and other engines ask for them
     exact          every shape is known as a function of the config (account.py), by the rest:
     shared_width   config keys whose product is the shared expert's intermediate width
     latent_attention   multi-head latent attention: keys and values come from a low rank
@@ -99,6 +101,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     grouped_if: Mapping[str, str] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    implied: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
     shared_width: tuple[str, ...] = ()
     latent_attention: bool = False

@@ -20,8 +20,9 @@ from se_compress.artifacts import (
     ExpertProfile,
     ModelSource,
 )
+from se_compress.engines.adapting import adaptations
 from se_compress.engines.serving import float16_notes
-from se_compress.engines.targets import cautions, rules_of
+from se_compress.engines.targets import cautions
 from se_compress.errors import RecipeError
 from se_compress.model.plan_checks import check_structure
 from se_compress.model.surgery import renumbered, restored, shrink, shrunk_profile
@@ -47,7 +48,8 @@ def cautions_of(
     plan: CompressionPlan, source: ModelSource, profile: ExpertProfile | None
 ) -> tuple[str, ...]:
     """What has to be known before the plan's result is served, a sentence each."""
-    return cautions(source, rules_of(plan)) + float16_notes(source, plan, profile)
+    told = cautions(source) + adaptations(source, plan.target)
+    return told + float16_notes(source, plan, profile)
 
 
 def _plan(task: Task) -> CompressionPlan:

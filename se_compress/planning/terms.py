@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from se_compress.artifacts import SOURCE_BITS, Scheme
 from se_compress.engines.targets import TargetRules, find_rules, widths_of
 from se_compress.errors import RecipeError
+from se_compress.formats import FORMATS
 from se_compress.recipe import Policy, Recipe
 
 
@@ -37,10 +38,10 @@ def terms_of(recipe: Recipe) -> Terms:
 
 
 def _scheme(recipe: Recipe, rules: TargetRules) -> Scheme:
-    asked = recipe.quantization
-    if rules.format != "bitsandbytes":
+    asked, form = recipe.quantization, FORMATS.get(rules.format)
+    if form is None or form.quantize is None:
         return Scheme(rules.format, asked.method, asked.group_size, asked.symmetric)
-    # int8 has one maximum per row, and no blocks
+    # a library's own data types: int8 has one maximum per row, and no blocks
     block, double = (
         (-1, None) if asked.data_type == "int8" else (asked.block_size, asked.double_quant)
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from se_compress.artifacts import GATES, Comparison, ExpertId
+from se_compress.artifacts import DISTANCE, GATES, Comparison, ExpertId
 from se_compress.reporting.comparison_charts import curve_figure, curves_of, trade_figure
 from se_compress.reporting.comparison_rows import Row
 from se_compress.reporting.page import (
@@ -26,14 +26,6 @@ from se_compress.reporting.page import (
     template,
 )
 
-EXPLAINED = (
-    "kl_divergence",
-    "massive_activation_ratio",
-    "sink_decay",
-    "router_agreement",
-    "repetition",
-    "reload",
-)
 # What is called the published pattern: the least ratio without super experts is 1.56, the largest
 # without random experts 1.01.
 HARMED, UNHARMED = 1.5, 1.05
@@ -92,7 +84,7 @@ def render_comparison(comparison: Comparison) -> str:
         pattern=_pattern(ablations),
         published=PUBLISHED,
         curves=curves,
-        gates=[GATES[name] for name in EXPLAINED],
+        gates=[gate for gate in GATES.values() if gate.explained],
         figures={"trade": trade_figure(rows)} | {c.key: curve_figure(c) for c in curves},
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -170,7 +162,7 @@ def _praise(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _distance_text(row: Row) -> str:
-    gate = row.gates.get("kl_divergence")
+    gate = row.gates.get(DISTANCE)
     perplexity = (
         f"perplexity {number(row.checkpoint.perplexity_source)} → "
         f"{number(row.checkpoint.perplexity_result)}"

@@ -51,8 +51,7 @@ class Row:
     @property
     def divergence(self) -> float:
         """KL divergence to the source, in nats. 0 where it is not known."""
-        gate = self.gates.get("kl_divergence")
-        return (gate.value if gate else None) or 0.0
+        return self.checkpoint.distance or 0.0
 
     @property
     def not_run(self) -> list[str]:

@@ -8,8 +8,7 @@ from se_compress.artifacts import GATES, Check, CheckpointSummary, unlimited
 
 def distance(checkpoint: CheckpointSummary) -> float:
     """From the source, in nats; infinite where it is not known."""
-    check = checkpoint.by_name.get("kl_divergence")
-    return math.inf if check is None or check.value is None else check.value
+    return math.inf if checkpoint.distance is None else checkpoint.distance
 
 
 def missed(checkpoint: CheckpointSummary, all_of_them: Sequence[CheckpointSummary]) -> list[str]:

@@ -1,6 +1,5 @@
 """Whether it can be done here, asked before the hours and not after them."""
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,16 +12,6 @@ from se_compress.recipe import Recipe
 from se_compress.running.memory import MACHINE, available_memory
 from se_compress.running.places import check_apart, expand, output_of, partial, rejected
 from se_compress.running.run_directory import check_output
-
-
-def check_packages(plans: Sequence[CompressionPlan]) -> None:
-    """What the plans need is installed. Raises RecipeError."""
-    methods = {plan.scheme.method for plan in plans}
-    if "bitsandbytes" in methods and importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            "quantization.method is bitsandbytes, which is not installed: "
-            "pip install 'se-compress[bnb]'"
-        )
 
 
 def check_place(directory: Path) -> None:

@@ -14,16 +14,14 @@ from se_compress.artifacts import (
     TensorInfo,
     ValidationReport,
 )
+from se_compress.formats import FORMATS
 from se_compress.validation.side_by_side import Compared
 
+# Those that read formats, and what runs models anyway.
 PACKAGES = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "gptqmodel",
-    "bitsandbytes",
-    "datasets",
-    "se-compress",
+    *("torch", "transformers", "safetensors"),
+    *dict.fromkeys(form.package.replace("_", "-") for form in FORMATS.values()),
+    *("datasets", "se-compress"),
 )
 
 
