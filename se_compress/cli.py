@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,21 +14,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from se_compress import __version__, signals
-from se_compress.artifacts import (
-    PlanSummary,
-    RunOptions,
-    RunResult,
-    ValidationReport,
-    to_json_line,
-)
+from se_compress import __version__, run_result, signals
+from se_compress.artifacts import RunOptions, RunResult, to_json_line
 from se_compress.errors import (
     INTERRUPTED_EXIT_CODE,
     MESSAGE_LENGTH,
     RecipeError,
     ResourceError,
     SeCompressError,
-    ValidationFailed,
     printable,
     shorten,
 )
@@ -39,17 +32,12 @@ from se_compress.pipeline import (
     run,
     run_variants,
 )
+from se_compress.profile_mode import profile_only
 from se_compress.recipe import read_recipe, recipe_of
-from se_compress.reporting.comparison import summarize
-from se_compress.request import Outcome, Preview, Request, VariantsOutcome
+from se_compress.request import Request
 from se_compress.running.faults import foreseen
-from se_compress.screen import (
-    Screen,
-    failed_gates,
-    surviving,
-    why_rejected,
-    why_variants_rejected,
-)
+from se_compress.running.places import profiled
+from se_compress.screen import Screen, surviving
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -83,6 +71,9 @@ def _command(
         str | None,
         typer.Option(metavar="DIR", help="Judge this checkpoint by the recipe; compress nothing."),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Find the super experts; compress nothing.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Sizes, budget and loadability; reads no weights.")
     ] = False,
@@ -111,14 +102,16 @@ def _command(
 ) -> int:
     """Compress a Mixture-of-Experts checkpoint while its super experts stay provably intact.
 
-    Exit codes: 0 exported, all gates passed; 2 bad command line or recipe; 3 model or data cannot
-    be read; 4 a gate failed, nothing was published; 5 not enough memory or disk; 130 interrupted,
-    143 terminated (SIGTERM), 129 hung up (SIGHUP): progress is kept.
+    Exit codes: 0 exported, all gates passed (or planned, or profiled); 2 bad command line or
+    recipe; 3 model or data cannot be read; 4 a gate failed, nothing was published; 5 not enough
+    memory or disk; 130 interrupted, 143 terminated (SIGTERM), 129 hung up (SIGHUP): progress is
+    kept.
     """
     _check_here()
     recipe_file = _path("RECIPE", recipe)
     text = read_recipe(recipe_file)
-    checked = recipe_of(text, recipe, settings or (), output if validate is None else None)
+    elsewhere = validate is not None or profile  # --output is then where the verdict goes
+    checked = recipe_of(text, recipe, settings or (), None if elsewhere else output)
     screen = Screen.of(quiet, json)
     request = Request(
         recipe=checked,
@@ -131,23 +124,31 @@ def _command(
     )
     if validate is not None and (plan is not None or dry_run):
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")
+    if profile and (plan is not None or dry_run or validate is not None):
+        raise RecipeError("--profile: goes with none of --plan, --dry-run and --validate")
     if dry_run:
         previews = preview_variants(request) if checked.variants else {"": preview(request)}
-        result, show = _planned(previews), partial(screen.show_previews, previews)
+        result, show = run_result.planned(previews), partial(screen.show_previews, previews)
     elif validate is not None:
         judged = _path("--validate", validate)
         place = _beside(judged) if output is None else _path("--output", output)
         with _hushed(verbose), screen.progress(signals.stopped) as progress:
             options = RunOptions(device=_device(device), progress=progress)
             report = judge_existing(replace(request, options=options), judged, place)
-        result = _validated(report, judged, place)
+        result = run_result.validated(report, judged, place)
         show = partial(screen.show_validation, report, judged, place)
+    elif profile:
+        place = profiled(request.output) if output is None else _path("--output", output)
+        with _hushed(verbose), screen.progress(signals.stopped) as progress:
+            options = RunOptions(device=_device(device), progress=progress)
+            measured = profile_only(replace(request, options=options), place)
+        result, show = run_result.profiled(measured), partial(screen.show_profiles, measured)
     else:
         with _hushed(verbose), screen.progress(signals.stopped) as progress:
             options = RunOptions(device=_device(device), progress=progress)
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
-        result, show = _finished(outcome), partial(screen.show_result, outcome)
+        result, show = run_result.finished(outcome), partial(screen.show_result, outcome)
     return _tell(result, show, json)
 
 
@@ -189,55 +190,6 @@ def _tell(result: RunResult, show: Callable[[], None], json: bool) -> int:
     if not told and result.outcome == "planned":
         raise ResourceError("the plan cannot be written to stdout: its disk is full")
     return result.exit_code
-
-
-def _planned(previews: Mapping[str, Preview]) -> RunResult:
-    """What a dry run found, as one record."""
-    plans = [
-        PlanSummary(
-            name=name,
-            target=one.plan.target,
-            method=one.plan.scheme.method,
-            size_bytes=one.plan.size_bytes,
-            source_size_bytes=one.plan.source_size_bytes,
-            bits_per_weight=one.plan.bits_per_weight,
-            curve=one.curve,
-            shortage=one.shortage or None,
-        )
-        for name, one in previews.items()
-    ]
-    return RunResult("planned", 0, plans=tuple(plans))
-
-
-def _finished(outcome: Outcome | VariantsOutcome) -> RunResult:
-    """What came out, as one record."""
-    if isinstance(outcome, Outcome):
-        message, comparison = why_rejected(outcome), None
-        checkpoints = [summarize(outcome, "", str(outcome.directory))]
-    else:
-        message = why_variants_rejected(outcome)
-        comparison = str(outcome.directory / "comparison.json")
-        checkpoints = [
-            summarize(one, name, str(one.directory)) for name, one in outcome.outcomes.items()
-        ]
-    return RunResult(
-        outcome="published" if outcome.published else "rejected",
-        exit_code=0 if outcome.published else ValidationFailed.exit_code,
-        message="" if outcome.published else message,
-        comparison=comparison,
-        checkpoints=tuple(checkpoints),
-    )
-
-
-def _validated(report: ValidationReport, directory: Path, place: Path) -> RunResult:
-    """The verdict on an existing checkpoint, as one record."""
-    failed = f"{directory}: {failed_gates(report)}; report in {place}"
-    return RunResult(
-        outcome="validated" if report.passed else "rejected",
-        exit_code=0 if report.passed else ValidationFailed.exit_code,
-        message="" if report.passed else failed,
-        validation=str(place / "validation.json"),
-    )
 
 
 def main() -> None:

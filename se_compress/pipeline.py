@@ -7,8 +7,7 @@ running/run_directory.py.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +19,12 @@ from se_compress.artifacts import (
     ModelSource,
     ValidationReport,
     from_json,
+    surprise,
     to_json,
     write_atomically,
 )
 from se_compress.engines.targets import check_installed
-from se_compress.errors import RecipeError, SeCompressError, SourceError
+from se_compress.errors import RecipeError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
@@ -34,7 +34,7 @@ from se_compress.recipe import Recipe
 from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.reporting.comparison import compare_outcomes
 from se_compress.reporting.files import write_comparison, write_reports
-from se_compress.request import Notice, Outcome, Preview, Request, VariantsOutcome
+from se_compress.request import Notice, Outcome, Preview, Request, VariantsOutcome, naming
 from se_compress.reuse import find_finished, find_profile, load_profile, settings_of, try_again
 from se_compress.running.faults import telling_whose
 from se_compress.running.manifest import SETTINGS_FILE, write_list
@@ -79,6 +79,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     One profile serves all variants that would measure the same. A rejected variant does not stop
     the others; what an error leaves behind is taken up by the next run.
     """
+    _check_one_model(request.recipe)
     source = open_source(request.recipe.model, request.keep_code, request.notice)
     check_output_of_variants(request.output)
     requests = request.by_variant()
@@ -86,7 +87,7 @@ def run_variants(request: Request) -> VariantsOutcome:
     outcomes: dict[str, Outcome] = {}
     originals: Originals = {}
     for name, one in requests.items():
-        with _naming(name), telling_whose(source.path, one.output):
+        with naming(name), telling_whose(source.path, one.output):
             outcomes[name] = _run(one, source, originals)
     comparison = compare_outcomes(request.recipe, outcomes)
     write_comparison(request.output, comparison)
@@ -130,8 +131,10 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         (work / STATES_FILE).unlink(missing_ok=True)
 
         plan = _plan(source, profile, request)
-        plan = plan.noting((*filter(None, [why_not_saved(source.path)]), *doubts))
-        _tell(cautions_of(plan, source, profile), request.notice)
+        unexpected = filter(None, [surprise(profile, recipe.super_experts.expected_ids)])
+        said = (*unexpected, *cautions_of(plan, source, profile))
+        plan = plan.noting((*filter(None, [why_not_saved(source.path)]), *doubts, *said))
+        _tell(said, request.notice)
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
 
@@ -160,6 +163,7 @@ def preview(request: Request) -> Preview:
 
 def preview_variants(request: Request) -> dict[str, Preview]:
     """The same for each variant, by name."""
+    _check_one_model(request.recipe)
     return _previews(request.by_variant(), request)
 
 
@@ -205,7 +209,7 @@ def _check_before(requests: Mapping[str, Request], source: ModelSource, whole: R
     """
     plans = []
     for name, one in requests.items():
-        with _naming(name):
+        with naming(name):
             _check_request(one, source)
             plans.append(_plan(source, None, one))
             check_installed(plans[-1].scheme)
@@ -213,12 +217,22 @@ def _check_before(requests: Mapping[str, Request], source: ModelSource, whole: R
     check_disk(plans, source, whole.recipe)
 
 
+def _check_one_model(recipe: Recipe) -> None:
+    """Results of several models cannot be compared. Raises RecipeError."""
+    for name, variant in recipe.variants.items():
+        if variant.model != recipe.model:
+            raise RecipeError(
+                f"variants.{name}.model: results are compared with one source, so it is the same "
+                "for all variants; only --profile takes several models"
+            )
+
+
 def _previews(requests: Mapping[str, Request], whole: Request) -> dict[str, Preview]:
     """A preview of each request, all with what the disk lacks for all of them."""
     source = open_source(whole.recipe.model, whole.keep_code, whole.notice)
     found = {}
     for name, one in requests.items():
-        with _naming(name):
+        with naming(name):
             _check_request(one, source)
             found[name] = _preview(one, source)
     shortage = disk_shortage([one.plan for one in found.values()], source, whole.recipe)
@@ -237,17 +251,6 @@ def _check_request(request: Request, source: ModelSource) -> None:
     files = {"--plan": request.plan_file, "the recipe": request.recipe_file}
     check_places(source, request.recipe, files)
     check_positions(source, request.recipe)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Errors say which variant they come from. A single result is called "" and not named."""
-    try:
-        yield
-    except SeCompressError as error:
-        if not name:
-            raise
-        raise type(error)(f"variant {name}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------- plan

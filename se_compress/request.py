@@ -1,6 +1,7 @@
 """What is asked of a run, and what comes of it: the types that the flow takes and returns."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,19 +10,31 @@ from se_compress.artifacts import (
     Comparison,
     CompressionPlan,
     CurvePoint,
+    ExpertId,
     ExpertProfile,
     ModelSource,
     RunOptions,
     ValidationReport,
     from_json,
 )
-from se_compress.errors import RecipeError
+from se_compress.errors import RecipeError, SeCompressError
 from se_compress.recipe import Recipe
 from se_compress.recipe_file import PLAN_BYTES, read_text
-from se_compress.running.places import output_of, rejected
+from se_compress.running.places import output_of, profiled, rejected
 from se_compress.running.run_directory import profile_files
 
 Notice = Callable[[str], None]
+
+
+@contextmanager
+def naming(variant: str) -> Iterator[None]:
+    """Errors say which variant they come from. A single result is called "" and not named."""
+    try:
+        yield
+    except SeCompressError as error:
+        if not variant:
+            raise
+        raise type(error)(f"variant {variant}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Request:
     notice        called with a sentence when something is reused, redone or given up
     siblings      outputs of the other variants, whose profile may serve this one as well
     keep_code     the result names the model's own code (auto_map), and has its files
+    profiles_in   where profiles lie that were made without a result; None: beside the output
     """
 
     recipe: Recipe
@@ -46,6 +60,7 @@ class Request:
     siblings: tuple[Path, ...] = ()
     keep_code: bool = False
     recipe_file: Path | None = None
+    profiles_in: Path | None = None
 
     @property
     def output(self) -> Path:
@@ -70,6 +85,9 @@ class Request:
         """Files that may hold a profile that serves this run, the latest first."""
         for output in (self.output, *self.siblings):
             yield from profile_files(output)
+        alone = self.profiles_in or profiled(self.output)
+        yield alone / "profile.json"
+        yield from sorted(alone.glob("*/profile.json"))
 
     def options_in(self, work: Path) -> RunOptions:
         """Options of the stages that save their progress in `work`."""
@@ -103,6 +121,7 @@ class Request:
             ),
             notice=lambda sentence: self.notice(f"{name}: {sentence}"),
             siblings=tuple(map(output_of, others)),
+            profiles_in=self.profiles_in or profiled(self.output),
         )
 
 
@@ -133,6 +152,23 @@ class VariantsOutcome:
     def published(self) -> bool:
         """Whether every variant that has to pass did, and at least one."""
         return self.comparison.passed
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What was measured; `directory` holds it.
+
+    profiles    of each variant, by name; the only one is called ""
+    expected    the super experts that the recipe of each expects
+    """
+
+    directory: Path
+    profiles: Mapping[str, ExpertProfile]
+    expected: Mapping[str, tuple[ExpertId, ...]]
+
+    def file(self, name: str) -> Path:
+        """The profile.json of a variant."""
+        return self.directory / name / "profile.json"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,11 +25,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from se_compress.artifacts import Check, Comparison, CurvePoint, ValidationReport, unlimited
+from se_compress.artifacts import ValidationReport
 from se_compress.errors import printable
-from se_compress.reporting.limits import missed
-from se_compress.request import Outcome, Preview, VariantsOutcome
+from se_compress.request import Outcome, Preview, Profiled, VariantsOutcome
 from se_compress.running.preflight import in_units
+from se_compress.tables import (
+    by_which_limits,
+    comparison_table,
+    curve_table,
+    gates_table,
+    result_line,
+    super_experts_table,
+)
 
 # Seconds between two lines of progress of a stage, where there is no terminal.
 LOG_EVERY = 10.0
@@ -160,10 +167,13 @@ class Screen:
             "not profiled yet" if found.profile is None else str(len(found.profile.super_experts))
         )
         table.add_row("super experts", known, "")
+        if found.profile is not None:
+            saved = f"{len(plan.rescued)} of {len(plan.protected)}"
+            table.add_row("protected, and rescued by it", "", saved)
         if not self.quiet:
             self.out.print(table)
             if found.curve:
-                self.out.print(_curve(found.curve))
+                self.out.print(curve_table(found.curve))
             for note in (*plan.notes, *found.cautions):
                 self.out.print(f"note: {note}", soft_wrap=True)
         self.out.print(
@@ -173,28 +183,48 @@ class Screen:
             soft_wrap=True,
         )
 
+    def show_profiles(self, found: Profiled) -> None:
+        for name, profile in found.profiles.items():
+            if not self.quiet:
+                if profile.super_experts:
+                    self.out.print(super_experts_table(profile, name))
+                for note in profile.notes:
+                    self.out.print(f"note: {note}", soft_wrap=True)
+            one = profile.super_experts
+            listed = f": {', '.join(str(expert.id) for expert in one)}" if one else ""
+            self.out.print(
+                f"{name or profile.model}: {len(one)} super expert{'' if len(one) == 1 else 's'}"
+                f"{listed}; see {found.file(name).with_suffix('.html')}",
+                soft_wrap=True,
+            )
+        if len(found.profiles) > 1:
+            self.out.print(
+                f"what they have in common: see {found.directory / 'stability.html'}",
+                soft_wrap=True,
+            )
+
     def show_outcome(self, outcome: Outcome) -> None:
         validation = outcome.validation
         if not self.quiet:
-            self.out.print(_gates(validation))
-        self.out.print(_result_line(outcome), soft_wrap=True)
+            self.out.print(gates_table(validation))
+        self.out.print(result_line(outcome), soft_wrap=True)
 
     def show_validation(self, report: ValidationReport, directory: Path, place: Path) -> None:
         if not self.quiet:
-            self.out.print(_gates(report))
+            self.out.print(gates_table(report))
         verdict = "passed" if report.passed else "REJECTED"
         self.out.print(f"{directory}: {verdict}; see {place}", soft_wrap=True)
 
     def show_comparison(self, outcome: VariantsOutcome) -> None:
         if not self.quiet:
-            self.out.print(_comparison(outcome.comparison))
+            self.out.print(comparison_table(outcome.comparison))
         for one in outcome.outcomes.values():
-            self.out.print(_result_line(one), soft_wrap=True)
+            self.out.print(result_line(one), soft_wrap=True)
         advice = outcome.comparison.recommended
         self.out.print(
             f"{outcome.directory}/comparison.html: "
             + (
-                f"ship {advice}{_by_which_limits(outcome.comparison)}"
+                f"ship {advice}{by_which_limits(outcome.comparison)}"
                 if advice
                 else "nothing to ship, no variant passed its gates"
             ),
@@ -247,110 +277,3 @@ def _resident() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def _comparison(comparison: Comparison) -> Table:
-    table = Table(title="variants", title_justify="left")
-    table.add_column("variant")
-    for name in ("size", "bits", "KL divergence", "perplexity"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
-    table.add_row(
-        "source", in_units(comparison.size_bytes), "16", "", _number(comparison.perplexity)
-    )
-    for variant in comparison.variants:
-        one = variant.checkpoint
-        table.add_row(
-            one.name,
-            in_units(one.size_bytes),
-            f"{one.bits_per_weight:.2f}",
-            _number(one.distance),
-            _number(one.perplexity_result),
-            "passed" if one.published else "REJECTED",
-        )
-    return table
-
-
-def _by_which_limits(comparison: Comparison) -> str:
-    """What passed by looser limits only than others, if anything did."""
-    everything = [variant.checkpoint for variant in comparison.variants]
-    loose = [one.name for one in everything if one.published and missed(one, everything)]
-    if not loose:
-        return ""
-    if comparison.recommended in loose:
-        return " (which passed by looser limits than a result at least as good)"
-    return f" ({', '.join(loose)} passed by looser limits only)"
-
-
-def _curve(points: Sequence[CurvePoint]) -> Table:
-    """What other budgets would buy, the cheapest first."""
-    table = Table(title="other budgets, protection as it is", title_justify="left")
-    table.add_column("widths")
-    for name in ("size", "bits per expert weight", "predicted loss"):
-        table.add_column(name, justify="right")
-    for point in points:
-        widths = ", ".join(map(str, point.widths))
-        label = f"{widths} mixed" if len(point.widths) > 1 else f"{widths} for all"
-        bits = f"{point.bits_per_weight:.3f}"
-        table.add_row(label, in_units(point.size_bytes), bits, _number(point.predicted_loss))
-    return table
-
-
-def _gates(validation: ValidationReport) -> Table:
-    table = Table(title="gates", title_justify="left")
-    for name, justify in (("gate", "left"), ("value", "right"), ("limit", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("verdict")
-    for check in validation.checks:
-        table.add_row(check.name, _number(check.value), _number(check.limit), _verdict(check))
-    return table
-
-
-def _verdict(check: Check) -> str:
-    if unlimited(check):
-        return "no limit"
-    word = {True: "passed", False: "FAILED", None: "not run"}[check.passed]
-    return word if check.passed or not check.detail else f"{word}: {check.detail}"
-
-
-def _result_line(outcome: Outcome) -> str:
-    validation, plan = outcome.validation, outcome.plan
-    measured = f"{validation.perplexity_source:.2f} -> {validation.perplexity_result:.2f}"
-    return (
-        f"{outcome.directory}: {'passed' if outcome.published else 'REJECTED'}, "
-        f"{in_units(validation.source_size_bytes)} -> {in_units(validation.size_bytes)}, "
-        f"{plan.bits_per_weight:.2f} bits per expert weight, "
-        f"perplexity {measured if validation.tokens else 'not measured'}"
-    )
-
-
-def why_rejected(outcome: Outcome) -> str:
-    failed = failed_gates(outcome.validation)
-    return f"nothing was published; {failed}; report in {outcome.directory}/se_compress"
-
-
-def failed_gates(validation: ValidationReport) -> str:
-    return "; ".join(
-        f"{check.name} is {_number(check.value)}, limit {_number(check.limit)}"
-        + (f" ({check.detail})" if check.detail else "")
-        for check in validation.checks
-        if check.passed is False
-    )
-
-
-def why_variants_rejected(outcome: VariantsOutcome) -> str:
-    report = f"see {outcome.directory}/comparison.html"
-    if outcome.comparison.recommended is None:
-        return (
-            f"nothing was published; all {len(outcome.outcomes)} variants were rejected; {report}"
-        )
-    failed = [
-        f"variant {name} was rejected: {failed_gates(outcome.outcomes[name].validation)}"
-        for name in outcome.comparison.required
-        if not outcome.outcomes[name].published
-    ]
-    return f"{'; '.join(failed)}; require names it, the others are published; {report}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

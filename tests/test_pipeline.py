@@ -190,6 +190,7 @@ def test_all_files_of_the_contract_come_out(published: Path, tiny_model: TinyMod
         "quantize_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "se_compress/recipe-resolved.yaml",
         "se_compress/recipe.yaml",
         "se_compress/profile.json",
         "se_compress/plan.json",

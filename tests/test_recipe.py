@@ -537,7 +537,6 @@ NAME = "a name is made of letters, digits, _ and -, such as naive"
             "variants.a.policy.bits.0 is 5: input should be 2, 3, 4, 8 or 16",
         ),
         ({"variants": {"a": {"policy": 3}}}, "variants.a.policy is 3: a mapping of keys is needed"),
-        ({"variants": {"a": {"model": "b"}}}, f"variants.a.model: {SAME}"),
         ({"variants": {"a": {"output": "b"}}}, f"variants.a.output: {SAME}"),
         ({"variants": {"a": {"require": []}}}, f"variants.a.require: {SAME}"),
         ({"variants": {"a": {"validation": {"data": "c"}}}}, f"variants.a.validation.data: {SAME}"),

@@ -30,7 +30,9 @@ from se_compress.artifacts import (
     to_json_line,
 )
 
-NAMES = ("comparison", "compression", "plan", "profile", "run-result", "validation")
+NAMES = (
+    "comparison", "compression", "plan", "profile", "run-result", "stability", "validation",
+)  # fmt: skip
 
 
 def schema(name: str) -> dict[str, Any]:

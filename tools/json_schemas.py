@@ -23,6 +23,7 @@ from se_compress.artifacts import (
     CompressionPlan,
     ExpertProfile,
     RunResult,
+    StabilityStudy,
     ValidationReport,
 )
 
@@ -34,6 +35,7 @@ ROOTS: Mapping[str, type] = {
     "compression": Compressed,
     "validation": ValidationReport,
     "comparison": Comparison,
+    "stability": StabilityStudy,
     "run-result": RunResult,
 }
 PLAIN = {str: "string", bool: "boolean", int: "integer", type(None): "null"}

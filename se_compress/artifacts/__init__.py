@@ -24,6 +24,7 @@ from se_compress.artifacts.comparison import (
     ComparedVariant,
     Comparison,
     PlanSummary,
+    ProfileSummary,
     RunResult,
 )
 from se_compress.artifacts.compression import (
@@ -32,6 +33,9 @@ from se_compress.artifacts.compression import (
     ExpertRecord,
     LayerRecord,
     LinearRecord,
+)
+from se_compress.artifacts.expectation import (
+    surprise,
 )
 from se_compress.artifacts.gates import (
     DISTANCE,
@@ -61,17 +65,21 @@ from se_compress.artifacts.plan import (
     CurvePoint,
     ExpertDecision,
     OtherDecision,
+    Rescue,
     Scheme,
 )
 from se_compress.artifacts.profile import (
     Ablation,
+    Choice,
     ExpertProfile,
     ExpertStats,
     LayerSimilarity,
     LayerStats,
     OutlierExpert,
     OutlierReason,
+    Stability,
     SuperExpert,
+    UndecidedLayer,
 )
 from se_compress.artifacts.source import (
     Encoding,
@@ -79,6 +87,10 @@ from se_compress.artifacts.source import (
     Stored,
     TensorInfo,
     TensorKind,
+)
+from se_compress.artifacts.study import (
+    StabilityStudy,
+    StudiedProfile,
 )
 from se_compress.artifacts.validation import (
     Continuation,
@@ -105,6 +117,7 @@ __all__ = [
     "Artifact",
     "Check",
     "CheckpointSummary",
+    "Choice",
     "ComparedVariant",
     "Comparison",
     "Compressed",
@@ -132,19 +145,26 @@ __all__ = [
     "OutlierReason",
     "Part",
     "PlanSummary",
+    "ProfileSummary",
+    "Rescue",
     "Role",
     "RunOptions",
     "RunResult",
     "Scheme",
     "Side",
     "SinkPosition",
+    "Stability",
+    "StabilityStudy",
     "Stored",
+    "StudiedProfile",
     "SuperExpert",
     "TensorInfo",
     "TensorKind",
+    "UndecidedLayer",
     "ValidationReport",
     "digest_of",
     "from_json",
+    "surprise",
     "to_json",
     "to_json_line",
     "unlimited",

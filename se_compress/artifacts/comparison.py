@@ -134,23 +134,47 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class ProfileSummary:
+    """What `--profile` tells of one profile.
+
+    name            of the variant; "" without variants
+    file            its profile.json
+    massive         whether the model has massive activations
+    super_experts   those found, in order of id
+    confirmed       those of them that zeroing confirmed
+    undecided       layers of which nothing can be said
+    surprise        "" if they are those that the recipe expects, or it expects none
+    """
+
+    name: str
+    file: str
+    massive: bool
+    super_experts: tuple[ExpertId, ...]
+    confirmed: tuple[ExpertId, ...]
+    undecided: tuple[int, ...]
+    surprise: str
+
+
+@dataclass(frozen=True)
 class RunResult:
     """The line that `--json` prints.
 
-    outcome       published, rejected (exit code 4), planned (a dry run), validated (an existing
-                  checkpoint passed), or failed: see `message`
+    outcome       published, rejected (exit code 4), planned (a dry run), profiled, validated (an
+                  existing checkpoint passed), or failed: see `message`
     exit_code     of the process
     message       the sentence that goes with an exit code other than 0; "" with 0
     comparison    path of comparison.json; None without variants
     checkpoints   one for each variant, or the only one; none after an error
     plans         the same of a dry run
     validation    path of the validation.json of an existing checkpoint
+    profiles      one for each variant, or the only one, of `--profile`
     """
 
-    outcome: Literal["published", "rejected", "planned", "validated", "failed"]
+    outcome: Literal["published", "rejected", "planned", "profiled", "validated", "failed"]
     exit_code: int
     message: str = ""
     comparison: str | None = None
     checkpoints: tuple[CheckpointSummary, ...] = ()
     plans: tuple[PlanSummary, ...] = ()
     validation: str | None = field(default=None, metadata=UNLESS_NONE)
+    profiles: tuple[ProfileSummary, ...] | None = field(default=None, metadata=UNLESS_NONE)

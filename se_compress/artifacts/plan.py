@@ -84,6 +84,27 @@ class OtherDecision:
 
 
 @dataclass(frozen=True)
+class Rescue:
+    """A protected expert that the score or the budget would have taken.
+
+    layer, expert  the expert, see ExpertId
+    action      what would have become of it without any protection
+    bits        at how many; None for a pruned expert
+    reason      why, as that plan has it
+    """
+
+    layer: int
+    expert: ExpertIndex
+    action: Action
+    bits: int | None
+    reason: str
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
 class CompressionPlan:
     """plan.json: readable, editable, handed back with `--plan`.
 
@@ -97,6 +118,8 @@ class CompressionPlan:
     notes             what a reader has to know, a sentence each
     experts           one line an expert, shared ones included
     others            linears of attention and dense MLPs; those without a line keep SOURCE_BITS
+    rescued           the protected experts to which protection made a difference; none without a
+                      profile
     """
 
     target: str
@@ -109,6 +132,7 @@ class CompressionPlan:
     notes: tuple[str, ...]
     experts: tuple[ExpertDecision, ...]
     others: tuple[OtherDecision, ...] = ()
+    rescued: tuple[Rescue, ...] = ()
 
     @cached_property
     def by_id(self) -> dict[ExpertId, ExpertDecision]:

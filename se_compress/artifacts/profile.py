@@ -1,13 +1,15 @@
 """profile.json: what was measured of a model."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from se_compress.artifacts.ids import SOURCE_BITS, ExpertId, ExpertIndex, Part
+from se_compress.artifacts.ids import SOURCE_BITS, UNLESS_NONE, ExpertId, ExpertIndex, Part
 
 OutlierReason = Literal["cancels", "layer forms no massive activation", "model has none"]
+UndecidedReason = Literal["no one expert", "percentile", "no token"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ExpertStats:
                       mean over all tokens of |weight x (output - quantised output)|^2 / |h|^2, h
                       the token's residual after the layer
     loss_down         the same for down_proj; 0 bits: nothing is left of the output
+    half_peaks        the peak in the sequences of even and in those of odd index; empty where there
+                      is one sequence
     """
 
     layer: int
@@ -43,6 +47,7 @@ class ExpertStats:
     saliency: float
     loss_gate_up: Mapping[int, float]
     loss_down: Mapping[int, float]
+    half_peaks: tuple[float, ...] = ()
 
     @property
     def id(self) -> ExpertId:
@@ -91,6 +96,11 @@ class LayerStats:
     sink_mass: tuple[float, ...]
     sink_rate: float
     sensitivity: float = 1.0
+
+    @property
+    def mean_sink_mass(self) -> float:
+        """Over the heads; NaN for a layer without attention probabilities."""
+        return sum(self.sink_mass) / len(self.sink_mass) if self.sink_mass else math.nan
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,49 @@ class OutlierExpert:
 
 
 @dataclass(frozen=True)
+class UndecidedLayer:
+    """A layer of which the profile can say neither that it has a super expert nor that it has none.
+
+    layer     decoder layer, absolute
+    reason    "no one expert": it forms massive activations, and no expert is over the share of the
+              greatest peak; "percentile": the experts are over that share and only the percentile
+              holds them back, which lets 0.5 % of a model's experts pass whatever they do; "no
+              token": no calibration token was routed to the experts
+    experts   which; none for the first reason
+    """
+
+    layer: int
+    reason: UndecidedReason
+    experts: tuple[ExpertIndex, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The super experts that other thresholds would have chosen.
+
+    percentile, fraction_of_max   as in the recipe's `super_experts`
+    experts                       in order of id
+    """
+
+    percentile: float
+    fraction_of_max: float
+    experts: tuple[ExpertId, ...]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What the choice of super experts hangs on, with the forming layers as they are.
+
+    thresholds   other values of both thresholds, those of the paper's table 9
+    halves       the recipe's own thresholds on the sequences of even and on those of odd index;
+                 empty where there is one sequence
+    """
+
+    thresholds: tuple[Choice, ...]
+    halves: tuple[tuple[ExpertId, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerSimilarity:
     """How alike the routed experts of a layer are: Euclidean distances of their mean outputs over
     a sample of the layer's tokens, those not routed to them included (HC-SMoE, arXiv:2410.08589).
@@ -193,6 +246,8 @@ class ExpertProfile:
     layers          one record a decoder layer
     experts         one record an expert, shared ones included
     similarities    measured only for a recipe that merges
+    undecided       layers of which nothing can be said
+    stability       what the choice hangs on
     """
 
     model: str
@@ -211,6 +266,8 @@ class ExpertProfile:
     layers: tuple[LayerStats, ...]
     experts: tuple[ExpertStats, ...]
     similarities: tuple[LayerSimilarity, ...] = ()
+    undecided: tuple[UndecidedLayer, ...] = ()
+    stability: Stability | None = field(default=None, metadata=UNLESS_NONE)
 
     @cached_property
     def by_id(self) -> dict[ExpertId, ExpertStats]:

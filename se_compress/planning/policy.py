@@ -12,11 +12,9 @@ from dataclasses import replace
 
 from se_compress.artifacts import (
     NO_BITS,
-    SOURCE_BITS,
     CompressionPlan,
     CurvePoint,
     ExpertDecision,
-    ExpertId,
     ExpertProfile,
     ModelSource,
 )
@@ -29,6 +27,7 @@ from se_compress.model.surgery import renumbered, restored, shrink, shrunk_profi
 from se_compress.planning import structure
 from se_compress.planning.bits import plan_bits
 from se_compress.planning.curve import cost_curve
+from se_compress.planning.protection import protected_experts, protection_notes, rescued
 from se_compress.planning.terms import terms_of
 from se_compress.planning.units import Task
 from se_compress.recipe import Recipe
@@ -40,8 +39,11 @@ def make_plan(
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
     task = Task(source, profile, terms_of(recipe))
-    plan = _plan(replace(task, protected=_protected(task)))
-    return plan.noting((*_notes(task), *cautions_of(plan, source, profile)))
+    plan = _plan(replace(task, protected=protected_experts(source, profile, recipe)))
+    if profile is not None and plan.protected:
+        plan = replace(plan, rescued=rescued(plan, _plan(task)))
+    said = (*protection_notes(plan, profile, recipe), *cautions_of(plan, source, profile))
+    return plan.noting(said)
 
 
 def cautions_of(
@@ -152,35 +154,3 @@ def curve_of(
     """What other budgets would buy for the model as the plan leaves it, see `cost_curve`."""
     task = Task(source, profile, terms_of(recipe), dict.fromkeys(plan.protected, ""))
     return cost_curve(_left(task, plan))
-
-
-def _protected(task: Task) -> dict[ExpertId, str]:
-    """The protected experts and why."""
-    protect, bits = task.terms.policy.protect, task.terms.policy.protected_bits
-    reasons: dict[ExpertId, str] = {}
-    if isinstance(protect, tuple):
-        for identity in structure.listed(task.source, protect, "policy.protect"):
-            kept = SOURCE_BITS if identity.expert == "shared" else bits
-            reasons[identity] = f"protected at {kept} bits: listed in policy.protect"
-    elif protect == "super-experts" and task.profile is not None:
-        for expert in task.profile.super_experts:
-            state = {True: "confirmed", False: "not confirmed", None: "not asked to confirm"}
-            reasons[expert.id] = (
-                f"protected at {bits} bits: super expert, peak {expert.peak:.0f} on channel "
-                f"{expert.channel} at position {expert.position}, {state[expert.confirmed]}"
-            )
-    return reasons
-
-
-def _notes(task: Task) -> tuple[str, ...]:
-    """What a reader has to know of the super experts."""
-    protect, profile = task.terms.policy.protect, task.profile
-    if protect == "none":
-        return ("policy.protect is none: super experts are treated like any other expert",)
-    if protect == "super-experts" and profile is None:
-        return (
-            "no profile yet: super experts are not known, so none is protected in this estimate",
-        )
-    if protect == "super-experts" and profile and not profile.super_experts:
-        return ("the profile found no super expert, so none is protected",)
-    return ()

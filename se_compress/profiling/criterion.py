@@ -173,11 +173,12 @@ def _notes(layers: Sequence[LayerStats], with_super_experts: set[int]) -> tuple[
     notes = []
     for layer in layers:
         if layer.forming and layer.layer not in with_super_experts:
-            source = (
-                f"its dense MLP (peak {layer.mlp_peak:.1f})" if not layer.moe else "no one expert"
+            by = (
+                "no one expert: undecided"
+                if layer.moe
+                else f"its dense MLP (peak {layer.mlp_peak:.1f}): no super expert there"
             )
             notes.append(
-                f"layer {layer.layer} forms massive activations (adds {layer.rise:.1f}), "
-                f"by {source}: no super expert there"
+                f"layer {layer.layer} forms massive activations (adds {layer.rise:.1f}), by {by}"
             )
     return tuple(notes)

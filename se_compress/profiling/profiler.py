@@ -30,6 +30,7 @@ from se_compress.model.states import batches_of, load_states, save_states
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.confirm import CONFIRM_SEQUENCES, confirm, doubts
 from se_compress.profiling.criterion import mark_layers, propose
+from se_compress.profiling.doubt import stability_of, undecided_layers, undecided_notes
 from se_compress.profiling.losses import Losses, rounding_losses
 from se_compress.profiling.sensitivity import SENSITIVITY_TOKENS, in_nats, measure_sensitivities
 from se_compress.profiling.similarity import output_distances
@@ -69,6 +70,7 @@ def profile_experts(
     if recipe.super_experts.confirm and found.super_experts:
         confirmed = confirm(model, tokens[:CONFIRM_SEQUENCES], found.super_experts, recipe, options)
         found = replace(found, super_experts=confirmed, notes=found.notes + doubts(confirmed))
+    undecided = undecided_layers(layers, experts, found)
     return ExpertProfile(
         model=source.name,
         digest=profile_digest(source, tokens, recipe),
@@ -82,18 +84,20 @@ def profile_experts(
         massive=any(layer.massive for layer in layers),
         super_experts=found.super_experts,
         outliers=found.outliers,
-        notes=found.notes,
+        notes=found.notes + undecided_notes(undecided),
         layers=layers,
         experts=experts,
         similarities=tuple(part.similarity for part in measured if part.similarity),
+        undecided=undecided,
+        stability=stability_of(layers, experts, recipe.super_experts),
     )
 
 
 def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe: Recipe) -> str:
     """Equal if a profile made from these inputs would be equal."""
     grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
-    criterion = recipe.super_experts.model_dump()
-    parts = ["profile-5", source.digest, tokens, criterion, grid, recipe.compute_dtype]
+    criterion = recipe.super_experts.model_dump(exclude={"expected"})
+    parts = ["profile-6", source.digest, tokens, criterion, grid, recipe.compute_dtype]
     return digest_of(*parts, *(["similarity"] if recipe.policy.merge else []))
 
 

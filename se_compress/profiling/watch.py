@@ -5,7 +5,8 @@ taken in float32, sums over tokens in float64.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class _Peak:
     weight_sum                   sum of their routing weights
     norm_sum                     sum of the L2 norms of their outputs
     saliency_sum                 sum of routing weight x norm
+    halves                       `value` in sequences of even and of odd index
     """
 
     value: float = 0.0
@@ -38,6 +40,7 @@ class _Peak:
     weight_sum: float = 0.0
     norm_sum: float = 0.0
     saliency_sum: float = 0.0
+    halves: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
 
 class Watch(RoutingCapture, SinkCapture):
@@ -54,6 +57,7 @@ class Watch(RoutingCapture, SinkCapture):
     def __init__(self, batches: Sequence[Tensor]) -> None:
         super().__init__()
         self.batches = batches
+        self.first_sequences = list(accumulate(map(len, batches), initial=0))
         self.peaks: dict[ExpertIndex, _Peak] = {}
         self.overflown: dict[ExpertIndex, Tensor] = {}
         self.dense_peak: float | None = None
@@ -73,11 +77,19 @@ class Watch(RoutingCapture, SinkCapture):
             peak.value, peak.channel = float(strength[at]), int(size[at].argmax())
             peak.position = row % token_ids.shape[1]
             peak.token_id = int(token_ids.reshape(-1)[row])
+        self._note_halves(peak, rows, strength)
         peak.weighted = max(peak.weighted, float((strength * weights.float()).max()))
         peak.tokens += len(rows)
         peak.weight_sum += float(weights.sum(dtype=torch.float64))
         peak.norm_sum += float(norms.sum(dtype=torch.float64))
         peak.saliency_sum += float((norms * weights.float()).sum(dtype=torch.float64))
+
+    def _note_halves(self, peak: _Peak, rows: Tensor, strength: Tensor) -> None:
+        """Rows of a batch, int64 [n], with their greatest |output|, [n], by half of the text."""
+        sequences = self.first_sequences[self.batch] + rows // self.batches[self.batch].shape[1]
+        odd = (sequences % 2).to(strength.dtype)
+        for half, member in enumerate((1 - odd, odd)):
+            peak.halves[half] = max(peak.halves[half], float((strength * member).max()))
 
     def dense(self, inner: Tensor, output: Tensor) -> None:
         self.dense_peak = max(self.dense_peak or 0.0, float(output.float().abs().max()))
@@ -104,6 +116,7 @@ class Watch(RoutingCapture, SinkCapture):
             saliency=peak.saliency_sum / tokens,
             loss_gate_up=loss.get("gate_up", {}),
             loss_down=loss.get("down", {}),
+            half_peaks=tuple(peak.halves) if self.first_sequences[-1] > 1 else (),
         )
 
 

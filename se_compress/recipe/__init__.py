@@ -3,7 +3,7 @@
 Whatever changes the bits of the result is in here; flags of the command line say only *how* to run.
 """
 
-from se_compress.recipe.flat import flatten
+from se_compress.recipe.flat import flatten, resolved
 from se_compress.recipe.kinds import (
     Bytes,
     Format,
@@ -56,4 +56,5 @@ __all__ = [
     "parse_size",
     "read_recipe",
     "recipe_of",
+    "resolved",
 ]

@@ -1,6 +1,9 @@
 """A recipe as a flat mapping of its settings."""
 
+import yaml
 from pydantic import BaseModel
+
+from se_compress.recipe.sections import Recipe
 
 
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, object]:
@@ -15,6 +18,15 @@ def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + name] = _plain(value)
     return flat
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe as YAML with every default and every override filled in, without variants: it
+    reads back as an equal one."""
+    settings = recipe.model_dump(mode="json", exclude={"variants", "require"})
+    for key in recipe.quantization.foreign_keys:
+        del settings["quantization"][key]
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: object) -> object:

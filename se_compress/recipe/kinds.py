@@ -22,7 +22,7 @@ SequenceLength = Annotated[int, Field(ge=16, lt=2**31)]
 
 PATH_BYTES = 4095  # of a path, and of a name in it: what Linux takes
 NAME_BYTES = 255
-LONGEST_SUFFIX = ".validation"  # what we append to the name of an output
+LONGEST_SUFFIX = ".profile.partial"  # what we append to the name of an output
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

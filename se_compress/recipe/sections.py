@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from se_compress.artifacts import GATES
+from se_compress.artifacts import GATES, ExpertId
 from se_compress.errors import brief
 from se_compress.recipe.kinds import (
     Bytes,
@@ -93,21 +93,6 @@ class Calibration(TextSection):
     routing: Literal["routed", "all"] = "routed"
 
 
-class SuperExperts(_Section):
-    """The published criterion (arXiv:2507.23279, eq. 6) and whether to confirm it by zeroing.
-
-    percentile       a super expert's peak |down_proj output| exceeds this percentile of all
-                     experts' peaks
-    fraction_of_max  and this share of the greatest peak
-    confirm          set each candidate, and another expert of its layer beside it, to zero, and
-                     see whether the massive activation vanishes
-    """
-
-    percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 99.5
-    fraction_of_max: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    confirm: bool = True
-
-
 class ExpertName(_Section):
     """An expert as a recipe names it.
 
@@ -117,6 +102,38 @@ class ExpertName(_Section):
 
     layer: Natural
     expert: Natural | Literal["shared"]
+
+    @property
+    def id(self) -> ExpertId:
+        return ExpertId(self.layer, self.expert)
+
+
+class SuperExperts(_Section):
+    """The published criterion (arXiv:2507.23279, eq. 6) and whether to confirm it by zeroing.
+
+    percentile       a super expert's peak |down_proj output| exceeds this percentile of all
+                     experts' peaks
+    fraction_of_max  and this share of the greatest peak
+    confirm          set each candidate, and another expert of its layer beside it, to zero, and
+                     see whether the massive activation vanishes
+    expected         those that are known of the model, such as [{layer: 1, expert: 68}]: a profile
+                     that finds others says so; until there is one, they are taken for the super
+                     experts in estimates
+    """
+
+    percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 99.5
+    fraction_of_max: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    confirm: bool = True
+    expected: tuple[ExpertName, ...] = ()
+
+    @property
+    def expected_ids(self) -> tuple[ExpertId, ...]:
+        return tuple(name.id for name in self.expected)
+
+    @field_validator("expected", mode="before")
+    @classmethod
+    def _list_of_names(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class Prune(_Section):
@@ -220,6 +237,10 @@ class Policy(_Section):
         return self
 
 
+_INTEGER = frozenset(("group_size", "symmetric", "act_order", "scales", "damping", "shrinkage"))
+_BLOCKS = frozenset(("block_size", "double_quant"))
+
+
 class Quantization(_Section):
     """How a width is reached.
 
@@ -258,14 +279,19 @@ class Quantization(_Section):
 
     @model_validator(mode="after")
     def _keys_of_the_method(self) -> "Quantization":
-        integer = {"group_size", "symmetric", "act_order", "scales", "damping", "shrinkage"}
-        blocks, own = {"block_size", "double_quant"}, {"data_type", "block_size", "double_quant"}
-        foreign = integer if self.method == "bitsandbytes" else own
-        if given := sorted(foreign & self.model_fields_set):
-            raise ValueError(f"{given[0]} is not a key of method {self.method}")
-        if self.data_type == "int8" and (given := sorted(blocks & self.model_fields_set)):
-            raise ValueError(f"{given[0]} is not a key of data_type int8: it has a scale per row")
+        if given := sorted(self.foreign_keys & self.model_fields_set):
+            of = f"method {self.method}"
+            if self.method == "bitsandbytes" and given[0] in _BLOCKS:
+                of = "data_type int8: it has a scale per row"
+            raise ValueError(f"{given[0]} is not a key of {of}")
         return self
+
+    @property
+    def foreign_keys(self) -> frozenset[str]:
+        """Keys that mean nothing with this method and data type."""
+        if self.method != "bitsandbytes":
+            return _BLOCKS | {"data_type"}
+        return _INTEGER | (_BLOCKS if self.data_type == "int8" else frozenset())
 
 
 class Generation(_Section):

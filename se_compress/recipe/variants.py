@@ -10,7 +10,7 @@ from se_compress.recipe.sections import Recipe, TextSection
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 # A variant may change anything else, the limits of its gates included.
-_COMMON_KEYS = ("model", "output", "variants", "require")
+_COMMON_KEYS = ("output", "variants", "require")
 
 
 def read_variants(common: Mapping[str, Any], given: object, where: str) -> dict[str, Recipe]:

@@ -6,7 +6,15 @@ run does not have.
 
 from pathlib import Path
 
-from se_compress.artifacts import OURS, Comparison, to_json, write_atomically
+from se_compress.artifacts import (
+    OURS,
+    Comparison,
+    ExpertProfile,
+    StabilityStudy,
+    to_json,
+    write_atomically,
+)
+from se_compress.recipe import Recipe, resolved
 from se_compress.reporting.licence import licence_of
 from se_compress.request import Outcome, Request
 
@@ -22,6 +30,7 @@ def write_reports(directory: Path, outcome: Outcome, request: Request, model: Pa
     plan, validation = outcome.plan, outcome.validation
     files = {
         f"{OURS}/recipe.yaml": request.recipe_text,
+        f"{OURS}/recipe-resolved.yaml": resolved(recipe),
         f"{OURS}/profile.json": to_json(profile),
         f"{OURS}/plan.json": to_json(plan),
         f"{OURS}/validation.json": to_json(validation),
@@ -30,6 +39,22 @@ def write_reports(directory: Path, outcome: Outcome, request: Request, model: Pa
     }
     for name, text in files.items():
         write_atomically(directory / name, text)
+
+
+def write_profile(place: Path, recipe: Recipe, profile: ExpertProfile) -> None:
+    """profile.json and profile.html of a profile without a result."""
+    from se_compress.reporting.profile_page import render_profile
+
+    write_atomically(place / "profile.json", to_json(profile))
+    write_atomically(place / "profile.html", render_profile(recipe, profile))
+
+
+def write_study(place: Path, study: StabilityStudy) -> None:
+    """stability.json and stability.html."""
+    from se_compress.reporting.profile_page import render_study
+
+    write_atomically(place / "stability.json", to_json(study))
+    write_atomically(place / "stability.html", render_study(study))
 
 
 def write_comparison(output: Path, comparison: Comparison) -> None:

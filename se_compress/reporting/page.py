@@ -20,6 +20,7 @@ from se_compress.artifacts import (
     SOURCE_BITS,
     Check,
     ExpertDecision,
+    Rescue,
     Scheme,
     Side,
     ValidationReport,
@@ -93,6 +94,7 @@ def template(name: str) -> jinja2.Template:
         "listed": listed,
         "width": width,
         "fate": fate,
+        "without": without_protection,
         "scheme": scheme,
         "mean": lambda values: statistics.fmean(values),
         "plain": plain_text,
@@ -179,6 +181,11 @@ def fate(decision: ExpertDecision | None) -> str:
     if decision.bits == SOURCE_BITS:
         return f"keeps the source's precision{new}"
     return f"has {decision.bits} bits{new}"
+
+
+def without_protection(rescue: Rescue) -> str:
+    gone = {"prune": "would be pruned", "merge": "would be merged", "zero": "would be set to zero"}
+    return gone.get(rescue.action) or f"would have {rescue.bits} bits"
 
 
 def plain_text(text: object) -> str:

@@ -6,7 +6,6 @@ words.
 
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from itertools import takewhile
@@ -24,12 +23,12 @@ from se_compress.artifacts import (
     ExpertProfile,
     ExpertRecord,
     ValidationReport,
+    surprise,
 )
-from se_compress.recipe import Recipe
+from se_compress.recipe import Recipe, resolved
+from se_compress.reporting.experts_section import TABLE_ROWS, experts_context
 from se_compress.reporting.page import describe_gates, judge, template
 from se_compress.reporting.report_charts import figures_of
-
-TABLE_ROWS = 15
 
 
 def render_report(
@@ -38,19 +37,15 @@ def render_report(
     """The report as one HTML file that needs nothing beside it: style, data and Plotly included."""
     context = _shared_context(recipe, profile, plan, validation)
     context |= _remarkable(recipe, profile, plan, validation)
-    ranked = sorted(profile.experts, key=lambda stats: (-stats.peak, stats.id))
+    context |= experts_context(profile, plan)
     return template("report.html.j2").render(
         context,
         figures=figures_of(profile, plan, validation),
-        largest=ranked[:TABLE_ROWS],
-        median_peak=statistics.median(stats.peak for stats in ranked) if ranked else None,
         roles=_layer_roles(profile),
         widths=sorted({decision.bits or 0 for decision in plan.experts}),
         experts_by_layer=_counts_by_layer(plan),
         samples=[_sample(continuation) for continuation in validation.continuations],
-        recipe_yaml=yaml.safe_dump(
-            recipe.model_dump(mode="json", exclude={"variants", "require"}), sort_keys=False
-        ),
+        recipe_yaml=resolved(recipe),
         plotly_js=Markup(get_plotlyjs()),
     )
 
@@ -87,6 +82,7 @@ def _shared_context(
         "validation": validation,
         "gates": gates,
         "verdict": judge(gates, validation),
+        "surprise": surprise(profile, recipe.super_experts.expected_ids),
         "decisions": kinds.most_common(),
         "others": Counter((d.bits, d.reason) for d in plan.others).most_common(),
         "sizes": (
@@ -119,7 +115,6 @@ def _remarkable(
         "linear_fallbacks": _by_reason((r.name, r.fallback) for r in linears),
         "damped_linears": [r.name for r in linears if r.damping > limit],
         "unpacked": [other.name for other in plan.others if other.bits == 16],
-        "unrouted": [stats.id for stats in profile.experts if stats.tokens == 0],
         "rows": TABLE_ROWS,
     }
 

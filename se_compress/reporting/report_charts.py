@@ -13,6 +13,7 @@ from se_compress.artifacts import (
     ExpertIndex,
     ExpertProfile,
     LayerComparison,
+    LayerStats,
     ValidationReport,
 )
 from se_compress.reporting.page import Figure, chart_layout, number, short, width
@@ -32,6 +33,22 @@ def figures_of(
         figures["bits"] = _bits_figure(profile, plan)
     if validation.layers:
         figures |= _layer_figures(profile, validation.layers)
+    return figures
+
+
+def profile_figures(profile: ExpertProfile) -> dict[str, Figure]:
+    """The same of a profile alone."""
+    layers = profile.layers
+    figures = {"peaks": _peak_figure(profile)} if profile.experts else {}
+    stream = _lines(profile, layers, "largest |h|", source="peak")
+    stream["layout"]["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "none"}
+    stream["layout"]["yaxis"]["separatethousands"] = True
+    sinks = _lines(profile, layers, "attention", source="mean_sink_mass")
+    sinks["layout"]["yaxis"] |= {"range": [0, 1], "tickformat": ".0%"}
+    heads = [layer.sink_mass for layer in layers]
+    figures |= {"stream": stream, "sinks": sinks}
+    if all(heads):
+        figures["heads"] = _head_figure([layer.layer for layer in layers], heads)
     return figures
 
 
@@ -120,11 +137,14 @@ def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Fig
 
 
 def _lines(
-    profile: ExpertProfile, layers: Sequence[LayerComparison], quantity: str, **fields: str
+    profile: ExpertProfile,
+    layers: Sequence[LayerComparison] | Sequence[LayerStats],
+    quantity: str,
+    **fields: str,
 ) -> Figure:
     """One line per model, the source's broad and behind.
 
-    fields   name of the model -> field of LayerComparison
+    fields   name of the model -> field of a layer
 
     Dotted lines mark the layers of super experts.
     """

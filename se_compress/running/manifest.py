@@ -22,6 +22,7 @@ SETTINGS_FILE = f"{OURS}/run.json"
 # Of a result without a list, as versions before this one made them.
 _REPORTS = (
     "recipe.yaml",
+    "recipe-resolved.yaml",
     "profile.json",
     "plan.json",
     "compression.json",

@@ -52,6 +52,11 @@ def rejected(output: Path) -> Path:
     return output.with_name(output.name + ".rejected")
 
 
+def profiled(output: Path) -> Path:
+    """Where a profile goes that is made alone, without a result."""
+    return output.with_name(output.name + ".profile")
+
+
 def shown(path: Path | str) -> str:
     """A path for a message, shortened if nobody would read it whole."""
     text = str(path)

@@ -1,0 +1,86 @@
+"""Profile only: what a model's experts do, which of them are super experts, and nothing else.
+
+    OUTPUT.profile/profile.json, profile.html   with variants in a folder of each, and beside them
+    OUTPUT.profile/stability.json, .html        what their profiles have in common
+
+Variants may name other models of the same shape and other text. What would be measured alike is
+measured once; a later run takes the profile from here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from se_compress.artifacts import ExpertProfile, surprise
+from se_compress.errors import RecipeError
+from se_compress.opening.source import open_source
+from se_compress.reporting.files import write_profile, write_study
+from se_compress.reporting.study import study_of
+from se_compress.request import Profiled, Request, naming
+from se_compress.reuse import find_profile
+from se_compress.running.faults import telling_whose
+from se_compress.running.preflight import check_memory, check_place, check_positions
+from se_compress.running.records import RunSettings
+from se_compress.running.run_directory import VERSION_KEY, discard, locked, prepare
+
+
+def profile_only(request: Request, place: Path) -> Profiled:
+    """Measure, and write what was found into `place`. Raises SeCompressError."""
+    check_place(place)
+    request = replace(request, profiles_in=place)
+    requests = request.by_variant() if request.recipe.variants else {"": request}
+    profiles: dict[str, ExpertProfile] = {}
+    for name, one in requests.items():
+        with naming(name):
+            profiles[name] = _profile(one, place / name, profiles)
+            _check_alike(profiles)
+    if len(profiles) > 1:
+        write_study(place, study_of(profiles))
+    expected = {name: one.recipe.super_experts.expected_ids for name, one in requests.items()}
+    return Profiled(place, profiles, expected)
+
+
+def _profile(request: Request, place: Path, measured: Mapping[str, ExpertProfile]) -> ExpertProfile:
+    """One profile, in its place.
+
+    measured   what this run has measured already
+    """
+    from se_compress.profiling.profiler import profile_digest, profile_experts
+    from se_compress.text.calibrate import draw_tokens
+
+    recipe = request.recipe
+    source = open_source(recipe.model, request.keep_code, request.notice)
+    check_positions(source, recipe)
+    with telling_whose(source.path, place):
+        tokens = draw_tokens(recipe.calibration, source)
+        check_memory(source, recipe, len(tokens) * len(tokens[0]))
+        wanted = profile_digest(source, tokens, recipe)
+        profile = next((one for one in measured.values() if one.digest == wanted), None)
+        profile = profile or find_profile(wanted, request)
+        if profile is None:
+            settings = RunSettings(
+                {VERSION_KEY: version("se-compress"), "the profile": wanted},
+                frozenset({VERSION_KEY, "the profile"}),
+            )
+            with locked(place, request.notice) as work:
+                prepare(place, settings, request.fresh, request.notice)
+                profile = profile_experts(source, tokens, recipe, request.options_in(work))
+                write_profile(place, recipe, profile)
+                discard(work)
+        else:
+            write_profile(place, recipe, profile)
+    if said := surprise(profile, recipe.super_experts.expected_ids):
+        request.notice(said)
+    return profile
+
+
+def _check_alike(profiles: Mapping[str, ExpertProfile]) -> None:
+    """Only experts of one shape of model have names in common. Raises RecipeError."""
+    (first, base), *rest = profiles.items()
+    for _, other in rest:
+        if other.by_id.keys() != base.by_id.keys():
+            raise RecipeError(
+                f"its model ({other.model}) has other layers or experts than that of variant "
+                f"{first} ({base.model}), so their super experts cannot be compared"
+            )
