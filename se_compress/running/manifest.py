@@ -22,7 +22,6 @@ SETTINGS_FILE = f"{OURS}/run.json"
 # Of a result without a list, as versions before this one made them.
 _REPORTS = (
     "recipe.yaml",
-    "recipe-resolved.yaml",
     "profile.json",
     "plan.json",
     "compression.json",
@@ -31,7 +30,7 @@ _REPORTS = (
 )
 _KNOWN = {
     "config.json", "quantize_config.json", "README.md", INDEX_FILE, FILES_FILE, SETTINGS_FILE,
-    *(f"{OURS}/{name}" for name in _REPORTS),
+    *(f"{OURS}/{name}" for name in (*_REPORTS, "recipe-resolved.yaml")),
 }  # fmt: skip
 # What each result has beside its weights: a list without them is not the one that was written.
 _ALWAYS = {"config.json", SETTINGS_FILE, *(f"{OURS}/{name}" for name in _REPORTS)}
