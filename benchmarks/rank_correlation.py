@@ -27,7 +27,7 @@ from results import machine, write_section
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from se_compress.artifacts import ExpertId, Part
+from se_compress.artifacts import ExpertId, ProjectionGroup
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.measures import kl_divergence
 from se_compress.model.observers import RoutingCapture
@@ -41,7 +41,7 @@ from se_compress.recipe import Recipe
 from se_compress.text.calibrate import draw_sequences
 
 GROUP_SIZE, WIDTHS, HELD_OUT = 64, (2, 3, 4), 2
-PARTS_OF: Mapping[str, tuple[Part, ...]] = {
+PARTS_OF: Mapping[str, tuple[ProjectionGroup, ...]] = {
     "gate and up": ("gate_up",),
     "down": ("down",),
     "both": ("gate_up", "down"),

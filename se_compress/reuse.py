@@ -135,12 +135,12 @@ def _mended(
 
     The problem instead if they do not come out as they were.
     """
-    from se_compress.engines.export import export_config
+    from se_compress.engines.export import checked_settings, export_config
 
     blueprint = draw_blueprint(source, found.plan)
     with TemporaryDirectory() as scratch:
         copies = Path(scratch)
-        export_config(blueprint, copies, request.keep_code)
+        export_config(blueprint, checked_settings(blueprint), copies, request.keep_code)
         write_reports(copies, found, request, source.path)
         if not restore(found.directory, damaged.keys(), copies):
             return _problem(damaged)

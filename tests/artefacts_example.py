@@ -310,7 +310,7 @@ def _record(layer: int, experts: int, dice: random.Random) -> LayerRecord:
                 expert=expert,
                 bits=4,
                 tokens=41 if rare else dice.randint(3_000, 24_000),
-                shrinkage=0.61 if rare else 0.0,
+                prior_share=0.61 if rare else 0.0,
                 damping=1.0 if identity == UNLUCKY else 0.2,
                 error_gate_up=0.05 + 0.03 * dice.random() + 0.05 * rare,
                 error_down=0.07 + 0.04 * dice.random() + 0.06 * rare,

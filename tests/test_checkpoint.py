@@ -20,11 +20,11 @@ from se_compress.artifacts import Scheme, TensorInfo
 from se_compress.errors import ResourceError, SourceError
 from se_compress.model.checkpoint import (
     COPY_BYTES,
-    allocate,
     check_finite,
     copy_tensor,
     open_result,
     open_tensors,
+    reserve,
     write_tensors,
 )
 from se_compress.model.streaming import StreamedModel
@@ -65,7 +65,7 @@ def raw(tensor: Tensor) -> bytes:
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 40, 1])
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path, max_shard_bytes: int) -> None:
     layout = lay_out(slots_of(TENSORS), tmp_path, max_shard_bytes)
-    allocate(layout)
+    reserve(layout)
     names = list(TENSORS)
     write_tensors(layout, {name: TENSORS[name] for name in names[4:]})
     write_tensors(layout, {name: TENSORS[name] for name in names[:4]})
@@ -81,14 +81,14 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path, max_shard_byt
 
 def test_every_tensor_is_aligned(tmp_path: Path) -> None:
     layout = lay_out(slots_of(TENSORS), tmp_path, 40)
-    allocate(layout)
+    reserve(layout)
     for name, info in read_headers(tmp_path).items():
         assert info.begin % TENSORS[name].element_size() == 0
 
 
 def test_the_index(tmp_path: Path) -> None:
     layout = lay_out(slots_of(TENSORS), tmp_path, 40)
-    allocate(layout)
+    reserve(layout)
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(len(raw(t)) for t in TENSORS.values())
     assert set(index["weight_map"]) == set(TENSORS)
@@ -99,7 +99,7 @@ def test_the_index(tmp_path: Path) -> None:
 
 
 def test_one_shard_needs_no_index(tmp_path: Path) -> None:
-    allocate(lay_out(slots_of(TENSORS), tmp_path, 10**9))
+    reserve(lay_out(slots_of(TENSORS), tmp_path, 10**9))
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -109,7 +109,7 @@ def test_transformers_loads_the_shards(tiny_model: TinyModel, tmp_path: Path) ->
     shutil.copytree(source, result, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(source / "model.safetensors")
     layout = lay_out(slots_of(tensors), result, 100_000)
-    allocate(layout)
+    reserve(layout)
     write_tensors(layout, tensors)
     assert len(list(result.glob("*.safetensors"))) > 3
     tokens = torch.tensor(random_tokens(1, 8))
@@ -120,7 +120,7 @@ def test_transformers_loads_the_shards(tiny_model: TinyModel, tmp_path: Path) ->
 @pytest.mark.parametrize("wrong", [torch.zeros(7, dtype=torch.float64), torch.zeros(7, 1)])
 def test_a_tensor_that_the_layout_does_not_expect(tmp_path: Path, wrong: Tensor) -> None:
     layout = lay_out(slots_of(TENSORS), tmp_path, 10**9)
-    allocate(layout)
+    reserve(layout)
     with pytest.raises(ValueError, match=r"^f32 is torch\.float.* \(7,.*, not as in"):
         write_tensors(layout, {"f32": wrong})
 
@@ -130,17 +130,17 @@ def test_a_tensor_that_the_layout_does_not_expect(tmp_path: Path, wrong: Tensor)
 
 def test_allocating_again_leaves_the_data(tmp_path: Path) -> None:
     layout = lay_out(slots_of(TENSORS), tmp_path, 40)
-    allocate(layout)
+    reserve(layout)
     write_tensors(layout, TENSORS)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    allocate(layout)
+    reserve(layout)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("damage", ["header", "longer", "shorter"])
 def test_a_file_of_another_layout_is_made_anew(tmp_path: Path, damage: str) -> None:
     layout = lay_out(slots_of(TENSORS), tmp_path, 10**9)
-    allocate(layout)
+    reserve(layout)
     file = tmp_path / "model.safetensors"
     size = file.stat().st_size
     with file.open("r+b") as stream:
@@ -149,7 +149,7 @@ def test_a_file_of_another_layout_is_made_anew(tmp_path: Path, damage: str) -> N
         if damage == "shorter":
             stream.truncate(size - 5)
     assert (file.stat().st_size == size) is (damage == "header")
-    allocate(layout)
+    reserve(layout)
     found = read_headers(tmp_path)
     assert found == layout
     assert file.stat().st_size == size
@@ -157,7 +157,7 @@ def test_a_file_of_another_layout_is_made_anew(tmp_path: Path, damage: str) -> N
 
 
 def test_space_is_taken_at_once(tmp_path: Path) -> None:
-    allocate(lay_out([Slot("a", "U8", (3_000_000,))], tmp_path, 10**9))
+    reserve(lay_out([Slot("a", "U8", (3_000_000,))], tmp_path, 10**9))
     assert (tmp_path / "model.safetensors").stat().st_blocks * 512 >= 3_000_000
 
 
@@ -177,10 +177,10 @@ def test_not_enough_space(tmp_path: Path) -> None:
     layout = lay_out(slots, tmp_path / "checkpoint", 1_000_000)
     match = r"checkpoint: 0\.00 GB cannot be allocated \(.+\)$"
     with largest_file(1_000_000), pytest.raises(ResourceError, match=match):
-        allocate(layout)
+        reserve(layout)
     left = [file.name for file in (tmp_path / "checkpoint").iterdir()]
     assert left == ["model-00001-of-00002.safetensors"]
-    allocate(layout)
+    reserve(layout)
     assert read_headers(tmp_path / "checkpoint") == layout
 
 

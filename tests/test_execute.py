@@ -44,7 +44,7 @@ from se_compress.compression.early_warning import SINK_COLLAPSE, Side, early_war
 from se_compress.compression.execute import compress
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
 from se_compress.errors import SourceError
-from se_compress.model.checkpoint import allocate, open_result
+from se_compress.model.checkpoint import open_result, reserve
 from se_compress.opening.headers import lay_out, read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
@@ -179,7 +179,7 @@ def widened(
 
 
 def overwrite_data(layout: Mapping[str, TensorInfo], fill: int) -> None:
-    allocate(layout)
+    reserve(layout)
     for info in layout.values():
         with open(info.file, "r+b") as stream:
             stream.seek(info.begin)
@@ -358,7 +358,7 @@ def assert_record(twin: Twin, record: ExpertRecord, hidden: Tensor, chosen: Tens
     inner, all_inner = swiglu(own, new_gate_up), swiglu(hidden, new_gate_up)
     inner_moment, inner_share = hessian(inner, all_inner, enough)
     assert record.tokens == len(own)
-    assert record.shrinkage == pytest.approx(max(share, inner_share))
+    assert record.prior_share == pytest.approx(max(share, inner_share))
     assert record.error_gate_up == pytest.approx(
         relative_error(gate_up, new_gate_up, second_moment), rel=5e-3
     )
@@ -559,7 +559,7 @@ def assert_shared(made: Made, record: LayerRecord, errors: Mapping[str, float]) 
         low, high = sorted((gate, up))
         assert low * 0.999 <= expert.error_gate_up <= high * 1.001
         assert expert.error_down == pytest.approx(down, rel=5e-3)
-        assert (expert.bits, expert.tokens, expert.shrinkage) == (4, 240, 0.0)
+        assert (expert.bits, expert.tokens, expert.prior_share) == (4, 240, 0.0)
 
 
 def test_every_other_linear_is_written(all_made: Made) -> None:
@@ -604,7 +604,7 @@ def test_with_routing_all_every_expert_sees_every_token(
             for expert in record.experts:
                 everyone = torch.full_like(chosen, int(expert.expert))
                 assert_record(twin, expert, hidden, everyone)
-                assert (expert.tokens, expert.shrinkage) == (240, 0.0)
+                assert (expert.tokens, expert.prior_share) == (240, 0.0)
             twin.replace_layer(at)
     routed = run(tiny_model(name), tmp_path / "routed", method)
     assert routed.files != made.files
@@ -635,7 +635,7 @@ def test_an_expert_that_saw_nothing_is_shrunk_and_reported(
     made = run(path, tmp_path / "result", method)
     by_id = {record.id: record for record in made.experts}
     rare = by_id[ExpertId(1, 3)]
-    assert (rare.tokens, rare.shrinkage, rare.fallback) == (0, 1.0, "")
+    assert (rare.tokens, rare.prior_share, rare.fallback) == (0, 1.0, "")
     assert 0 < rare.error_gate_up < 0.5
     assert 0 < rare.error_down < 0.5
     assert sum(r.tokens for r in made.experts if r.layer == 1) > 100  # the others had them
@@ -647,8 +647,8 @@ def test_an_expert_that_saw_nothing_is_shrunk_and_reported(
 
 def test_shares_follow_the_number_of_tokens(made: Made) -> None:
     for record in made.experts:
-        assert record.shrinkage == pytest.approx(max(0.0, 1 - record.tokens / 64))
-    shares = [record.shrinkage for record in made.experts]
+        assert record.prior_share == pytest.approx(max(0.0, 1 - record.tokens / 64))
+    shares = [record.prior_share for record in made.experts]
     assert all(0 <= share <= 1 for share in shares)
 
 
@@ -658,7 +658,7 @@ def test_shrinkage_says_how_many_tokens_are_enough(tiny_model: TinyModel, tmp_pa
     for at, record in enumerate(made.records):
         hidden, chosen = twin.routed(at)
         for expert in record.experts:
-            assert expert.shrinkage == pytest.approx(max(0.0, 1 - expert.tokens / (3 * 64)))
+            assert expert.prior_share == pytest.approx(max(0.0, 1 - expert.tokens / (3 * 64)))
             assert_record(twin, expert, hidden, chosen)
         twin.replace_layer(at)
     assert any(64 < expert.tokens < 3 * 64 for expert in made.experts)
@@ -672,7 +672,9 @@ def test_without_shrinkage_only_an_unused_expert_borrows(
     made = run(path, tmp_path / "result", shrinkage=0.0)
     unused = {e.id for e in made.experts if not e.tokens}
     assert ExpertId(1, 3) in unused
-    assert {e.id: e.shrinkage for e in made.experts if e.shrinkage} == dict.fromkeys(unused, 1.0)
+    assert {e.id: e.prior_share for e in made.experts if e.prior_share} == dict.fromkeys(
+        unused, 1.0
+    )
     assert any(0 < expert.tokens < 64 for expert in made.experts)
     assert all(expert.fallback == "" for expert in made.experts)
 
@@ -680,7 +682,7 @@ def test_without_shrinkage_only_an_unused_expert_borrows(
 def test_some_experts_need_no_shrinkage_and_some_do(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Else the test above would say little."""
     made = run(tiny_model("deepseek_v3"), tmp_path / "result", "rtn")
-    shares = [record.shrinkage for record in made.experts]
+    shares = [record.prior_share for record in made.experts]
     assert 0.0 in shares
     assert any(0 < share < 1 for share in shares)
 

@@ -13,7 +13,7 @@ import tiny
 
 from se_compress.artifacts import CompressionPlan, ExpertDecision, ModelSource
 from se_compress.engines.blueprint import draw_blueprint
-from se_compress.engines.export import export_config, quantization_config
+from se_compress.engines.export import checked_settings, export_config, quantization_config
 from se_compress.errors import ValidationFailed
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
@@ -164,7 +164,8 @@ def source(tiny_model: TinyModel, tmp_path: Path) -> ModelSource:
 
 def export(source: ModelSource, plan: CompressionPlan, directory: Path) -> set[str]:
     directory.mkdir()
-    export_config(draw_blueprint(source, plan), directory)
+    blueprint = draw_blueprint(source, plan)
+    export_config(blueprint, checked_settings(blueprint), directory)
     return {entry.name for entry in directory.iterdir()}
 
 
@@ -212,7 +213,9 @@ def test_configs_lose_code_that_nobody_asked_for(source: ModelSource, tmp_path: 
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config == {k: v for k, v in source.config.items() if k != "auto_map"}
     (tmp_path / "kept").mkdir()
-    export_config(draw_blueprint(source, unquantised(source)), tmp_path / "kept", keep_code=True)
+    export_config(
+        draw_blueprint(source, unquantised(source)), {}, tmp_path / "kept", keep_code=True
+    )
     kept = {entry.name for entry in (tmp_path / "kept").iterdir()}
     assert kept == KEPT | {"configuration_x.py", "part.py"}
     config = json.loads((tmp_path / "kept" / "config.json").read_text(encoding="utf-8"))

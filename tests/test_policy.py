@@ -31,7 +31,7 @@ from se_compress.artifacts import (
 from se_compress.engines import targets
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.errors import RecipeError
-from se_compress.model.checkpoint import allocate
+from se_compress.model.checkpoint import reserve
 from se_compress.opening.headers import lay_out, read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
@@ -942,7 +942,7 @@ def test_the_predicted_size_is_that_of_the_layout_and_of_the_files(
     )
     layout = lay_out(draw_blueprint(source, plan).slots.values(), tmp_path, 100_000)
     assert sum(info.size_bytes for info in layout.values()) == plan.size_bytes
-    allocate(layout)
+    reserve(layout)
     found = read_headers(tmp_path)
     assert set(found) == set(layout)
     assert sum(info.size_bytes for info in found.values()) == plan.size_bytes

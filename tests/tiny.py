@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from se_compress.artifacts import CompressionPlan, ExpertIndex, ModelSource
 from se_compress.engines.blueprint import draw_blueprint
-from se_compress.engines.export import export_config
+from se_compress.engines.export import checked_settings, export_config
 from se_compress.formats import FORMATS
-from se_compress.model.checkpoint import allocate, copy_tensor, open_tensors, write_tensors
+from se_compress.model.checkpoint import copy_tensor, open_tensors, reserve, write_tensors
 from se_compress.model.splice import open_shrunk
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
@@ -300,7 +300,7 @@ def write_result(
     directory.mkdir()
     blueprint = draw_blueprint(source, plan)
     layout = lay_out(blueprint.slots.values(), directory, shard_bytes)
-    allocate(layout)
+    reserve(layout)
     read, scheme = open_tensors(source.tensors), plan.scheme
     read_made = open_shrunk(blueprint.shrunk)
     for planned in blueprint.tensors.values():
@@ -320,7 +320,7 @@ def write_result(
         parts = form.pack(*(part[0] for part in (stack.codes, stack.scales, stack.zeros)), grid)
         stored = {f"{planned.module}.{part}": tensor for part, tensor in parts.items()}
         write_tensors(layout, stored)
-    export_config(blueprint, directory)
+    export_config(blueprint, checked_settings(blueprint), directory)
     return directory
 
 

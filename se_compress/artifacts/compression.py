@@ -16,7 +16,7 @@ class ExpertRecord:
     layer, expert     the expert, by its id in the source
     bits, down_bits   as in ExpertDecision
     tokens      calibration tokens behind its Hessian
-    shrinkage   share of the layer's Hessian mixed in (0 = enough tokens of its own)
+    prior_share  share of the layer's Hessian mixed in (0 = enough tokens of its own)
     damping     share of each column's mean square that was added to it (larger of the two Hessians)
     error_*     relative output error, sqrt(tr(dW H dW^T) / tr(W H W^T)), of gate and up, of down
     fallback    "", why another method had to be used, or that all is lost; a part that keeps 16
@@ -27,7 +27,7 @@ class ExpertRecord:
     expert: ExpertIndex
     bits: int
     tokens: int
-    shrinkage: float
+    prior_share: float
     damping: float
     error_gate_up: float
     error_down: float

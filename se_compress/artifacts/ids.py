@@ -6,10 +6,13 @@ from typing import Literal
 
 ExpertIndex = int | Literal["shared"]
 Role = Literal["gate", "up", "down"]
-Part = Literal["gate_up", "down"]
+ProjectionGroup = Literal["gate_up", "down"]
 Action = Literal["keep", "quantize", "prune", "merge", "zero"]
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
-PARTS: Mapping[Part, tuple[Role, ...]] = {"gate_up": ("gate", "up"), "down": ("down",)}
+PROJECTION_GROUPS: Mapping[ProjectionGroup, tuple[Role, ...]] = {
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
 
 # The width that stands for the source's own precision, whatever that is; and for nothing being
 # left of a weight.

@@ -162,8 +162,8 @@ class CurvePoint:
 
     widths           one: all unprotected experts have it; several: the best mixture of these
     bits_per_weight, size_bytes   as in CompressionPlan
-    predicted_loss   sum over experts and parts of what their widths lose (ExpertStats); None
-                     without a profile
+    predicted_loss   sum over experts and projection groups of what their widths lose, see
+                     ExpertStats; None without a profile
     """
 
     widths: tuple[int, ...]

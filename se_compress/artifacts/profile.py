@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from se_compress.artifacts.ids import SOURCE_BITS, UNLESS_NONE, ExpertId, ExpertIndex, Part
+from se_compress.artifacts.ids import (
+    SOURCE_BITS,
+    UNLESS_NONE,
+    ExpertId,
+    ExpertIndex,
+    ProjectionGroup,
+)
 
 OutlierReason = Literal["cancels", "layer forms no massive activation", "model has none"]
 UndecidedReason = Literal["no one expert", "percentile", "no token"]
@@ -53,11 +59,11 @@ class ExpertStats:
     def id(self) -> ExpertId:
         return ExpertId(self.layer, self.expert)
 
-    def loss_of(self, part: Part, bits: int) -> float:
-        """What a width costs one part of the expert; the source's own precision costs nothing."""
+    def loss_of(self, group: ProjectionGroup, bits: int) -> float:
+        """What a width costs one projection group; the source's own precision costs nothing."""
         if bits == SOURCE_BITS:
             return 0.0
-        return (self.loss_down if part == "down" else self.loss_gate_up)[bits]
+        return (self.loss_down if group == "down" else self.loss_gate_up)[bits]
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ from se_compress.engines.export import checked_settings, export_config
 from se_compress.formats import PlannedTensor
 from se_compress.model.checkpoint import (
     Reader,
-    allocate,
     check_finite,
     copy_tensor,
     open_tensors,
+    reserve,
     write_tensors,
 )
 from se_compress.model.digests import by_owner, digest_of_tensor
@@ -68,7 +68,7 @@ def compress(
 
     tokens  calibration sequences of token ids
 
-    The shards are allocated at full size first. With a work directory, progress is saved after
+    The shards are reserved at full size first. With a work directory, progress is saved after
     every layer and taken up again; the tensors that come out are the same, byte for byte. A result
     that stopped early is not whole: it gets no config, so that nobody takes it for one.
 
@@ -76,13 +76,13 @@ def compress(
     ValidationFailed if the engine would read the settings otherwise than they are meant.
     """
     blueprint = draw_blueprint(source, plan)
-    checked_settings(blueprint)
+    settings = checked_settings(blueprint)
     layout = lay_out(blueprint.slots.values(), directory, recipe.shard_size)
     directory.mkdir(parents=True, exist_ok=True)
-    _forget_what_is_gone(allocate(layout), options)
+    _forget_what_is_gone(reserve(layout), options)
     made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
     if made.stopped is None:
-        export_config(blueprint, directory, options.keep_code)
+        export_config(blueprint, settings, directory, options.keep_code)
     write_atomically(directory / COMPRESSION_FILE, to_json(made))
     return made
 
@@ -97,8 +97,10 @@ def _fill(
     """Write every tensor of the result to its place in `layout`."""
     source = blueprint.shrunk.original
     read, untouched = open_shrunk(blueprint.shrunk), blueprint.source is source
-    outside = list(blueprint.of_layer(None))
-    _check_copied(read, outside)
+    outside = blueprint.of_layer(None)
+    records, streams = _resume(options, blueprint, layout)
+    if not records:  # once is enough
+        _check_copied(read, outside)
     _copy(read, layout, outside)
     if untouched and not any(blueprint.packed()):
         return tuple(_copy_layer(blueprint, read, n, layout) for n in range(source.layer_count))
@@ -107,7 +109,6 @@ def _fill(
     if not untouched:
         original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
     models = Models(original, reduced)
-    records, streams = _resume(options, blueprint, layout)
     if streams is None:
         embedded = reduced.embed(batches_of(tokens, options.batch_tokens))
         streams = Streams(embedded)

@@ -120,7 +120,7 @@ def quantize_shared(
         expert=identity.expert,
         bits=gate_up[0].bits if gate_up else SOURCE_BITS,
         tokens=done[0].tokens,
-        shrinkage=0.0,
+        prior_share=0.0,
         damping=max(linear.damping for linear in done),
         error_gate_up=joint_error(gate_up),
         error_down=joint_error(down),

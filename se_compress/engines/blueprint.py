@@ -5,7 +5,7 @@ engine's settings, validation and the account of tensors all read this one table
 cannot disagree. No weight is read; no torch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -71,9 +71,16 @@ class Blueprint:
         """The matrices that are quantised."""
         return (tensor for tensor in self.tensors.values() if tensor.making == "packed")
 
-    def of_layer(self, layer: int | None) -> Iterator[PlannedTensor]:
+    def of_layer(self, layer: int | None) -> Sequence[PlannedTensor]:
         """The tensors of one decoder layer; of None, those outside of all layers."""
-        return (tensor for tensor in self.tensors.values() if tensor.info.layer == layer)
+        return self._by_layer.get(layer, ())
+
+    @cached_property
+    def _by_layer(self) -> dict[int | None, list[PlannedTensor]]:
+        found: dict[int | None, list[PlannedTensor]] = {}
+        for tensor in self.tensors.values():
+            found.setdefault(tensor.info.layer, []).append(tensor)
+        return found
 
 
 def draw_blueprint(source: ModelSource, plan: CompressionPlan) -> Blueprint:

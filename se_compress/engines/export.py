@@ -1,6 +1,7 @@
 """All of the result that is not a tensor: config, the engine's settings, tokenizer, licence."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from se_compress.opening.auxiliary import (
 )
 
 
-def export_config(blueprint: Blueprint, directory: Path, keep_code: bool = False) -> None:
+def export_config(
+    blueprint: Blueprint, settings: Mapping[str, Any], directory: Path, keep_code: bool = False
+) -> None:
     """Write config.json (and the engine's own settings) and copy what else of the source a loader
     or a user may want: `auxiliary.find_auxiliary` tells it.
 
+    settings   `quantization_config`, see `checked_settings`
     keep_code  `auto_map` stays in the configs, and the Python files that it names come along
 
-    Raises SourceError if such a file cannot be copied, ValidationFailed as `checked_settings` does.
+    Raises SourceError if such a file cannot be copied.
     """
-    source, settings = blueprint.source, checked_settings(blueprint)
+    source = blueprint.source
     _copy(find_auxiliary(source.path, source.config, keep_code), directory, keep_code)
     config = result_config(source.config, keep_code)
     if settings:

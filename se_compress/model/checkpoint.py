@@ -1,7 +1,7 @@
 """Tensors on disk: read by name, and written into shards whose layout is known in advance.
 
 All names, dtypes and shapes of a result follow from its plan, so every shard is laid out and
-allocated before the first weight is read; a tensor is then written to its own place whenever it is
+reserved before the first weight is read; a tensor is then written to its own place whenever it is
 ready. A full disk shows at once, a killed run goes on where it was, nothing is copied twice, and no
 more than one tensor has to be in memory.
 """
@@ -157,7 +157,7 @@ def check_finite(name: str, tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def allocate(layout: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+def reserve(layout: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Make the shard files at full size, headers written, and the index if there are several.
 
     Files that exist with the right size and header are left as they are: a run is being resumed.
@@ -171,7 +171,7 @@ def allocate(layout: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     for file, tensors in files.items():
         start = min(info.begin for info in tensors)
         header, end = header_bytes(tensors, start), max(info.end for info in tensors)
-        if _allocate_file(Path(file), header, end):
+        if _reserve_file(Path(file), header, end):
             made.append(file)
     if len(files) > 1:
         directory = Path(next(iter(files))).parent
@@ -182,7 +182,7 @@ def allocate(layout: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     return tuple(made)
 
 
-def _allocate_file(path: Path, header: bytes, size_bytes: int) -> bool:
+def _reserve_file(path: Path, header: bytes, size_bytes: int) -> bool:
     """Make one shard file; False if it is there already."""
     if path.exists() and path.stat().st_size == size_bytes:
         with path.open("rb") as stream:

@@ -1,6 +1,6 @@
 """What other budgets would buy: sizes against predicted loss."""
 
-from se_compress.artifacts import PARTS, CompressionPlan, CurvePoint
+from se_compress.artifacts import PROJECTION_GROUPS, CompressionPlan, CurvePoint
 from se_compress.planning.bits import with_raised
 from se_compress.planning.decisions import write_plan
 from se_compress.planning.knapsack import sweep
@@ -39,7 +39,7 @@ def _point(
     loss = sum(
         task.loss(((identity, group),), bits)
         for identity, pair in expert_bits.items()
-        for group, bits in zip(PARTS, pair, strict=True)
+        for group, bits in zip(PROJECTION_GROUPS, pair, strict=True)
     )
     return CurvePoint(
         label,

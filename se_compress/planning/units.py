@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from se_compress.artifacts import (
-    PARTS,
+    PROJECTION_GROUPS,
     ExpertId,
     ExpertProfile,
     ModelSource,
-    Part,
+    ProjectionGroup,
 )
 from se_compress.engines.targets import stored_bytes
 from se_compress.planning.knapsack import Option
 from se_compress.planning.terms import Terms
 
 # What shares its bits: projection groups of experts.
-Unit = tuple[tuple[ExpertId, Part], ...]
+Unit = tuple[tuple[ExpertId, ProjectionGroup], ...]
 # The bits of gate and up, and of down, of every routed expert.
 ExpertBits = Mapping[ExpertId, tuple[int, int]]
 
@@ -92,7 +92,7 @@ class Task:
         return sum(
             stored_bytes(experts[identity][role], bits, scheme)
             for identity, group in unit
-            for role in PARTS[group]
+            for role in PROJECTION_GROUPS[group]
         )
 
     def loss(self, unit: Unit, bits: int) -> float:
@@ -123,7 +123,7 @@ class Task:
         return sum(
             self.cost(((identity, group),), bits)
             for identity in experts
-            for group, bits in zip(PARTS, expert_bits[identity], strict=True)
+            for group, bits in zip(PROJECTION_GROUPS, expert_bits[identity], strict=True)
         )
 
     def weights(self, experts: Iterable[ExpertId]) -> int:
@@ -138,4 +138,4 @@ class Task:
 
 def unit_of(experts: Iterable[ExpertId]) -> Unit:
     """All projection groups of some experts."""
-    return tuple((identity, group) for identity in experts for group in PARTS)
+    return tuple((identity, group) for identity in experts for group in PROJECTION_GROUPS)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_compress.artifacts import ExpertIndex, Part
+from se_compress.artifacts import ExpertIndex, ProjectionGroup
 from se_compress.model.experts import expert_inner
 from se_compress.model.observers import RoutingCapture
 from se_compress.quant.grid import Grid, dequantize, rtn
@@ -27,7 +27,7 @@ LOSS_STRONGEST = 32
 STACK_ELEMENTS = 2**26
 
 # Projection group -> bits -> loss.
-Losses = Mapping[Part, Mapping[int, float]]
+Losses = Mapping[ProjectionGroup, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _stack_losses(
     hidden_power = torch.stack([mean_square(sample.hidden) for sample in samples])  # [S, H]
     inner_power = torch.stack([mean_square(sample.inner) for sample in samples])  # [S, I]
     # 0 bits of down_proj: nothing is left of the output, so the error is the output.
-    losses: list[dict[Part, dict[int, float]]] = [
+    losses: list[dict[ProjectionGroup, dict[int, float]]] = [
         {"gate_up": {}, "down": {0: _loss(sample, sample.output.float(), tokens)}}
         for sample in samples
     ]
@@ -101,7 +101,7 @@ def _stack_losses(
 
 def _errors(
     experts: Any, expert: int, sample: _Sample, gate_up: Tensor, down: Tensor
-) -> dict[Part, Tensor]:
+) -> dict[ProjectionGroup, Tensor]:
     """Projection group -> what rounding it alone does to the expert's output, float32 [n, H].
 
     gate_up, down  the expert's rounded weights, float32 [2I, H] and [H, I]

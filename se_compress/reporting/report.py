@@ -104,11 +104,11 @@ def _remarkable(
     """
     records = [record for layer in validation.records for record in layer.experts]
     linears = [record for layer in validation.records for record in layer.linears]
-    rare = [record for record in records if record.shrinkage > 0]
+    rare = [record for record in records if record.prior_share > 0]
     limit = 1.001 * recipe.quantization.damping
     return {
         "worst": sorted(records, key=_by_error),
-        "rare": sorted(rare, key=lambda record: (-record.shrinkage, record.id)),
+        "rare": sorted(rare, key=lambda record: (-record.prior_share, record.id)),
         "fallbacks": _by_reason((r.id, r.fallback) for r in records),
         "damped": [r.id for r in records if r.damping > limit],
         "linears": sorted(linears, key=lambda record: (-record.error, record.name)),
