@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RunOptions",
     "compress",
+    "draw_domains",
     "draw_tokens",
     "load_recipe",
     "make_plan",
@@ -28,6 +29,7 @@ _HOME = {
     "RunOptions": "se_compress.artifacts",
     "load_recipe": "se_compress.recipe",
     "open_source": "se_compress.opening.source",
+    "draw_domains": "se_compress.text.calibrate",
     "draw_tokens": "se_compress.text.calibrate",
     "profile_experts": "se_compress.profiling.profiler",
     "make_plan": "se_compress.planning.policy",

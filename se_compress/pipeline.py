@@ -56,7 +56,7 @@ from se_compress.running.run_directory import (
     locked,
     prepare,
 )
-from se_compress.text.overlap import cautions, cautions_before
+from se_compress.text.overlap import cautions, cautions_before, domain_cautions, text_records
 
 if TYPE_CHECKING:
     from se_compress.validation.validator import Original
@@ -102,12 +102,12 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     from se_compress.compression.execute import compress
     from se_compress.engines.generation import why_not_saved
     from se_compress.profiling.profiler import STATES_FILE, profile_digest, profile_experts
-    from se_compress.text.calibrate import draw_tokens
+    from se_compress.text.calibrate import draw_domains, draw_tokens
     from se_compress.validation.validator import Original, validate
 
     recipe, output = request.recipe, request.output
     calibration = draw_tokens(recipe.calibration, source)
-    held_out = draw_tokens(recipe.validation, source)
+    held_out = draw_domains(recipe.validation, source)
 
     settings = settings_of(request, source.digest, calibration, held_out)
     if partial(output).exists():
@@ -134,7 +134,8 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         unexpected = filter(None, [surprise(profile, recipe.super_experts.expected_ids)])
         said = (*unexpected, *cautions_of(plan, source, profile))
         plan = plan.noting((*filter(None, [why_not_saved(source.path)]), *doubts, *said))
-        _tell(said, request.notice)
+        narrow = domain_cautions(plan, recipe)
+        _tell((*said, *narrow), request.notice)
         write_atomically(work / "plan.json", to_json(plan))
         check_disk([plan], source, recipe)
 
@@ -146,6 +147,8 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
         validation = validate(
             source, plan, staged, held_out, recipe, request.options, original=originals[alike]
         )
+        texts = text_records(recipe, calibration, held_out)
+        validation = replace(validation, texts=texts, cautions=(*doubts, *narrow))
 
         outcome = Outcome(request.place_of(validation), profile, plan, validation)
         write_reports(staged, outcome, request, source.path)
@@ -174,7 +177,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     `output` gets validation.json, and of one of ours the report.
     """
     from se_compress.reporting.report import render_report
-    from se_compress.text.calibrate import draw_tokens
+    from se_compress.text.calibrate import draw_domains
     from se_compress.validation.validator import validate
 
     if not os.path.isdir(directory):
@@ -186,8 +189,11 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     if plan is not None:
         plan = check_plan(plan, source, str(directory / OURS / "plan.json"))
     _tell(cautions_before(request.recipe), request.notice)
-    held_out = draw_tokens(request.recipe.validation, source)
+    held_out = draw_domains(request.recipe.validation, source)
     report = validate(source, plan, directory, held_out, request.recipe, request.options)
+    if plan is not None and (narrow := domain_cautions(plan, request.recipe)):
+        _tell(narrow, request.notice)
+        report = replace(report, cautions=narrow)
     write_atomically(output / "validation.json", to_json(report))
     profile = load(ExpertProfile, directory / OURS / "profile.json")
     if plan is not None and profile is not None:
@@ -244,7 +250,8 @@ def _preview(request: Request, source: ModelSource) -> Preview:
     profile = next((p for p in profiles if p.source_digest == source.digest), None)
     plan = _plan(source, profile, request)
     curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
-    return Preview(source, plan, profile, curve, cautions=cautions_before(request.recipe))
+    cautions = (*cautions_before(request.recipe), *domain_cautions(plan, request.recipe))
+    return Preview(source, plan, profile, curve, cautions=cautions)
 
 
 def _check_request(request: Request, source: ModelSource) -> None:

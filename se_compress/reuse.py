@@ -41,7 +41,10 @@ Tokens = Sequence[Sequence[int]]
 
 
 def settings_of(
-    request: Request, source_digest: str, calibration: Tokens, held_out: Tokens
+    request: Request,
+    source_digest: str,
+    calibration: Tokens,
+    held_out: Tokens | Mapping[str, Tokens],
 ) -> RunSettings:
     """Everything that decides the result of a run."""
     recipe = {k: v for k, v in flatten(request.recipe).items() if k not in ("output", "model")}
@@ -149,7 +152,10 @@ def _mended(
 
 
 def try_again(
-    finished: Outcome, source: ModelSource, held_out: Tokens, request: Request
+    finished: Outcome,
+    source: ModelSource,
+    held_out: Tokens | Mapping[str, Tokens],
+    request: Request,
 ) -> Outcome:
     """The finished result, with the check repeated that could not be run at the time.
 

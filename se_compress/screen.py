@@ -33,6 +33,7 @@ from se_compress.tables import (
     by_which_limits,
     comparison_table,
     curve_table,
+    domains_table,
     gates_table,
     result_line,
     super_experts_table,
@@ -206,14 +207,19 @@ class Screen:
     def show_outcome(self, outcome: Outcome) -> None:
         validation = outcome.validation
         if not self.quiet:
-            self.out.print(gates_table(validation))
+            self._print_gates(validation)
         self.out.print(result_line(outcome), soft_wrap=True)
 
     def show_validation(self, report: ValidationReport, directory: Path, place: Path) -> None:
         if not self.quiet:
-            self.out.print(gates_table(report))
+            self._print_gates(report)
         verdict = "passed" if report.passed else "REJECTED"
         self.out.print(f"{directory}: {verdict}; see {place}", soft_wrap=True)
+
+    def _print_gates(self, report: ValidationReport) -> None:
+        self.out.print(gates_table(report))
+        if report.domains:
+            self.out.print(domains_table(report))
 
     def show_comparison(self, outcome: VariantsOutcome) -> None:
         if not self.quiet:

@@ -8,6 +8,7 @@ from se_compress.artifacts import (
     Check,
     Comparison,
     CurvePoint,
+    DomainReport,
     ExpertProfile,
     ValidationReport,
     unlimited,
@@ -95,6 +96,32 @@ def gates_table(validation: ValidationReport) -> Table:
     for check in validation.checks:
         table.add_row(check.name, _number(check.value), _number(check.limit), _verdict(check))
     return table
+
+
+def domains_table(validation: ValidationReport) -> Table:
+    """The domains side by side, the tail beside the mean."""
+    table = Table(title="domains", title_justify="left")
+    table.add_column("domain")
+    for name in ("KL", "median", "99 %", "same top token", "perplexity"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for one in validation.domains:
+        mean = one.check("kl_divergence")
+        table.add_row(
+            one.name,
+            _number(mean.value if mean else None),
+            _number(one.tail.median),
+            _number(one.tail.p99),
+            f"{one.tail.agreement:.1%}",
+            f"{one.perplexity_source:.4g} -> {one.perplexity_result:.4g}",
+            _passed(one),
+        )
+    return table
+
+
+def _passed(domain: DomainReport) -> str:
+    failed = [check.name for check in domain.checks if check.passed is False]
+    return f"FAILED: {', '.join(failed)}" if failed else "passed"
 
 
 def _verdict(check: Check) -> str:

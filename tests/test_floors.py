@@ -115,8 +115,8 @@ def test_the_ground_needs_the_standard_library_only(module: str) -> None:
 
 
 def test_the_api_is_what_the_package_lists() -> None:
-    words = "RunOptions compress draw_tokens load_recipe make_plan open_source profile_experts"
-    assert se_compress.__all__ == [*words.split(), "validate"]
+    words = "RunOptions compress draw_domains draw_tokens load_recipe make_plan open_source"
+    assert se_compress.__all__ == [*words.split(), "profile_experts", "validate"]
     assert all(callable(getattr(se_compress, name)) for name in se_compress.__all__)
     assert (PACKAGE / "py.typed").exists()
     with pytest.raises(AttributeError, match="module 'se_compress' has no attribute 'quantise'"):

@@ -168,7 +168,7 @@ TOP = (
         ("validation.kl", "known are data, samples, sequence_length, seed, chat_template, "
          "perplexity_increase, kl_divergence, massive_activation_ratio, sink_decay, "
          "sink_token_error, router_agreement, router_agreement_least, repetition, loops, "
-         "weight_cosine, weight_gain, early_stop, generation"),
+         "weight_cosine, weight_gain, domains, early_stop, generation"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(path: str, hint: str) -> None:
@@ -569,8 +569,11 @@ def test_settings_are_flat_and_comparable_with_json() -> None:
     assert flat["policy.bits"] == [2, 4]
     assert flat["policy.protect"] == [{"layer": 1, "expert": 2}]
     assert flat["calibration.data"] == [
-        {"data": "a.txt", "split": "train", "config": None, "column": "text"}
-    ]
+        {
+            "data": "a.txt", "split": "train", "config": None, "column": "text",
+            "domain": "", "weight": 1.0, "chat_template": None,
+        }
+    ]  # fmt: skip
     assert flat["validation.generation.tokens"] == 32
     assert not [key for key, value in flat.items() if isinstance(value, tuple)]
 
@@ -609,5 +612,5 @@ def test_all_sections_are_looked_at() -> None:
     names = {kind.__name__ for kind in sections(Recipe)}
     assert names == {
         "Recipe", "Calibration", "DataSource", "SuperExperts", "Policy", "ExpertName", "Prune",
-        "Merge", "Quantization", "Validation", "Generation",
+        "Merge", "Quantization", "Validation", "Generation", "Domain",
     }  # fmt: skip

@@ -41,20 +41,6 @@ class Seen:
         self.logits, self.attentions = out.logits.double(), out.attentions
 
 
-def altered(source: Path, directory: Path, noise: float) -> Path:
-    """A copy whose expert weights are off by `noise` of their own spread."""
-    shutil.copytree(source, directory)
-    generator = torch.Generator().manual_seed(0)
-    weights = load_file(directory / "model.safetensors")
-    off = {
-        name: (w + noise * w.float().std() * torch.randn(w.shape, generator=generator)).to(w.dtype)
-        for name, w in weights.items()
-        if ".experts." in name
-    }
-    tiny.edit_weights(directory, off)
-    return directory
-
-
 @pytest.fixture
 def judged(
     tiny_model: TinyModel, tmp_path: Path
@@ -63,7 +49,7 @@ def judged(
 
     def judge(name: str, noise: float) -> tuple[Seen, Seen, ValidationReport]:
         path = tiny_model(name)
-        result = altered(path, tmp_path / "altered", noise)
+        result = tiny.noisy_copy(path, tmp_path / "altered", noise)
         source = open_source(str(path))
         recipe = tiny.recipe(
             path,
@@ -247,7 +233,7 @@ def judge_foreign(tiny_model: TinyModel, tmp_path: Path) -> Callable[..., Valida
 
     def judge(name: str, noise: float = 0.2, **changes: Tensor | None) -> ValidationReport:
         path = tiny_model(name)
-        result = altered(path, tmp_path / "foreign", noise)
+        result = tiny.noisy_copy(path, tmp_path / "foreign", noise)
         tiny.edit_weights(result, changes)
         settings = tiny.recipe(path, validation={"data": "unused.txt", "generation": {"tokens": 0}})
         source = open_source(str(path))

@@ -7,6 +7,7 @@ attention and logits are far from uniform, so that a wrong role, slot or mask sh
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,20 @@ def edit_weights(directory: Path, changes: Mapping[str, Tensor | None]) -> None:
     tensors = {**load_file(file), **changes}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, file, metadata={"format": "pt"})
+
+
+def noisy_copy(source: Path, directory: Path, noise: float) -> Path:
+    """A copy whose expert weights are off by `noise` of their own spread."""
+    shutil.copytree(source, directory)
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(directory / "model.safetensors")
+    off: dict[str, Tensor | None] = {
+        name: (w + noise * w.float().std() * torch.randn(w.shape, generator=generator)).to(w.dtype)
+        for name, w in weights.items()
+        if ".experts." in name
+    }
+    edit_weights(directory, off)
+    return directory
 
 
 def edit_config(directory: Path, **changes: object) -> None:

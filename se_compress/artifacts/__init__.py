@@ -44,6 +44,12 @@ from se_compress.artifacts.gates import (
     Side,
     unlimited,
 )
+from se_compress.artifacts.held_out import (
+    Departure,
+    DomainReport,
+    Tail,
+    TextRecord,
+)
 from se_compress.artifacts.ids import (
     NO_BITS,
     OURS,
@@ -124,6 +130,8 @@ __all__ = [
     "CompressionPlan",
     "Continuation",
     "CurvePoint",
+    "Departure",
+    "DomainReport",
     "Encoding",
     "ExpertDecision",
     "ExpertId",
@@ -158,8 +166,10 @@ __all__ = [
     "Stored",
     "StudiedProfile",
     "SuperExpert",
+    "Tail",
     "TensorInfo",
     "TensorKind",
+    "TextRecord",
     "UndecidedLayer",
     "ValidationReport",
     "digest_of",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from se_compress.artifacts.checks import Check
 from se_compress.artifacts.gates import DISTANCE
+from se_compress.artifacts.held_out import DomainReport, Tail, TextRecord
 from se_compress.artifacts.ids import UNLESS_NONE, ExpertId
 from se_compress.artifacts.plan import CurvePoint
 from se_compress.artifacts.validation import LayerComparison
@@ -86,6 +87,7 @@ class ComparedVariant:
     removed   experts that were pruned or merged into others
     zeroed    experts whose output was set to zero
     layers    as in its validation.json
+    tail, domains, texts, cautions   as in its validation.json
     """
 
     checkpoint: CheckpointSummary
@@ -93,6 +95,10 @@ class ComparedVariant:
     removed: tuple[ExpertId, ...]
     zeroed: tuple[ExpertId, ...]
     layers: tuple[LayerComparison, ...]
+    tail: Tail | None = None
+    domains: tuple[DomainReport, ...] = ()
+    texts: tuple[TextRecord, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -35,6 +35,8 @@ class Gate:
     percent     pages show values as percentages
     in_recipe   a recipe may set the limit
     explained   the page that compares results explains it
+    on_text     measured on held-out text, so that each domain of that may have a limit of its own
+    optional    it is judged only where a recipe sets its limit; `limit` is then one to begin with
     """
 
     name: str
@@ -49,6 +51,8 @@ class Gate:
     percent: bool = False
     in_recipe: bool = True
     explained: bool = False
+    on_text: bool = True
+    optional: bool = False
 
     def meets(self, value: float, limit: float) -> bool:
         """Whether a value is on the good side. NaN never is."""
@@ -206,6 +210,7 @@ _ROWS = (
         limit=0.10,
         harmless=-1.0,  # a cosine can be negative, so that 0 is a limit
         fraction=True,
+        on_text=False,
     ),
     Gate(
         "weight_gain",
@@ -218,6 +223,7 @@ _ROWS = (
         "at most",
         limit=0.25,
         harmless=1e6,
+        on_text=False,
     ),
     Gate(
         "tensors_accounted",
@@ -233,6 +239,7 @@ _ROWS = (
         harmless=0.0,
         percent=True,
         in_recipe=False,
+        on_text=False,
     ),
     Gate(
         "reload",
@@ -248,6 +255,7 @@ _ROWS = (
         harmless=math.inf,
         in_recipe=False,
         explained=True,
+        on_text=False,
     ),
 )
 # By how far results are from the source, the nearest first.

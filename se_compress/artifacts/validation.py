@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from se_compress.artifacts.checks import Check
 from se_compress.artifacts.compression import LayerRecord
+from se_compress.artifacts.held_out import DomainReport, Tail, TextRecord
 from se_compress.artifacts.ids import UNLESS_NONE
 
 
@@ -97,6 +98,8 @@ class Continuation:
     source, result   the text that each model went on with
     distinct_*   different 4-grams / 4-grams, see `measures.distinct`
     loop_*       None: it does not end in a loop
+    domain       of the prompt; None where the recipe names none
+    length_*     tokens until the end token, that one counted; None: it went on to the limit
     """
 
     prompt: str
@@ -106,6 +109,9 @@ class Continuation:
     distinct_result: float | None = None
     loop_source: Loop | None = field(default=None, metadata=UNLESS_NONE)
     loop_result: Loop | None = field(default=None, metadata=UNLESS_NONE)
+    domain: str | None = field(default=None, metadata=UNLESS_NONE)
+    length_source: int | None = field(default=None, metadata=UNLESS_NONE)
+    length_result: int | None = field(default=None, metadata=UNLESS_NONE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class ValidationReport:
     """validation.json.
 
     passed         no check failed; one that was not run did not pass and did not fail
-    checks         every gate
+    checks         every gate; of domains the one that does worst decides
     not_run        names of the checks that could not be run
     perplexity_*   exp(mean cross-entropy) of the next token; NaN if the result could not be run
     tokens         predicted tokens, held out
@@ -124,6 +130,11 @@ class ValidationReport:
     continuations  greedy ones of both, side by side
     records        what compressing said of each layer
     versions       package -> version
+    tail           KL divergence beside its mean, and where it is largest; None if the result could
+                   not be run
+    domains        what each domain of the held-out text says; empty where the recipe names none
+    texts          the text that was drawn, and what of it calibration saw
+    cautions       what a reader should know before trusting the verdict
     """
 
     passed: bool
@@ -141,6 +152,10 @@ class ValidationReport:
     continuations: tuple[Continuation, ...]
     records: tuple[LayerRecord, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+    tail: Tail | None = None
+    domains: tuple[DomainReport, ...] = ()
+    texts: tuple[TextRecord, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @property
     def is_final(self) -> bool:

@@ -17,23 +17,21 @@ from se_compress.recipe.kinds import (
 )
 from se_compress.recipe.reading import load_recipe, parse_recipe, read_recipe, recipe_of
 from se_compress.recipe.sections import (
-    Calibration,
-    DataSource,
     ExpertName,
-    Generation,
     Merge,
     Policy,
     Prune,
     Quantization,
     Recipe,
     SuperExperts,
-    Validation,
 )
+from se_compress.recipe.texts import Calibration, DataSource, Domain, Generation, Validation
 
 __all__ = [
     "Bytes",
     "Calibration",
     "DataSource",
+    "Domain",
     "ExpertName",
     "Format",
     "Generation",

@@ -70,6 +70,8 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
 def _known_keys(parents: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for parent in parents:
+        if parent not in section.model_fields:
+            continue  # the name of a domain, whose keys those of `section` are
         annotation = section.model_fields[parent].annotation
         candidates = [annotation, *(a for arg in get_args(annotation) for a in _leaves(arg))]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

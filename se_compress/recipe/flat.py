@@ -1,5 +1,7 @@
 """A recipe as a flat mapping of its settings."""
 
+from collections.abc import Mapping
+
 import yaml
 from pydantic import BaseModel
 
@@ -32,4 +34,6 @@ def resolved(recipe: Recipe) -> str:
 def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -5,95 +5,27 @@ for each, which `tools/references.py` reads.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from se_compress.artifacts import GATES, ExpertId
+from se_compress.artifacts import ExpertId
 from se_compress.errors import brief
 from se_compress.recipe.kinds import (
     Bytes,
     Format,
-    Fraction,
     Method,
-    Name,
     Natural,
     Output,
     Place,
-    Positive,
     Seed,
-    SequenceLength,
     Target,
     Width,
 )
+from se_compress.recipe.texts import Calibration, Section, Validation
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class DataSource(_Section):
-    """One source of text.
-
-    data    path of a .txt, .jsonl or .parquet file, or the name of a data set on the Hub
-    split   which part of a data set on the Hub
-    config  which configuration of a data set on the Hub, if it has several
-    column  which one holds the text, or the chat messages if `chat_template` is set
-    """
-
-    data: Place
-    split: Name = "train"
-    config: Name | None = None
-    column: Name = "text"
-
-
-class TextSection(_Section):
-    """Text, and which samples are drawn from it.
-
-    data             where the text comes from: a path or the name of a data set, a mapping with
-                     the keys of one source, or a list of these
-    samples          number of sequences
-    sequence_length  tokens of each sequence
-    seed             of the draw: the same seed draws the same sequences of the same text
-    chat_template    true: rows are chats, which the model's own chat template writes as text
-    """
-
-    data: tuple[DataSource, ...]
-    samples: Positive
-    sequence_length: SequenceLength
-    seed: Seed = 0
-    chat_template: bool = False
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        if not items:
-            raise ValueError("at least one source of text is needed")
-        return tuple({"data": item} if isinstance(item, str) else item for item in items)
-
-
-class Calibration(TextSection):
-    """The text that the profile and the quantiser see.
-
-    routing  what an expert is quantised on. routed: the tokens routed to it; all: all tokens of
-             its layer
-    """
-
-    samples: Positive = 256
-    sequence_length: SequenceLength = 512
-    routing: Literal["routed", "all"] = "routed"
-
-
-class ExpertName(_Section):
+class ExpertName(Section):
     """An expert as a recipe names it.
 
     layer   index of its decoder layer, from 0, dense layers counted
@@ -108,7 +40,7 @@ class ExpertName(_Section):
         return ExpertId(self.layer, self.expert)
 
 
-class SuperExperts(_Section):
+class SuperExperts(Section):
     """The published criterion (arXiv:2507.23279, eq. 6) and whether to confirm it by zeroing.
 
     percentile       a super expert's peak |down_proj output| exceeds this percentile of all
@@ -136,7 +68,7 @@ class SuperExperts(_Section):
         return tuple(value) if isinstance(value, list) else value
 
 
-class Prune(_Section):
+class Prune(Section):
     """Which experts go: the same number in each layer (and routing group), protected ones never.
 
     fraction   share of the routed experts; auto: what the predicted loss likes best under `size`
@@ -148,7 +80,7 @@ class Prune(_Section):
     score: Literal["reap", "frequency", "gate"] = "reap"
 
 
-class Merge(_Section):
+class Merge(Section):
     """Which experts become one: the same number of experts is left in each layer (and routing
     group), protected experts stay alone.
 
@@ -161,7 +93,7 @@ class Merge(_Section):
     similarity: Literal["output"] = "output"
 
 
-class Policy(_Section):
+class Policy(Section):
     """What may be done to the experts, and under which budget.
 
     protect          experts that keep `protected_bits` and are never pruned or merged: those that
@@ -241,7 +173,7 @@ _INTEGER = frozenset(("group_size", "symmetric", "act_order", "scales", "damping
 _BLOCKS = frozenset(("block_size", "double_quant"))
 
 
-class Quantization(_Section):
+class Quantization(Section):
     """How a width is reached.
 
     method        gptq: rounding errors are made good in later columns; rtn: to the nearest;
@@ -294,55 +226,7 @@ class Quantization(_Section):
         return _INTEGER | (_BLOCKS if self.data_type == "int8" else frozenset())
 
 
-class Generation(_Section):
-    """Greedy continuations for the checks of repetition and loops.
-
-    prompts        beginnings of held-out sequences that both models go on with
-    prompt_tokens  tokens of each beginning
-    tokens         tokens that follow; 0 leaves the checks out (not run)
-    """
-
-    prompts: Positive = 4
-    prompt_tokens: Positive = 32
-    tokens: Natural = 32
-
-
-def _limits() -> type[TextSection]:
-    """A section of held-out text with a key for the limit of each gate that has one."""
-    above_zero = Annotated[float, Field(gt=0.0)]
-    gates = [gate for gate in GATES.values() if gate.in_recipe]
-    fields: dict[str, Any] = {
-        gate.name: (Fraction if gate.fraction else above_zero, gate.limit) for gate in gates
-    }
-    lines = (f"{gate.name}  {gate.side} this: {gate.definition}" for gate in gates)
-    return create_model("Limits", __base__=TextSection, __doc__="\n".join(lines), **fields)
-
-
-if TYPE_CHECKING:
-    _Limits = TextSection
-else:
-    _Limits = _limits()
-
-
-class Validation(_Limits):
-    """Held-out text and the limit of each gate (defined in artifacts/gates.py).
-
-    early_stop  stop compressing at the layer after which the massive activation or the sinks of the
-                calibration text are lost
-    generation  greedy continuations of both models
-    """
-
-    samples: Positive = 32
-    sequence_length: SequenceLength = 256
-    early_stop: bool = True
-    generation: Generation = Generation()
-
-    def limit(self, gate: str) -> float:
-        """Of a gate by its name: this recipe's, or the only one where a recipe sets none."""
-        return float(getattr(self, gate, GATES[gate].limit))
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that determines the result.
 
     model           directory of the checkpoint, or its name on the Hub

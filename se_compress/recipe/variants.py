@@ -6,7 +6,8 @@ from typing import Any
 
 from se_compress.errors import VALUE_LENGTH, RecipeError, brief, shorten
 from se_compress.recipe.explaining import checked
-from se_compress.recipe.sections import Recipe, TextSection
+from se_compress.recipe.sections import Recipe
+from se_compress.recipe.texts import TextSection
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 # A variant may change anything else, the limits of its gates included.

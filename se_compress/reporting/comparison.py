@@ -67,6 +67,10 @@ def _describe(outcome: Outcome, name: str, recipe: Recipe) -> ComparedVariant:
         removed=_with_action(outcome.plan, "prune", "merge"),
         zeroed=_with_action(outcome.plan, "zero"),
         layers=outcome.validation.layers,
+        tail=outcome.validation.tail,
+        domains=outcome.validation.domains,
+        texts=outcome.validation.texts,
+        cautions=outcome.validation.cautions,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from se_compress.artifacts import CheckpointSummary, ComparedVariant
+from se_compress.reporting.domains import DomainRow, Example, examples_of, rows_of
 from se_compress.reporting.limits import missed
 from se_compress.reporting.page import WORDS, CheckInWords, State, describe_check
 
@@ -52,6 +53,19 @@ class Row:
     def divergence(self) -> float:
         """KL divergence to the source, in nats. 0 where it is not known."""
         return self.checkpoint.distance or 0.0
+
+    @cached_property
+    def domains(self) -> list[DomainRow]:
+        one, checkpoint = self.variant, self.checkpoint
+        perplexities = (checkpoint.perplexity_source, checkpoint.perplexity_result)
+        return rows_of(one.domains, one.tail, checkpoint.checks, perplexities, one.texts)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The worst position of each domain."""
+        found = examples_of(self.variant.domains, self.variant.tail)
+        firsts = {one.domain: one for one in reversed(list(found))}
+        return list(reversed(firsts.values()))
 
     @property
     def not_run(self) -> list[str]:

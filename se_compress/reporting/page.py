@@ -98,6 +98,7 @@ def template(name: str) -> jinja2.Template:
         "scheme": scheme,
         "mean": lambda values: statistics.fmean(values),
         "plain": plain_text,
+        "token": token_text,
     }
     return environment.get_template(name)
 
@@ -192,6 +193,11 @@ def plain_text(text: object) -> str:
     """Text of which neither Markdown nor HTML makes anything."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
+
+
+def token_text(text: str) -> str:
+    """A token by itself, in which spaces and line ends can be seen."""
+    return text.replace("\n", "⏎").replace(" ", "·") or "(nothing)"
 
 
 # ------------------------------------------------------------------------------------ the verdict

@@ -26,6 +26,7 @@ from se_compress.artifacts import (
     surprise,
 )
 from se_compress.recipe import Recipe, resolved
+from se_compress.reporting.domains import examples_of, rows_of
 from se_compress.reporting.experts_section import TABLE_ROWS, experts_context
 from se_compress.reporting.page import describe_gates, judge, template
 from se_compress.reporting.report_charts import figures_of
@@ -44,6 +45,7 @@ def render_report(
         roles=_layer_roles(profile),
         widths=sorted({decision.bits or 0 for decision in plan.experts}),
         experts_by_layer=_counts_by_layer(plan),
+        examples=list(examples_of(validation.domains, validation.tail)),
         samples=[_sample(continuation) for continuation in validation.continuations],
         recipe_yaml=resolved(recipe),
         plotly_js=Markup(get_plotlyjs()),
@@ -83,6 +85,13 @@ def _shared_context(
         "gates": gates,
         "verdict": judge(gates, validation),
         "surprise": surprise(profile, recipe.super_experts.expected_ids),
+        "domains": rows_of(
+            validation.domains,
+            validation.tail,
+            validation.checks,
+            (validation.perplexity_source, validation.perplexity_result),
+            validation.texts,
+        ),
         "decisions": kinds.most_common(),
         "others": Counter((d.bits, d.reason) for d in plan.others).most_common(),
         "sizes": (
@@ -156,6 +165,7 @@ def _sample(continuation: Continuation) -> dict[str, object]:
     agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return {
         "prompt": continuation.prompt,
+        "domain": continuation.domain,
         "same": "".join(source[:agreed]),
         "source": "".join(source[agreed:]),
         "result": "".join(result[agreed:]),

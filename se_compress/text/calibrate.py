@@ -34,17 +34,20 @@ from se_compress.running.places import expand
 from se_compress.text.chat import Template, Unreadable, as_messages, looks_like_chat
 from se_compress.text.text_sources import TextSource, quiet_libraries, values
 from se_compress.text.tokenizer import load_tokenizer
+from se_compress.text.turns import in_turns, shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 READ_LIMIT = 64  # characters read of a data set per token wanted of it; text has 3 to 5 per token
+Tokens = tuple[tuple[int, ...], ...]
+HeldOut = Tokens | dict[str, Tokens]
 _WINDOW = 8  # characters tokenised at first per token of a sequence; doubled until they suffice
 _SPACE = re.compile(r"\s")
 _TODAY = date(2025, 1, 1)  # what a chat template that writes the date is told
 
 
-def draw_tokens(text: Calibration | Validation, source: ModelSource) -> tuple[tuple[int, ...], ...]:
+def draw_tokens(text: Calibration | Validation, source: ModelSource) -> Tokens:
     """Sequences of token ids for a model, as a section of a recipe asks for them, see
     `draw_sequences`."""
     where = "calibration" if isinstance(text, Calibration) else "validation"
@@ -53,9 +56,16 @@ def draw_tokens(text: Calibration | Validation, source: ModelSource) -> tuple[tu
     return draw_sequences(at_home, source.path, where, vocabulary_of(source))
 
 
+def draw_domains(text: Validation, source: ModelSource) -> HeldOut:
+    """Held-out text: of each domain, by its name, or all of it if the recipe names none."""
+    if not text.domain_names:
+        return draw_tokens(text, source)
+    return {name: draw_tokens(text.of(name), source) for name in text.domain_names}
+
+
 def draw_sequences(
     text: Calibration | Validation, model_path: Path, where: str, vocabulary: int | None = None
-) -> tuple[tuple[int, ...], ...]:
+) -> Tokens:
     """`text.samples` sequences of exactly `text.sequence_length` token ids, equal for equal input.
 
     model_path  directory with the model's tokenizer; no network and no remote code is used for it
@@ -63,14 +73,15 @@ def draw_sequences(
     vocabulary  rows of the model's embedding (see `vocabulary_of`): a text with a token beyond them
                 is refused. None takes any token, for a tokenizer without its model
 
-    The sources take turns, the first one first, so any number of leading sequences is spread evenly
-    over them. Documents of a source are joined by a blank line. A .txt file is one document and is
-    read whole. Of .jsonl, .parquet and the Hub, rows are streamed in order, without a copy on disk,
-    until they hold READ_LIMIT characters per wanted token; the rest is not looked at.
+    The sources share the samples by their weights, but each gives one at least. They take turns,
+    the first one first, so any number of leading sequences is spread evenly over them. Documents of
+    a source are joined by a blank line. A .txt file is one document and is read whole. Of .jsonl,
+    .parquet and the Hub, rows are streamed in order, without a copy on disk, until they hold
+    READ_LIMIT characters per wanted token; the rest is not looked at.
 
-    With `text.chat_template`, a row's messages are written by the tokenizer's template and follow
-    each other without a blank line; plain text (of a .txt file: each paragraph) becomes one message
-    of the user.
+    With `chat_template`, of the section or of a source, a row's messages are written by the
+    tokenizer's template and follow each other without a blank line; plain text (of a .txt file:
+    each paragraph) becomes one message of the user.
 
     Raises SourceError if a source or the tokenizer cannot be used, RecipeError if `text.samples` is
     less than the number of sources. Prints nothing.
@@ -83,15 +94,16 @@ def draw_sequences(
         )
     with quiet_libraries():
         tokenizer = load_tokenizer(model_path)
-        if text.chat_template and not tokenizer.chat_template:
+        if any(map(text.is_chat, text.data)) and not tokenizer.chat_template:
             raise SourceError(
                 f"{where}.chat_template is true, but the tokenizer in {model_path} has no chat "
                 "template"
             )
         lexicon = _Lexicon(tokenizer, _prefix(tokenizer), vocabulary)
-        drawn = [_draw(_demand(text, i, where, lexicon)) for i in range(sources)]
-    turns = itertools.zip_longest(*drawn)
-    return tuple(sequence for turn in turns for sequence in turn if sequence is not None)
+        counts = shares(text.samples, [source.weight for source in text.data])
+        demands = (_demand(text, i, n, where, lexicon) for i, n in enumerate(counts))
+        drawn = [_draw(demand) for demand in demands]
+    return tuple(in_turns(drawn))
 
 
 def vocabulary_of(source: ModelSource) -> int:
@@ -128,7 +140,7 @@ class _Demand:
 
 
 def _demand(
-    text: Calibration | Validation, position: int, where: str, lexicon: _Lexicon
+    text: Calibration | Validation, position: int, count: int, where: str, lexicon: _Lexicon
 ) -> _Demand:
     several = len(text.data) > 1
     return _Demand(
@@ -136,9 +148,9 @@ def _demand(
             source=text.data[position],
             key=f"{where}.data[{position}]" if several else f"{where}.data",
             where=where,
-            chat=text.chat_template,
+            chat=text.is_chat(text.data[position]),
         ),
-        count=len(range(position, text.samples, len(text.data))),
+        count=count,
         length=text.sequence_length,
         seed=f"{text.seed}:{position}",
         lexicon=lexicon,

@@ -5,6 +5,7 @@ some classes has none. So the files are looked at first, and what they are is na
 """
 
 import json
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,16 @@ def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
         cause = f"{one_line(error)}" + (f" (its class is {one_line(kind, 60)})" if kind else "")
         raise SourceError(f"{model_path}: {why or f'unusable tokenizer: {cause}'}") from None
     return tokenizer
+
+
+def decoder_of(model_path: Path) -> Callable[[Sequence[int]], str]:
+    """Token ids to text. Of a model whose tokenizer cannot be used, the ids themselves in brackets:
+    what shows text to people then shows that."""
+    try:
+        tokenizer = load_tokenizer(model_path)
+    except SourceError:
+        return lambda ids: f"[{' '.join(map(str, ids))}]"
+    return lambda ids: str(tokenizer.decode(list(ids)))
 
 
 def _read_object(file: Path) -> dict[str, Any] | None:

@@ -1,12 +1,14 @@
 """The gates on behaviour: what was measured, held to the limits of the recipe."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from se_compress.artifacts import GATES, Check, LayerComparison
 from se_compress.model.measures import COMMON_SHARE, SINK_HEAD_FLOOR, bootstrap_interval, sink_decay
 from se_compress.recipe import Validation
-from se_compress.validation.side_by_side import Compared, Predictions, bounded_exp
+from se_compress.validation.predictions import Predictions, bounded_exp
+from se_compress.validation.side_by_side import Compared
 
 
 def judged(
@@ -23,6 +25,29 @@ def judged(
 def not_judged(validation: Validation, gate: str, reason: str) -> Check:
     """The check of a gate that could not be run."""
     return Check(gate, None, validation.limit(gate), None, reason)
+
+
+def worst_of(domains: Mapping[str, Sequence[Check]]) -> tuple[Check, ...]:
+    """Of each gate the domain that decides it: one that failed before one that passed, one that
+    passed before one that could not be judged, and of these the one with the worst value."""
+    rank = {False: 0, True: 1, None: 2}
+    rows: dict[str, list[tuple[str, Check]]] = {}
+    for domain, checks in domains.items():
+        for check in checks:
+            rows.setdefault(check.name, []).append((domain, check))
+    found = []
+    for name in (name for name in GATES if name in rows):
+        domain, check = min(rows[name], key=lambda row: (rank[row[1].passed], _badness(row[1])))
+        where = "; ".join(filter(None, [f"domain {domain}", check.detail]))
+        found.append(replace(check, detail=check.detail if check.passed is None else where))
+    return tuple(found)
+
+
+def _badness(check: Check) -> float:
+    """Less is worse."""
+    if check.value is None or math.isnan(check.value):
+        return -math.inf
+    return -check.value if GATES[check.name].side == "at most" else check.value
 
 
 def prediction_checks(found: Predictions, validation: Validation) -> tuple[Check, Check]:

@@ -4,30 +4,47 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from se_compress.artifacts import Check, Continuation, ModelSource, RunOptions
+from se_compress.artifacts import Check, Continuation, RunOptions
 from se_compress.model.measures import distinct, find_loop
 from se_compress.model.streaming import StreamedModel
 from se_compress.recipe import Validation
 from se_compress.validation.checks import judged, not_judged
+from se_compress.validation.predictions import Decode
 from se_compress.validation.side_by_side import Original
+
+Ids = Sequence[Sequence[int]]
 
 
 def continue_both(
-    original: Original, result: StreamedModel, validation: Validation, options: RunOptions
-) -> tuple[tuple[Continuation, ...], tuple[Check, Check]]:
-    """Both models go on with the beginnings of some held-out sequences, spread over all of them."""
-    wanted, tokens = validation.generation, original.tokens
+    original: Original,
+    result: StreamedModel,
+    validation: Validation,
+    options: RunOptions,
+    decode: Decode,
+) -> tuple[tuple[Continuation, ...], dict[str, tuple[Check, ...]]]:
+    """Both models go on with the beginnings of some held-out sequences, spread over those of each
+    domain. Also the checks of each domain by its name."""
+    wanted = validation.generation
     if not wanted.tokens:
         reason = "validation.generation.tokens is 0"
-        repetition = not_judged(validation, "repetition", reason)
-        return (), (repetition, not_judged(validation, "loops", reason))
-    step = max(1, len(tokens) // wanted.prompts)
-    prompts = torch.tensor([s[: wanted.prompt_tokens] for s in tokens[::step][: wanted.prompts]])
+        checks = tuple(not_judged(validation, gate, reason) for gate in ("repetition", "loops"))
+        return (), dict.fromkeys(original.texts, checks)
+    prompts = {
+        name: [s[: wanted.prompt_tokens] for s in text[:: max(1, len(text) // wanted.prompts)]]
+        for name, text in original.texts.items()
+    }
+    prompts = {name: text[: wanted.prompts] for name, text in prompts.items()}
+    batch = torch.tensor([prompt for text in prompts.values() for prompt in text])
     steps = _steps("generate", 2 * wanted.tokens, options)
-    source_ids = original.generate(prompts, wanted.tokens, lambda: next(steps))
-    result_ids = result.generate(prompts, wanted.tokens, lambda: next(steps)).tolist()
-    continuations = _continuations(original.model.source, prompts.tolist(), source_ids, result_ids)
-    return continuations, _repetition_checks(source_ids, result_ids, validation)
+    old = original.generate(batch, wanted.tokens, lambda: next(steps))
+    new = result.generate(batch, wanted.tokens, lambda: next(steps)).tolist()
+    continuations: list[Continuation] = []
+    found: dict[str, tuple[Check, ...]] = {}
+    for name, text in prompts.items():
+        here = slice(len(continuations), len(continuations) + len(text))
+        found[name] = _repetition_checks(old[here], new[here], validation.of(name))
+        continuations += _continuations(name, text, old[here], new[here], decode)
+    return tuple(continuations), found
 
 
 def _steps(stage: str, total: int, options: RunOptions) -> Iterator[None]:
@@ -37,7 +54,7 @@ def _steps(stage: str, total: int, options: RunOptions) -> Iterator[None]:
 
 
 def _repetition_checks(
-    source_ids: Sequence[Sequence[int]], result_ids: Sequence[Sequence[int]], validation: Validation
+    source_ids: Ids, result_ids: Ids, validation: Validation
 ) -> tuple[Check, Check]:
     count = len(source_ids)
     old, new = (sum(1 - distinct(ids) for ids in side) / count for side in (source_ids, result_ids))
@@ -56,25 +73,16 @@ def _repetition_checks(
 
 
 def _continuations(
-    source: ModelSource,
-    prompts: Sequence[Sequence[int]],
-    source_ids: Sequence[Sequence[int]],
-    result_ids: Sequence[Sequence[int]],
-) -> tuple[Continuation, ...]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.path, local_files_only=True, trust_remote_code=False
-    )
-    return tuple(
-        Continuation(
-            prompt=str(tokenizer.decode(list(prompt))),
-            source=str(tokenizer.decode(list(old))),
-            result=str(tokenizer.decode(list(new))),
+    domain: str, prompts: Ids, source_ids: Ids, result_ids: Ids, decode: Decode
+) -> Iterator[Continuation]:
+    for prompt, old, new in zip(prompts, source_ids, result_ids, strict=True):
+        yield Continuation(
+            prompt=decode(prompt),
+            source=decode(old),
+            result=decode(new),
             distinct_source=distinct(old),
             distinct_result=distinct(new),
             loop_source=find_loop(old),
             loop_result=find_loop(new),
+            domain=domain or None,
         )
-        for prompt, old, new in zip(prompts, source_ids, result_ids, strict=True)
-    )

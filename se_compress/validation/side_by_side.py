@@ -1,6 +1,10 @@
-"""Source and result run over the same text, one layer of each in memory."""
+"""Source and result run over the same text, one layer of each in memory.
 
-import math
+The text may be that of several domains. Then all of them go through a layer while it is in memory,
+and what is measured is measured of each, and of all together.
+"""
+
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +14,10 @@ from torch import Tensor
 from se_compress.artifacts import LayerComparison, ModelSource, RunOptions, SinkPosition
 from se_compress.model.checkpoint import Reader, open_tensors
 from se_compress.model.measures import (
-    cross_entropy,
     is_massive,
-    kl_divergence,
     massive_elements,
     massive_places,
+    mean_over_sequences,
     median_of,
     peak_of,
     relative_distance,
@@ -22,12 +25,14 @@ from se_compress.model.measures import (
     sink_token_change,
 )
 from se_compress.model.observers import RoutingCapture, SinkCapture
-from se_compress.model.overflow import check_logits, check_states
-from se_compress.model.states import PIECE_TOKENS, batches_of, in_pieces
+from se_compress.model.overflow import check_states
+from se_compress.model.states import batches_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.recipe import Recipe
+from se_compress.validation.predictions import Predictions, compare_predictions
 
+Tokens = Sequence[Sequence[int]]
 LISTED_ELEMENTS, LISTED_SINKS = 8, 4
 
 
@@ -51,37 +56,65 @@ class Seen:
     experts: Tensor | None
 
 
+def joined(parts: Sequence[Seen]) -> Seen:
+    """What a layer showed of several texts, as if they were one."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [sum(len(batch) for batch in part.states) for part in parts]
+    experts = [part.experts for part in parts if part.experts is not None]
+    return Seen(
+        states=[batch for part in parts for batch in part.states],
+        sink_mass=mean_over_sequences(
+            [(size, part.sink_mass) for size, part in zip(sizes, parts, strict=True)]
+        ),
+        received=mean_over_sequences(
+            [(size, part.received) for size, part in zip(sizes, parts, strict=True)]
+        ),
+        experts=torch.cat(experts) if experts else None,
+    )
+
+
 class Original:
     """The source's side of a comparison.
 
     With `keep`, what its layers showed stays in memory. Several results of a small model are then
     judged at the cost of their own runs alone.
+
+    texts    held-out sequences by domain; one text without a name is called ""
+    tokens   those of all domains, one after the other
     """
 
     def __init__(
         self,
         source: ModelSource,
-        tokens: Sequence[Sequence[int]],
+        tokens: Tokens | Mapping[str, Tokens],
         recipe: Recipe,
         options: RunOptions,
         keep: bool = False,
     ) -> None:
         read = open_tensors(source.tensors)
         self.model = stream(source, read, recipe, options)
-        self.tokens = tokens
-        self.batches = batches_of(tokens, options.batch_tokens)
-        self._seen: list[Seen] | None = list(self._walk()) if keep else None
+        self.texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
+        self.tokens = [sequence for text in self.texts.values() for sequence in text]
+        self.batches = [batches_of(text, options.batch_tokens) for text in self.texts.values()]
+        self._seen: list[list[Seen]] | None = list(self._walk()) if keep else None
         self._continuations: dict[int, list[list[int]]] = {}
 
-    def walk(self) -> Iterable[Seen]:
+    @property
+    def all_batches(self) -> list[Tensor]:
+        return [batch for batches in self.batches for batch in batches]
+
+    def walk(self) -> Iterable[list[Seen]]:
+        """What each layer showed of each text."""
         return self._seen if self._seen is not None else self._walk()
 
-    def _walk(self) -> Iterator[Seen]:
-        for batch in self.batches:
+    def _walk(self) -> Iterator[list[Seen]]:
+        for batch in self.all_batches:
             check_states(self.model, -1, self.model.embed([batch]))
-        for layer, seen in enumerate(_walk(self.model, self.batches)):
-            check_states(self.model, layer, seen.states)
-            yield seen
+        for layer, texts in enumerate(_walk(self.model, self.batches)):
+            for seen in texts:
+                check_states(self.model, layer, seen.states)
+            yield texts
 
     def generate(
         self, prompts: Tensor, count: int, on_token: Callable[[], None]
@@ -97,40 +130,19 @@ def stream(source: ModelSource, read: Reader, recipe: Recipe, options: RunOption
     return StreamedModel(source, read, torch.device(options.device), dtype)
 
 
-def _walk(model: StreamedModel, batches: Sequence[Tensor]) -> Iterator[Seen]:
-    """What the model shows of each layer; token ids [B, T] for each batch."""
-    states = model.embed(batches)
+def _walk(model: StreamedModel, texts: Sequence[Sequence[Tensor]]) -> Iterator[list[Seen]]:
+    """What the model shows of each layer, for each text; token ids [B, T] for each batch."""
+    states = [model.embed(batches) for batches in texts]
     for layer in range(model.source.layer_count):
-        watch = _Watch()
-        states = model.run_layer(layer, model.load_layer(layer), states, watch)
-        experts = watch.experts if watch.saw_experts else None
-        yield Seen(states, watch.sink_mass, watch.received, experts)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Sums over the predicted tokens of each of S sequences, each [S] float64.
-
-    tokens                    how many these are
-    loss_source, loss_result  cross-entropy of the next token, nats
-    divergence                KL(source || result) of the next token, nats
-    """
-
-    tokens: Tensor
-    loss_source: Tensor
-    loss_result: Tensor
-    divergence: Tensor
-
-    @property
-    def perplexities(self) -> tuple[float, float]:
-        total = self.tokens.sum()
-        source, result = (loss.sum() / total for loss in (self.loss_source, self.loss_result))
-        return bounded_exp(float(source)), bounded_exp(float(result))
-
-
-def bounded_exp(loss: float) -> float:
-    """Perplexity of a mean cross-entropy; finite however large that is."""
-    return math.exp(min(loss, 700.0))
+        module = model.load_layer(layer)
+        found = []
+        for index, before in enumerate(states):
+            watch = _Watch()
+            states[index] = model.run_layer(layer, module, before, watch)
+            experts = watch.experts if watch.saw_experts else None
+            found.append(Seen(states[index], watch.sink_mass, watch.received, experts))
+        del module  # before the next one is loaded
+        yield found
 
 
 @dataclass(frozen=True)
@@ -144,23 +156,52 @@ class Compared:
 
 def compare(
     original: Original, result: StreamedModel, small: Shrunk | None, options: RunOptions
-) -> Compared:
-    """Run both models over the tokens of `original`. `small` says which experts of the source are
-    left, None if all are. Raises SourceError if the source itself overflows."""
-    layers: list[LayerComparison] = []
-    sinks = _SinkSums()
+) -> tuple[Compared, dict[str, Compared]]:
+    """Run both models over the texts of `original`: what they show of all together, and of each by
+    its name. `small` says which experts of the source are left, None if all are.
+
+    Raises SourceError if the source itself overflows."""
     count = result.source.layer_count
     options.progress("validate", 0, count)
+    several = len(original.texts) > 1
+    # The whole first, then each text, if these are not the same.
+    groups = [_Course() for _ in range(1 + several * len(original.texts))]
     pairs = zip(original.walk(), _walk(result, original.batches), strict=True)
     for layer, (old, new) in enumerate(pairs):
-        layers.append(
-            _compare_layer(layer, old, new, _new_ids(small, layer, result.source.expert_count))
-        )
-        sinks.add(old, new)
+        ids = _new_ids(small, layer, result.source.expert_count)
+        before, after = ([joined(side), *(side if several else [])] for side in (list(old), new))
+        for group, was, is_now in zip(groups, before, after, strict=True):
+            group.add(_compare_layer(layer, was, is_now, ids), was, is_now)
         options.progress("validate", layer + 1, count)
-    return Compared(
-        tuple(layers), sinks.strongest(), _compare_predictions(original, result, old, new)
+    predictions = compare_predictions(
+        original.model, result, original.all_batches, before[0].states, after[0].states
     )
+    whole = groups[0].end(predictions)
+    if not several:
+        return whole, dict.fromkeys(original.texts, whole)
+    begins = itertools.accumulate((len(text) for text in original.texts.values()), initial=0)
+    each = {
+        name: group.end(predictions.of(begin, len(text)))
+        for (name, text), group, begin in zip(
+            original.texts.items(), groups[1:], begins, strict=False
+        )
+    }
+    return whole, each
+
+
+class _Course:
+    """What the layers of both models showed so far."""
+
+    def __init__(self) -> None:
+        self._layers: list[LayerComparison] = []
+        self._sinks = _SinkSums()
+
+    def add(self, layer: LayerComparison, old: Seen, new: Seen) -> None:
+        self._layers.append(layer)
+        self._sinks.add(old, new)
+
+    def end(self, predictions: Predictions) -> Compared:
+        return Compared(tuple(self._layers), self._sinks.strongest(), predictions)
 
 
 def _compare_layer(layer: int, old: Seen, new: Seen, new_ids: Mapping[int, int]) -> LayerComparison:
@@ -239,32 +280,3 @@ class _SinkSums:
             SinkPosition(position, mass, mass_after, rate, rate_after)
             for position, mass, rate, mass_after, rate_after in rows
         )
-
-
-def _compare_predictions(
-    original: Original, result: StreamedModel, old: Seen, new: Seen
-) -> Predictions:
-    """Sums over the next tokens, from what both models `old` and `new` showed of the last layer."""
-    # Logits of a whole sequence would be larger than any layer: they come in pieces of one row.
-    sequences = [row[1:] for batch in original.batches for row in batch]
-    pieces = [(i, part) for i, row in enumerate(sequences) for part in row.split(PIECE_TOKENS)]
-    ours = in_pieces([states[:, :-1] for states in old.states])
-    predictions = zip(
-        pieces,
-        (check_logits(original.model, logits) for logits in original.model.logits(ours)),
-        result.logits(in_pieces([states[:, :-1] for states in new.states])),
-        strict=True,
-    )
-    sums = torch.zeros(4, len(sequences), dtype=torch.float64)
-    for (sequence, target), source_logits, result_logits in predictions:
-        wanted = target[None].to(source_logits.device)
-        sums[0, sequence] += target.numel()
-        for row, part in enumerate(
-            (
-                cross_entropy(source_logits, wanted),
-                cross_entropy(result_logits, wanted),
-                kl_divergence(source_logits, result_logits),
-            )
-        ):
-            sums[row + 1, sequence] += float(part.double().sum())
-    return Predictions(*sums)

@@ -9,7 +9,7 @@ small to tell.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from se_compress.artifacts import (
@@ -17,7 +17,7 @@ from se_compress.artifacts import (
     Check,
     Compressed,
     CompressionPlan,
-    Continuation,
+    DomainReport,
     LayerRecord,
     ModelSource,
     RunOptions,
@@ -32,16 +32,19 @@ from se_compress.model.surgery import Shrunk
 from se_compress.opening.headers import read_headers
 from se_compress.recipe import Recipe, Validation
 from se_compress.running.records import load
+from se_compress.text.tokenizer import decoder_of
 from se_compress.validation.checks import (
     massive_checks,
     prediction_checks,
     router_checks,
     sink_check,
+    worst_of,
 )
 from se_compress.validation.continuations import continue_both
-from se_compress.validation.side_by_side import Compared, Original, compare, stream
+from se_compress.validation.predictions import Decode, tail_of
+from se_compress.validation.side_by_side import Compared, Original, Tokens, compare, stream
 from se_compress.validation.stored import Stored, Unusable, foreign, planned
-from se_compress.validation.verdict import alone, report_on
+from se_compress.validation.verdict import NOTHING, Judged, alone, report_on
 from se_compress.validation.weights import weight_checks
 
 __all__ = ["Original", "judge", "try_again", "validate"]
@@ -51,7 +54,7 @@ def validate(
     source: ModelSource,
     plan: CompressionPlan | None,
     directory: Path,
-    tokens: Sequence[Sequence[int]],
+    tokens: Tokens | Mapping[str, Tokens],
     recipe: Recipe,
     options: RunOptions = RunOptions(),
     *,
@@ -62,7 +65,8 @@ def validate(
 
     plan      None for a checkpoint that somebody else made of the source, in a format
               that `stored.foreign` reads. Every tensor has to be there, but may have changed
-    tokens    held-out sequences of token ids, all of one length
+    tokens    held-out sequences of token ids, all of one length; of several domains, those of each
+              by its name, with the limits that the recipe sets for it
     original  the source's side, if several results are judged on the same tokens
     reload    whether its engine is to load it; without that, the check is not run
 
@@ -75,20 +79,20 @@ def validate(
     records = _records(directory)
     if records and (stopped := records[-1].failed):
         reason = f"compressing stopped after layer {records[-1].layer}"
-        return report_on(source, alone(stopped, reason), None, (), records, found)
+        return report_on(source, alone(stopped, reason), NOTHING, records, found)
     if plan:
         stored = planned(draw_blueprint(source, plan), directory, found, records)
     else:
         stored = foreign(source, directory, found)
     if not stored.complete:
         reason = "a result with tensors missing cannot be run"
-        return report_on(source, alone(stored.accounted, reason), None, (), records, found)
+        return report_on(source, alone(stored.accounted, reason), NOTHING, records, found)
     original = original or Original(source, tokens, recipe, options)
     try:
         return _judge_stored(stored, original, directory, records, found, recipe, options, reload)
     except Unusable as error:
         reason = "a tensor of the result cannot be used"
-        return report_on(source, alone(stored.not_usable(error), reason), None, (), records, found)
+        return report_on(source, alone(stored.not_usable(error), reason), NOTHING, records, found)
 
 
 def _judge_stored(
@@ -111,7 +115,7 @@ def _judge_stored(
     weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
     source = original.model.source
-    return report_on(source, checks, judged.compared, judged.continuations, records, found)
+    return report_on(source, checks, judged, records, found)
 
 
 def _records(directory: Path) -> tuple[LayerRecord, ...]:
@@ -125,7 +129,7 @@ def try_again(
     source: ModelSource,
     plan: CompressionPlan,
     directory: Path,
-    tokens: Sequence[Sequence[int]],
+    tokens: Tokens | Mapping[str, Tokens],
     recipe: Recipe,
     options: RunOptions,
     report: ValidationReport,
@@ -134,7 +138,8 @@ def try_again(
     found = read_headers(directory)
     stored = planned(draw_blueprint(source, plan), directory, found, report.records)
     result = stream(stored.source, stored.read, recipe, options)
-    again = _reload(result, stored, directory, found, tokens, options)
+    texts = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
+    again = _reload(result, stored, directory, found, texts[0], options)
     checks = tuple(again if check.name == again.name else check for check in report.checks)
     return replace(
         report,
@@ -162,32 +167,55 @@ def judge(
     return (*judged, *weights)
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """The gates that the two models' behaviour decides, and what they were decided on."""
-
-    checks: tuple[Check, ...]
-    compared: Compared
-    continuations: tuple[Continuation, ...]
-
-
 def _judge_behaviour(
     original: Original,
     result: StreamedModel,
     small: Shrunk | None,
     validation: Validation,
     options: RunOptions,
-) -> _Judged:
-    compared = compare(original, result, small, options)
-    continuations, repetition = continue_both(original, result, validation, options)
-    checks = (
+) -> Judged:
+    """Every gate of each domain by the domain's limits; of each gate, the worst domain decides."""
+    decode = decoder_of(original.model.source.path)
+    whole, each = compare(original, result, small, options)
+    continuations, repetition = continue_both(original, result, validation, options, decode)
+    checks = {
+        name: (*_checks_of(compared, validation.of(name)), *repetition[name])
+        for name, compared in each.items()
+    }
+    named = {name: compared for name, compared in each.items() if name}
+    return Judged(
+        checks=worst_of(checks) if named else checks[""],
+        compared=whole,
+        tail=tail_of(whole.predictions, original.tokens, decode),
+        continuations=continuations,
+        domains=tuple(
+            _domain_report(name, one, checks[name], original.texts[name], decode)
+            for name, one in named.items()
+        ),
+    )
+
+
+def _checks_of(compared: Compared, validation: Validation) -> tuple[Check, ...]:
+    return (
         *prediction_checks(compared.predictions, validation),
         *massive_checks(compared.layers, validation),
         sink_check(compared, validation),
         *router_checks(compared.layers, validation),
-        *repetition,
     )
-    return _Judged(checks, compared, continuations)
+
+
+def _domain_report(
+    name: str, compared: Compared, checks: tuple[Check, ...], tokens: Tokens, decode: Decode
+) -> DomainReport:
+    source, result = compared.predictions.perplexities
+    return DomainReport(
+        name=name,
+        checks=checks,
+        perplexity_source=source,
+        perplexity_result=result,
+        tokens=int(compared.predictions.tokens.sum()),
+        tail=tail_of(compared.predictions, tokens, decode),
+    )
 
 
 def _reload(

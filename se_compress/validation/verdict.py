@@ -4,13 +4,16 @@ import importlib.metadata
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from se_compress.artifacts import (
     GATES,
     Check,
     Continuation,
+    DomainReport,
     LayerRecord,
     ModelSource,
+    Tail,
     TensorInfo,
     ValidationReport,
 )
@@ -28,18 +31,35 @@ PACKAGES = (
 def alone(check: Check, reason: str) -> list[Check]:
     """All gates in their order, of which only one could be run."""
     return [
-        check if name == check.name else Check(name, None, None, None, reason) for name in GATES
+        check if name == check.name else Check(name, None, None, None, reason)
+        for name, gate in GATES.items()
+        if not gate.optional or name == check.name
     ]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The gates that the two models' behaviour decides, and what they were decided on. Without
+    `compared` the result could not be run."""
+
+    checks: tuple[Check, ...] = ()
+    compared: Compared | None = None
+    tail: Tail | None = None
+    continuations: tuple[Continuation, ...] = ()
+    domains: tuple[DomainReport, ...] = ()
+
+
+NOTHING = Judged()
 
 
 def report_on(
     source: ModelSource,
     checks: Sequence[Check],
-    compared: Compared | None,
-    continuations: tuple[Continuation, ...],
+    judged: Judged,
     records: Sequence[LayerRecord],
     found: Mapping[str, TensorInfo],
 ) -> ValidationReport:
+    compared = judged.compared
     perplexities = compared.predictions.perplexities if compared else (math.nan, math.nan)
     return ValidationReport(
         passed=all(check.passed is not False for check in checks),
@@ -56,9 +76,11 @@ def report_on(
         ),
         layers=compared.layers if compared else (),
         sinks=compared.sinks if compared else (),
-        continuations=continuations,
+        continuations=judged.continuations,
         records=tuple(records),
         versions=_versions(),
+        tail=judged.tail,
+        domains=judged.domains,
     )
 
 
