@@ -69,7 +69,8 @@ def to_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def fused(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The experts of a layer in two tensors, gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+    """The experts of a layer in two tensors, gate_up_proj [E, 2I, H] and down_proj [E, H, I].
+    transformers then uses the names in memory, which for Mixtral are others."""
     made: Tensors = {}
     experts: dict[str, dict[str, dict[int, Tensor]]] = {}
     for name, tensor in tensors.items():
@@ -85,7 +86,7 @@ def fused(tensors: Mapping[str, Tensor]) -> Tensors:
         )
         made[f"{stem}.gate_up_proj"] = torch.cat([whole[gate], whole[up]], 1)
         made[f"{stem}.down_proj"] = whole[down]
-    return made
+    return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in made.items()}
 
 
 def in_fp8(tensors: Mapping[str, Tensor], block: int = BLOCK) -> Tensors:
