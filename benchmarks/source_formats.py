@@ -1,22 +1,32 @@
 """A model as it may be published: FP8 in blocks, experts in MXFP4, packed to 4 bits, or fused.
 
+    python benchmarks/source_formats.py                       measures, and writes to RESULTS.md
     python benchmarks/source_formats.py --write FORM MODEL DIRECTORY
 
-writes MODEL in one of the forms of FORMS to DIRECTORY: what other tools write, made with nothing of
-se-compress that reads it.
+The writers of FORMS share no line with what se-compress reads them by. smollm2-moe is written in
+each form and compressed from it: in the source's precision, and to 4 bits by GPTQ with the super
+experts protected. Each result is judged beside the plain model, and beside the source that it was
+made from, on 8 x 256 held-out tokens.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from reference import ROOT, Model, judge, open_model, recipe_of
+from results import machine, write_section
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from se_compress.planning.policy import make_plan
+from se_compress.recipe import Recipe
+from se_compress.validation.validator import validate
 
 Tensors = dict[str, Tensor]
 BLOCK = 128
@@ -197,8 +207,103 @@ def write(form: str, model: Path, directory: Path, block: int = BLOCK) -> Path:
     return directory
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+# ----------------------------------------------------------------------------------- measurements
+
+WORK = ROOT / "out" / "benchmark-source-formats"
+MODEL = "smollm2-moe"
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "none": {"target": "transformers", "quantization": {"method": "none"}},
+    "4 bit": {
+        "target": "gptqmodel",
+        "quantization": {"method": "gptq", "group_size": 64},
+        "policy": {"bits": [4]},
+    },
+}
+
+
+def measure(form: str, plain: Model, work: Path) -> dict[str, Any]:
+    """What comes of one form: size, super experts, and the divergence of both results from the
+    plain model and from their own source."""
+    directory = work / form
+    if not directory.exists():
+        write(form, Path(plain.source.path), directory)
+    judged = plain
+    if form != "plain":
+        judged = open_model(form, _recipe(directory, "4 bit"), work)
+    row: dict[str, Any] = {
+        "form": form,
+        "size": judged.source.size_bytes,
+        "super_experts": [str(expert.id) for expert in judged.profile.super_experts],
+    }
+    for method in METHODS:
+        recipe = _recipe(directory, method)
+        plan = make_plan(judged.source, judged.profile, recipe)
+        own = judge(judged, recipe, plan, judged.calibration)
+        result = judged.work / "checkpoint"
+        bytes_of = hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest()
+        beside = validate(
+            plain.source, plan, result, plain.original.tokens, recipe,
+            original=plain.original, reload=False,
+        )  # fmt: skip
+        checks = {check.name: check.value for check in beside.checks}
+        row[method] = {
+            "size": own["size"],
+            "own": own["kl_divergence"],
+            "plain": checks["kl_divergence"],
+            "perplexity": own["perplexity"],
+            "sha256": bytes_of,
+        }
+    return row
+
+
+def _recipe(model: Path, method: str) -> Recipe:
+    validation = {"generation": {"tokens": 0}, "early_stop": False}
+    recipe = recipe_of(MODEL, validation, **METHODS[method])
+    return recipe.model_copy(update={"model": str(model)})
+
+
+def section(rows: Sequence[Mapping[str, Any]]) -> str:
+    plain = rows[0]
+    lines = [
+        f"## {MODEL} as it may be published",
+        "",
+        f"`python benchmarks/source_formats.py`, {machine()}. 8 x 256 held-out tokens. KL in nats a "
+        "token, of the plain model from what was made of a form (rounding of the form alone, or of "
+        "the form and 4 bits), and of the form's own decoded source from its 4 bits.",
+        "",
+        "| form | MB | super experts | plain from form | form from its 4 bits | plain from its "
+        "4 bits | the same, less the form's own | results equal plain's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        none, four = row["none"], row["4 bit"]
+        equal = [m for m in METHODS if row[m]["sha256"] == plain[m]["sha256"]]
+        lines.append(
+            f"| {row['form']} | {row['size'] / 1e6:.1f} | {', '.join(row['super_experts'])} | "
+            f"{none['plain']:.5f} | {four['own']:.5f} | {four['plain']:.5f} | "
+            f"{four['plain'] - none['plain']:.5f} | {', '.join(equal) or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", nargs=3, metavar=("FORM", "MODEL", "DIRECTORY"))
-    form, model, directory = parser.parse_args().write
-    write(form, Path(model), Path(directory))
+    parser.add_argument("--work", type=Path, default=WORK)
+    arguments = parser.parse_args()
+    if arguments.write:
+        form, model, directory = arguments.write
+        write(form, Path(model), Path(directory))
+        return
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    model = ROOT / "models" / MODEL
+    plain = open_model("plain", _recipe(model, "4 bit"), arguments.work)
+    rows = []
+    for form in FORMS:
+        rows.append(measure(form, plain, arguments.work))
+        print(json.dumps(rows[-1]), flush=True)
+    write_section("source-formats", section(rows))
+
+
+if __name__ == "__main__":
+    main()
