@@ -267,9 +267,9 @@ def section(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"## {MODEL} as it may be published",
         "",
-        f"`python benchmarks/source_formats.py`, {machine()}. 8 x 256 held-out tokens. KL in nats a "
-        "token, of the plain model from what was made of a form (rounding of the form alone, or of "
-        "the form and 4 bits), and of the form's own decoded source from its 4 bits.",
+        f"`python benchmarks/source_formats.py`, {machine()}. 8 x 256 held-out tokens. KL in "
+        "nats a token: of the plain model from what was made of a form (rounded by the form alone, "
+        "or by the form and to 4 bits), and of the form's decoded source from its 4 bits.",
         "",
         "| form | MB | super experts | plain from form | form from its 4 bits | plain from its "
         "4 bits | the same, less the form's own | results equal plain's |",

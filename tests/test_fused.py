@@ -9,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sourced import source_formats
+from test_pipeline import Workplace
+from test_pipeline import no_engine as no_engine
 from tiny import CONFIGS, edit_weights, plain_model, random_tokens
 from transformers import AutoModelForCausalLM
 
 from se_compress.errors import SourceError
-from se_compress.model.checkpoint import open_tensors
+from se_compress.model.checkpoint import allocate, open_tensors, write_tensors
 from se_compress.opening.encodings import Packing, decoded
 from se_compress.opening.families import FAMILIES, Family
-from se_compress.opening.fused import unfused
-from se_compress.opening.headers import read_headers
+from se_compress.opening.fused import fused, unfused
+from se_compress.opening.headers import Slot, lay_out, read_headers
 from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
@@ -151,6 +153,91 @@ def test_mxfp4_has_rows_whatever_the_plain_layout(tmp_path: Path) -> None:
             blocks, scales = source_formats.to_mxfp4(tensor[expert])
             raw = {"x_blocks": blocks[None], "x_scales": scales[None]}
             assert torch.equal(read(name), one_expert(raw, "x", 0))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shard_bytes", [10**9, 1000])
+def test_written_into_fused_tensors(
+    tmp_path: Path, transposed: bool, interleaved: bool, shard_bytes: int
+) -> None:
+    """Matrix by matrix, in any order, each beside the others, and found where it was put."""
+    family = FAMILIES["qwen3_moe"]
+    family = replace(family, transposed=transposed, interleaved=interleaved, fused={
+        **family.fused, "mlp.input_linear.weight": "gate_up_proj",
+        "mlp.experts.gate_up_proj_bias": "gate_up_proj_bias",
+    })  # fmt: skip
+    parts, stem = matrices(), "model.layers.5.mlp.experts."
+    single = {
+        f"{stem}{e}.{role}_proj.weight": tensor[e].contiguous()
+        for e in range(E)
+        for role, tensor in parts.items()
+    }
+    single |= {n.replace("weight", "bias"): t[:, 0].contiguous() for n, t in single.items()
+               if "down" not in n}  # fmt: skip
+    single["model.norm.weight"] = torch.ones(HIDDEN, dtype=BF16)
+    slots = {name: Slot(name, "BF16", tuple(t.shape)) for name, t in single.items()}
+    whole = fused(slots, family)
+    assert set(whole) == {f"{stem}down_proj", "model.layers.5.mlp.input_linear.weight",
+                          f"{stem}gate_up_proj_bias", "model.norm.weight"}  # fmt: skip
+    assert sum(s.size_bytes for s in whole.values()) == sum(s.size_bytes for s in slots.values())
+    files = lay_out(whole.values(), tmp_path, shard_bytes)
+    allocate(files)
+    layout = unfused(files, family)
+    for name in sorted(single, reverse=True):
+        write_tensors(layout, {name: single[name]})
+    found = read_headers(tmp_path)
+    written = open_tensors(unfused(found, family))
+    assert all(torch.equal(written(name), tensor) for name, tensor in single.items())
+    disk, expected = open_tensors(found), as_fused(parts, family)
+    gate_up = disk("model.layers.5.mlp.input_linear.weight")
+    assert torch.equal(gate_up, expected[f"{stem}gate_up_proj"])
+    assert torch.equal(disk(f"{stem}down_proj"), expected[f"{stem}down_proj"])
+
+
+def test_experts_that_cannot_be_fused() -> None:
+    names = [f"model.layers.5.mlp.experts.{e}.down_proj.weight" for e in range(2)]
+    slots = {n: Slot(n, d, (4, 4)) for n, d in zip(names, ("BF16", "F32"), strict=True)}
+    with pytest.raises(ValueError, match=r"experts\.down_proj would be fused of \[\('BF16', \(4,"):
+        fused(slots, FAMILIES["qwen3_moe"])
+
+
+NONE = ("target=transformers", "quantization={method: none}")
+
+
+@pytest.mark.parametrize(
+    ("form", "policy"),
+    [
+        ("fused", "{}"),
+        ("plain", "{prune: {fraction: 0.25}}"),
+        ("mxfp4", "{merge: {fraction: 0.5}}"),
+        ("mxfp4", "{zero: random}"),
+    ],
+)
+def test_results_of_families_that_are_published_fused(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, policy: str
+) -> None:
+    """The same model as single matrices would be, as transformers loads and runs both."""
+    coded = source_formats.write(form, tiny_model("qwen3_moe"), tmp_path / "coded")
+    place = Workplace(tmp_path, coded)
+    single = shutil.copytree(place.run(*NONE, f"policy={policy}").directory, tmp_path / "single")
+    shutil.rmtree(place.output)
+    row = replace(FAMILIES["qwen3_moe"], published_fused=True)
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", row)  # type: ignore[arg-type]
+    outcome = place.run(*NONE, f"policy={policy}", "shard_size=20000")
+    assert outcome.published
+    disk = read_headers(outcome.directory)
+    assert all(len(i.shape) == 3 for n, i in disk.items() if ".experts." in n)
+    found = open_tensors(unfused(disk, row))
+    for name, tensor in load_file(single / "model.safetensors").items():
+        assert torch.equal(found(name), tensor)
+    report = outcome.validation
+    assert report.size_bytes == place.plan().size_bytes
+    assert report.expert_bytes == sum(i.size_bytes for n, i in disk.items() if ".experts." in n)
+    tokens = torch.tensor(random_tokens(1, 8))
+    with torch.no_grad():
+        logits = plain_model(outcome.directory)(tokens).logits
+        assert torch.equal(logits, plain_model(single)(tokens).logits)
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (8, 63, 64), (8, 64, 64, 1)])

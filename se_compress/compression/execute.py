@@ -77,9 +77,10 @@ def compress(
     """
     blueprint = draw_blueprint(source, plan)
     settings = checked_settings(blueprint)
-    layout = lay_out(blueprint.slots.values(), directory, recipe.shard_size)
+    files = lay_out(blueprint.on_disk.values(), directory, recipe.shard_size)
     directory.mkdir(parents=True, exist_ok=True)
-    _forget_what_is_gone(reserve(layout), options)
+    _forget_what_is_gone(reserve(files), options)
+    layout = blueprint.found_in(files)
     made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
     if made.stopped is None:
         export_config(blueprint, settings, directory, options.keep_code)

@@ -12,9 +12,10 @@ from functools import cached_property
 from se_compress.artifacts import SOURCE_BITS, CompressionPlan, ModelSource, TensorInfo
 from se_compress.engines.adapting import adapted
 from se_compress.engines.targets import packed_parts, rules_of, stored_bytes
-from se_compress.formats import Making, PlannedTensor
+from se_compress.formats import UNQUANTISED, Making, PlannedTensor
 from se_compress.model.surgery import Shrunk, is_made, shrink
-from se_compress.opening.families import FAMILIES, unfused_name
+from se_compress.opening.families import FAMILIES, Family, unfused_name
+from se_compress.opening.fused import fused, unfused
 from se_compress.opening.headers import Slot
 
 
@@ -51,6 +52,23 @@ class Blueprint:
         holds what it is made from."""
         ordered = sorted(self.tensors.values(), key=lambda t: (t.info.file, t.info.begin))
         return {slot.name: slot for tensor in ordered for slot in tensor.stored}
+
+    @cached_property
+    def on_disk(self) -> dict[str, Slot]:
+        """The tensors of the files: those, or experts fused where the family is published so."""
+        return fused(self.slots, self._family) if self._is_fused else self.slots
+
+    def found_in(self, headers: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """Where `slots` are in files with these headers."""
+        return unfused(headers, self._family) if self._is_fused else headers
+
+    @property
+    def _family(self) -> Family:
+        return FAMILIES[self.source.family]
+
+    @property
+    def _is_fused(self) -> bool:
+        return self._family.published_fused and self.plan.scheme.format == UNQUANTISED
 
     @cached_property
     def size_bytes(self) -> int:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from se_compress.artifacts import Scheme, TensorInfo
+from se_compress.artifacts import Scheme, Stored, TensorInfo
 from se_compress.errors import ResourceError, SourceError
 from se_compress.formats import FORMATS, UNQUANTISED
 from se_compress.model.decoding import decode
@@ -49,12 +49,17 @@ def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
             raise SourceError(f"{name}: the checkpoint has no such tensor")
         if info.dtype not in TORCH_DTYPES:
             raise SourceError(f"{name}: dtype {info.dtype} cannot be read")
-        if info.stored is None:
-            return _map(info)
-        parts = {part: _map(where) for part, where in info.stored.parts.items()}
-        return decode(info.stored, parts, TORCH_DTYPES[info.dtype])
+        return read_tensor(info)
 
     return read
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One tensor, as `open_tensors` reads it."""
+    if info.stored is None:
+        return _map(info)
+    parts = {part: _map(where) for part, where in info.stored.parts.items()}
+    return decode(info.stored, parts, TORCH_DTYPES[info.dtype])
 
 
 def _map(info: TensorInfo) -> Tensor:
@@ -215,13 +220,30 @@ def write_tensors(layout: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as in {info}"
                 )
             if info.file not in descriptors:
-                descriptors[info.file] = os.open(info.file, os.O_WRONLY)
-            _write_at(descriptors[info.file], tensor, info.begin)
+                descriptors[info.file] = os.open(info.file, os.O_RDWR)
+            if info.stored is None:
+                _write_at(descriptors[info.file], tensor, info.begin)
+            else:
+                _write_into(descriptors[info.file], tensor, info.stored)
         for descriptor in descriptors.values():
             os.fsync(descriptor)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _write_into(descriptor: int, tensor: Tensor, stored: Stored) -> None:
+    """Put a tensor into its rows of a fused one: what is beside them stays."""
+    (info,) = stored.parts.values()
+    skipped = info.begin % mmap.ALLOCATIONGRANULARITY
+    length, start = skipped + info.size_bytes, info.begin - skipped
+    with mmap.mmap(descriptor, length, access=mmap.ACCESS_WRITE, offset=start) as pages:
+        raw = torch.frombuffer(pages, dtype=torch.uint8, count=info.size_bytes, offset=skipped)
+        whole = raw.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        rows = slice(*stored.rows) if stored.rows is not None else slice(None)
+        (whole.T if stored.transposed else whole)[rows].copy_(tensor)
+        pages.flush()
+        del raw, whole  # a map that is still seen cannot be closed
 
 
 def _write_at(descriptor: int, tensor: Tensor, offset: int) -> None:

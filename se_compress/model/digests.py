@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from se_compress.artifacts import TensorInfo
+from se_compress.model.checkpoint import read_tensor
 
 DIGITS = 12
 _READ_BYTES = 2**24
@@ -30,6 +31,8 @@ def digest_of_tensor(tensor: Tensor) -> str:
 
 def digest_on_disk(info: TensorInfo) -> str:
     """The same of a tensor that is in a file. A file that ends too early has another hash."""
+    if info.stored is not None:
+        return digest_of_tensor(read_tensor(info))
     digest, remaining = hashlib.sha256(), info.size_bytes
     with open(info.file, "rb") as stream:
         stream.seek(info.begin)

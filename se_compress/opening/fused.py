@@ -9,12 +9,13 @@ library only.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from se_compress.artifacts import ROLES, Role, Stored, TensorInfo
 from se_compress.errors import SourceError
 from se_compress.opening.families import Family
+from se_compress.opening.headers import Slot
 from se_compress.opening.modelfiles import shown
 
 _LAYER = re.compile(r"(.*?\blayers\.\d+\.)(.+)")
@@ -137,3 +138,60 @@ def _of_expert(info: TensorInfo, expert: int) -> TensorInfo:
     size = (info.end - info.begin) // info.shape[0]
     begin = info.begin + expert * size
     return replace(info, shape=info.shape[1:], begin=begin, end=begin + size)
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+def fused(slots: Mapping[str, Slot], family: Family) -> dict[str, Slot]:
+    """What a result holds on disk where the family is published fused, from the slots of its
+    matrices: the inverse of `unfused`, which finds each of them again in the files.
+
+    A fused tensor stands where its first matrix stood, under the name of published checkpoints.
+    Raises ValueError for experts of several shapes or dtypes.
+    """
+    pattern, found = _pattern(family), dict[str, Slot]()
+    groups: dict[str, list[Slot]] = {}
+    for name, slot in slots.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            found[name] = slot
+            continue
+        role = ROLES[family.projections.index(match["projection"])]
+        stem = next(
+            s for s, roles in _ROLES.items() if role in roles and s in family.fused.values()
+        )
+        live = stem + ("_bias" if match["leaf"] == "bias" else "")
+        whole = match["start"] + _spelling(live, family)
+        found.setdefault(whole, slot)
+        groups.setdefault(whole, []).append(slot)
+    return found | {name: _whole(name, group, family) for name, group in groups.items()}
+
+
+def _pattern(family: Family) -> re.Pattern[str]:
+    """Of the names of what belongs to one expert."""
+    template = family.expert.partition("{layer}.")[2].removesuffix("weight")
+    within = re.escape(template).replace(r"\{expert\}", r"\d+")
+    names = "|".join(re.escape(name) for name in family.projections if name)
+    within = within.replace(r"\{projection\}", f"(?P<projection>{names})")
+    return re.compile(rf"(?P<start>.*\blayers\.\d+\.){within}(?P<leaf>weight|bias)")
+
+
+def _spelling(live: str, family: Family) -> str:
+    """What published checkpoints call a fused tensor: if not as in memory, then otherwise."""
+    names = [name for name, parameter in family.fused.items() if parameter == live]
+    return next((name for name in names if not name.endswith(f".{live}")), names[0])
+
+
+def _whole(name: str, group: Sequence[Slot], family: Family) -> Slot:
+    """The fused tensor of the parts of all experts."""
+    parts = {(slot.dtype, slot.shape) for slot in group}
+    if len(parts) != 1:
+        raise ValueError(f"{name} would be fused of {sorted(parts)}")
+    ((dtype, shape),) = parts
+    experts = len({slot.name.rpartition(".experts.")[2].partition(".")[0] for slot in group})
+    rows = shape[0] * len(group) // experts
+    extents = (rows, *shape[1:])
+    if family.transposed and len(shape) > 1:
+        extents = (shape[1], rows)
+    return Slot(name, dtype, (experts, *extents))

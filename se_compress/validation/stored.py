@@ -22,6 +22,7 @@ from se_compress.model.checkpoint import Reader, check_finite, open_result, open
 from se_compress.model.splice import open_shrunk
 from se_compress.model.surgery import Shrunk
 from se_compress.opening.families import FAMILIES, unfused_name
+from se_compress.opening.fused import unfused
 from se_compress.opening.source import read_config
 from se_compress.running.faults import shortage
 
@@ -90,7 +91,7 @@ def planned(
     records: Sequence[LayerRecord],
 ) -> Stored:
     """The result of a plan of ours, accounted for tensor by tensor with what `records` tell."""
-    model, plan = blueprint.source, blueprint.plan
+    model, plan, found = blueprint.source, blueprint.plan, blueprint.found_in(found)
     read = open_result(found, model.tensors, plan.scheme, blueprint.names)
     return Stored(
         source=model,
@@ -113,6 +114,7 @@ def foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo
     """
     form, target = _form_of(directory)
     family = FAMILIES[source.family]
+    found = unfused(found, family)
     names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
     accounted, complete = _account_by_names(source, names, form, found)
     return Stored(

@@ -18,6 +18,8 @@ from se_compress.artifacts import (
     ValidationReport,
 )
 from se_compress.formats import FORMATS
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.fused import unfused
 from se_compress.validation.side_by_side import Compared
 
 # Those that read formats, and what runs models anyway.
@@ -60,6 +62,7 @@ def report_on(
     found: Mapping[str, TensorInfo],
 ) -> ValidationReport:
     compared = judged.compared
+    single = unfused(found, FAMILIES[source.family])
     perplexities = compared.predictions.perplexities if compared else (math.nan, math.nan)
     return ValidationReport(
         passed=all(check.passed is not False for check in checks),
@@ -70,9 +73,9 @@ def report_on(
         tokens=int(compared.predictions.tokens.sum()) if compared else 0,
         size_bytes=sum(info.size_bytes for info in found.values()),
         source_size_bytes=source.size_bytes,
-        expert_bytes=sum(i.size_bytes for i in found.values() if ".experts." in i.name),
+        expert_bytes=sum(i.size_bytes for n, i in single.items() if ".experts." in n),
         source_expert_bytes=sum(
-            i.size_bytes for i in source.tensors.values() if i.kind == "expert"
+            i.disk_bytes for i in source.tensors.values() if i.kind == "expert"
         ),
         layers=compared.layers if compared else (),
         sinks=compared.sinks if compared else (),
