@@ -15,7 +15,7 @@ from tiny import CONFIGS, edit_weights, plain_model, random_tokens
 from transformers import AutoModelForCausalLM
 
 from se_compress.errors import SourceError
-from se_compress.model.checkpoint import allocate, open_tensors, write_tensors
+from se_compress.model.checkpoint import open_tensors, reserve, write_tensors
 from se_compress.opening.encodings import Packing, decoded
 from se_compress.opening.families import FAMILIES, Family
 from se_compress.opening.fused import fused, unfused
@@ -182,7 +182,7 @@ def test_written_into_fused_tensors(
                           f"{stem}gate_up_proj_bias", "model.norm.weight"}  # fmt: skip
     assert sum(s.size_bytes for s in whole.values()) == sum(s.size_bytes for s in slots.values())
     files = lay_out(whole.values(), tmp_path, shard_bytes)
-    allocate(files)
+    reserve(files)
     layout = unfused(files, family)
     for name in sorted(single, reverse=True):
         write_tensors(layout, {name: single[name]})
