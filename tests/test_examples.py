@@ -15,6 +15,7 @@ import tiny
 import yaml
 
 from se_compress.artifacts import CompressionPlan, to_json
+from se_compress.errors import RecipeError
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
@@ -24,7 +25,9 @@ from se_compress.recipe import load_recipe
 TinyModel = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "recipes" / "python"
-FROM_PYTHON = re.compile(r"^## From Python\n.*?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FROM_PYTHON = re.compile(
+    r"^## From Python\n.*?^```yaml\n(.*?)^```$.*?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 # A random model has nothing to lose and much to be upset about.
 WIDE = {"perplexity_increase": 1e9, "kl_divergence": 1e3, "router_agreement": 0.0,
         "router_agreement_least": 0.0, "sink_decay": 1.0}  # fmt: skip
@@ -115,8 +118,21 @@ def test_find_super_experts(start: Callable[..., str], recipe: Path, tmp_path: P
 def test_the_block_of_the_readme(start: Callable[..., str], tmp_path: Path) -> None:
     block = FROM_PYTHON.search((ROOT / "README.md").read_text(encoding="utf-8"))
     assert block
-    assert len(block[1].splitlines()) <= 15
+    assert len(block[2].splitlines()) <= 15
     script = tmp_path / "block.py"
-    script.write_text(block[1], encoding="utf-8")
+    script.write_text(block[2], encoding="utf-8")
     assert start(script, tmp_path / "made") == "passed\n"
     assert read_headers(tmp_path / "made")
+
+
+def test_the_recipe_of_the_readme_has_all_that_is_needed(tmp_path: Path) -> None:
+    block = FROM_PYTHON.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert block
+    settings = yaml.safe_load(block[1])
+    (tmp_path / "r.yaml").write_text(block[1], encoding="utf-8")
+    assert load_recipe(tmp_path / "r.yaml").policy.bits == (4,)
+    for key in settings.keys() - {"policy"}:
+        less = {name: value for name, value in settings.items() if name != key}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(less), encoding="utf-8")
+        with pytest.raises(RecipeError, match=key):
+            load_recipe(tmp_path / "r.yaml")
