@@ -127,7 +127,7 @@ def size_bytes(tensors: Iterable[PlannedTensor]) -> int:
 
 def bits_per_weight(tensors: Iterable[PlannedTensor]) -> float:
     """Stored bits per weight over the routed experts among them."""
-    experts = [tensor for tensor in tensors if tensor.info.kind == "expert"]
+    experts = [t for t in tensors if t.info.kind == "expert" and t.info.role is not None]
     weights = sum(tensor.info.shape[0] * tensor.info.shape[1] for tensor in experts)
     return 8 * sum(tensor.size_bytes for tensor in experts) / weights
 
