@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from se_compress.artifacts import Check, RunOptions, ValidationReport, from_json
 from se_compress.errors import RecipeError
@@ -351,3 +352,19 @@ def test_chat_and_plain_text_are_drawn_from_in_one_recipe(tmp_path: Path) -> Non
     decode = validator.decoder_of(model)
     kinds = ["chat" if "<user>" in decode(one) else "plain" for one in sequences]
     assert kinds == ["plain", "plain", "chat", "plain", "plain", "plain", "chat", "plain"]
+
+
+def test_the_hub_reads_the_numbers_at_the_head_of_the_card(place: Path) -> None:
+    told = run(request(place, {"prose": "prose.txt", "code": "code.txt"}))
+    card = ModelCard.load(told.directory / "README.md")
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    for one in told.validation.domains:
+        name = f"{one.name}: {one.name}.txt"
+        assert found[name, "perplexity"] == pytest.approx(one.perplexity_result, rel=1e-4)
+        assert found[name, "top_1_agreement"] == pytest.approx(one.tail.agreement, rel=1e-4)
+        assert found[name, "kl_divergence_99"] == pytest.approx(one.tail.p99, rel=1e-4)
+        mean = one.check("kl_divergence")
+        assert mean is not None
+        assert found[name, "kl_divergence"] == pytest.approx(mean.value, rel=1e-4)
+    assert len(found) == 8
+    assert card.data.model_name == "out"

@@ -28,6 +28,7 @@ from se_compress.artifacts import (
 from se_compress.recipe import Recipe, resolved
 from se_compress.reporting.domains import examples_of, rows_of
 from se_compress.reporting.experts_section import TABLE_ROWS, experts_context
+from se_compress.reporting.hub_numbers import model_index
 from se_compress.reporting.page import describe_gates, judge, template
 from se_compress.reporting.report_charts import figures_of
 
@@ -61,6 +62,8 @@ def render_model_card(
 ) -> str:
     """README.md of the exported checkpoint, with front matter for the Hub."""
     matter = _front_matter(recipe, source_license, plan)
+    if index := model_index(_directory_name(recipe.output), validation):
+        matter["model-index"] = index
     return template("model_card.md.j2").render(
         _shared_context(recipe, profile, plan, validation),
         front_matter=yaml.safe_dump(matter, sort_keys=False, allow_unicode=True),
