@@ -153,6 +153,13 @@ def test_the_tail_is_what_its_definition_says(models: tuple[Path, Path]) -> None
     assert tail.agreement == pytest.approx(float(same))
     assert 0 < tail.agreement < 1
 
+    limits = {"kl_divergence_99": 1e-3, "top_1_agreement": 0.0}
+    judged = judge(models, tokens, tiny.recipe("m", validation=section(**limits)))
+    assert judged.check("kl_divergence_99").value == tail.p99
+    assert judged.check("kl_divergence_99").passed is False
+    assert judged.check("top_1_agreement").value == tail.agreement
+    assert not {check.name for check in report.checks} & limits.keys(), "not without a limit"
+
     worst = divergence.max(dim=1)
     order = worst.values.sort(descending=True).indices.tolist()
     assert [one.sequence for one in tail.worst] == order

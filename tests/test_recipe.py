@@ -166,8 +166,9 @@ TOP = (
         ("quantization.groupsize", "did you mean group_size?"),
         ("validation.generation.token", "did you mean tokens?"),
         ("validation.kl", "known are data, samples, sequence_length, seed, chat_template, "
-         "perplexity_increase, kl_divergence, massive_activation_ratio, sink_decay, "
-         "sink_token_error, router_agreement, router_agreement_least, repetition, loops, "
+         "perplexity_increase, kl_divergence, kl_divergence_99, top_1_agreement, "
+         "massive_activation_ratio, sink_decay, sink_token_error, router_agreement, "
+         "router_agreement_least, repetition, loops, unfinished, length_change, "
          "weight_cosine, weight_gain, domains, early_stop, generation"),
     ],
 )  # fmt: skip

@@ -44,7 +44,7 @@ Tokens = tuple[tuple[int, ...], ...]
 HeldOut = Tokens | dict[str, Tokens]
 _WINDOW = 8  # characters tokenised at first per token of a sequence; doubled until they suffice
 _SPACE = re.compile(r"\s")
-_TODAY = date(2025, 1, 1)  # what a chat template that writes the date is told
+TODAY = date(2025, 1, 1)  # what a chat template that writes the date is told
 
 
 def draw_tokens(text: Calibration | Validation, source: ModelSource) -> Tokens:
@@ -99,7 +99,7 @@ def draw_sequences(
                 f"{where}.chat_template is true, but the tokenizer in {model_path} has no chat "
                 "template"
             )
-        lexicon = _Lexicon(tokenizer, _prefix(tokenizer), vocabulary)
+        lexicon = _Lexicon(tokenizer, prefix_of(tokenizer), vocabulary)
         counts = shares(text.samples, [source.weight for source in text.data])
         demands = (_demand(text, i, n, where, lexicon) for i, n in enumerate(counts))
         drawn = [_draw(demand) for demand in demands]
@@ -157,7 +157,7 @@ def _demand(
     )
 
 
-def _prefix(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def prefix_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """What the tokenizer puts in front of a text: usually BOS or nothing."""
     plain = tokenizer("text", add_special_tokens=False)["input_ids"]
     full = tokenizer("text")["input_ids"]
@@ -331,7 +331,7 @@ def _reader(demand: _Demand) -> Iterator[Callable[[object, str], str]]:
         yield partial(_document, demand)
         return
     tokenizer, prefix = demand.lexicon.tokenizer, list(demand.lexicon.prefix)
-    write = partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=_TODAY.strftime)
+    write = partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=TODAY.strftime)
     with Template(write) as template:
         yield partial(_conversation, demand, template, str(tokenizer.decode(prefix)))
 

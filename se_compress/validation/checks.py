@@ -1,7 +1,7 @@
 """The gates on behaviour: what was measured, held to the limits of the recipe."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from se_compress.artifacts import GATES, Check, LayerComparison
@@ -50,8 +50,9 @@ def _badness(check: Check) -> float:
     return -check.value if GATES[check.name].side == "at most" else check.value
 
 
-def prediction_checks(found: Predictions, validation: Validation) -> tuple[Check, Check]:
-    """Perplexity and KL divergence, with intervals over the sequences if these are enough."""
+def prediction_checks(found: Predictions, validation: Validation) -> tuple[Check, ...]:
+    """Perplexity and KL divergence, with intervals over the sequences if these are enough; of the
+    tail what has a limit."""
     total = float(found.tokens.sum())
     loss = found.loss_result - found.loss_source
     loss_interval = bootstrap_interval(loss, found.tokens)
@@ -76,7 +77,14 @@ def prediction_checks(found: Predictions, validation: Validation) -> tuple[Check
             few,
             bootstrap_interval(found.divergence, found.tokens),
         ),
+        *_tail_checks(found, validation),
     )
+
+
+def _tail_checks(found: Predictions, validation: Validation) -> Iterator[Check]:
+    each = {"kl_divergence_99": found.each.quantile(0.99), "top_1_agreement": found.each.agreement}
+    for gate in filter(validation.asks, each):
+        yield judged(validation, gate, each[gate])
 
 
 def massive_checks(

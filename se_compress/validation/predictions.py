@@ -38,6 +38,16 @@ class Positions:
     tops: Tensor
     shares: Tensor
 
+    @property
+    def agreement(self) -> float:
+        """Share of the tokens of which both hold the same one most likely."""
+        return float((self.tops[0] == self.tops[1]).double().mean())
+
+    def quantile(self, share: float) -> float:
+        """The least divergence that `share` of the tokens do not exceed; NaN is the largest."""
+        ordered = self.divergence.double().sort().values
+        return float(ordered[math.ceil(share * len(ordered)) - 1])
+
     def of(self, first: int, count: int) -> "Positions":
         """Those of the sequences from `first` on, which are numbered from 0 again."""
         here = (self.sequence >= first) & (self.sequence < first + count)
@@ -151,20 +161,15 @@ def tail_of(found: Predictions, tokens: Sequence[Sequence[int]], decode: Decode)
     decode   token ids to text
     """
     each = found.each
-    ordered = each.divergence.double().sort().values
+    median, p90, p99, most = (each.quantile(share) for share in (0.5, 0.9, 0.99, 1.0))
     return Tail(
-        median=_quantile(ordered, 0.5),
-        p90=_quantile(ordered, 0.9),
-        p99=_quantile(ordered, 0.99),
-        most=float(ordered[-1]),
-        agreement=float((each.tops[0] == each.tops[1]).double().mean()),
+        median=median,
+        p90=p90,
+        p99=p99,
+        most=most,
+        agreement=each.agreement,
         worst=tuple(_departure(each, at, tokens, decode) for at in _worst(each)),
     )
-
-
-def _quantile(ordered: Tensor, share: float) -> float:
-    """The least value that `share` of them do not exceed."""
-    return float(ordered[math.ceil(share * len(ordered)) - 1])
 
 
 def _worst(each: Positions) -> Iterable[int]:

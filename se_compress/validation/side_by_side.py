@@ -26,6 +26,7 @@ from se_compress.model.measures import (
 )
 from se_compress.model.observers import RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_states
+from se_compress.model.residents import resident
 from se_compress.model.states import batches_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
@@ -117,11 +118,27 @@ class Original:
             yield texts
 
     def generate(
-        self, prompts: Tensor, count: int, on_token: Callable[[], None]
+        self, prompts: Tokens, count: int, on_token: Callable[[], None]
     ) -> list[list[int]]:
+        """Greedy continuations of `count` tokens; those of one count are kept for other results."""
         if count not in self._continuations:
-            self._continuations[count] = self.model.generate(prompts, count, on_token).tolist()
+            self._continuations[count] = continuations(self.model, prompts, count, on_token)
         return self._continuations[count]
+
+
+def continuations(
+    model: StreamedModel, prompts: Tokens, count: int, on_token: Callable[[], None]
+) -> list[list[int]]:
+    """Greedy continuations of `count` tokens of each prompt. Prompts of one length go together,
+    with keys and values cached, on layers that stay in memory if they fit."""
+    found: dict[int, list[int]] = {}
+    with resident(model):
+        for length in sorted({len(prompt) for prompt in prompts}):
+            here = [at for at, prompt in enumerate(prompts) if len(prompt) == length]
+            batch = torch.tensor([list(prompts[at]) for at in here])
+            made = model.generate(batch, count, on_token).tolist()
+            found |= zip(here, made, strict=True)
+    return [found[at] for at in range(len(prompts))]
 
 
 def stream(source: ModelSource, read: Reader, recipe: Recipe, options: RunOptions) -> StreamedModel:
