@@ -106,10 +106,9 @@ def domains_table(validation: ValidationReport) -> Table:
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for one in validation.domains:
-        mean = one.check("kl_divergence")
         table.add_row(
             one.name,
-            _number(mean.value if mean else None),
+            _number(one.distance),
             _number(one.tail.median),
             _number(one.tail.p99),
             f"{one.tail.agreement:.1%}",

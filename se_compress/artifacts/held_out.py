@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from se_compress.artifacts.checks import Check
+from se_compress.artifacts.gates import DISTANCE
 from se_compress.artifacts.ids import UNLESS_NONE
 
 
@@ -73,8 +74,10 @@ class DomainReport:
     def passed(self) -> bool:
         return all(check.passed is not False for check in self.checks)
 
-    def check(self, name: str) -> Check | None:
-        return next((check for check in self.checks if check.name == name), None)
+    @property
+    def distance(self) -> float | None:
+        """From the source; None if it was not measured."""
+        return next((check.value for check in self.checks if check.name == DISTANCE), None)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from se_compress.artifacts import Check, Tail, TextRecord, ValidationReport
+from se_compress.artifacts import DISTANCE, Tail, TextRecord, ValidationReport
 
 # type, name: words that the Hub has for a metric, where it has one.
 PERPLEXITY = ("perplexity", "perplexity")
-DIVERGENCE = ("kl_divergence", "KL divergence to the source, nats, mean over tokens")
-DIVERGENCE_99 = ("kl_divergence_99", "KL divergence to the source, nats, 99 % of the tokens below")
+DIVERGENCE = (DISTANCE, "KL divergence to the source, nats, mean over tokens")
+DIVERGENCE_99 = (f"{DISTANCE}_99", "KL divergence to the source, nats, 99 % of the tokens below")
 AGREEMENT = ("top_1_agreement", "tokens whose most likely one is the source's")
 Metric = tuple[tuple[str, str], float]
 
@@ -43,20 +43,20 @@ def _measured(validation: ValidationReport) -> Mapping[tuple[str, str], Sequence
         return {
             _dataset(held_out.get(one.name), one.name): [
                 (PERPLEXITY, one.perplexity_result),
-                *_distances(one.check("kl_divergence"), one.tail),
+                *_distances(one.distance, one.tail),
             ]
             for one in validation.domains
         }
     if validation.tail is None:
         return {}
-    mean = validation.check("kl_divergence")
+    mean = validation.check(DISTANCE).value
     metrics = [(PERPLEXITY, validation.perplexity_result), *_distances(mean, validation.tail)]
     return {_dataset(held_out.get(""), ""): metrics}
 
 
-def _distances(mean: Check | None, tail: Tail) -> Iterator[Metric]:
-    if mean is not None and mean.value is not None:
-        yield DIVERGENCE, mean.value
+def _distances(mean: float | None, tail: Tail) -> Iterator[Metric]:
+    if mean is not None:
+        yield DIVERGENCE, mean
     yield DIVERGENCE_99, tail.p99
     yield AGREEMENT, tail.agreement
 
