@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from se_compress.artifacts import (
     OURS,
+    SOURCE_BITS,
     CompressionPlan,
     ExpertProfile,
     ModelSource,
@@ -247,7 +248,9 @@ def _previews(requests: Mapping[str, Request], whole: Request) -> dict[str, Prev
 
 def _preview(request: Request, source: ModelSource) -> Preview:
     profiles = filter(None, map(load_profile, request.profile_files))
-    profile = next((p for p in profiles if p.source_digest == source.digest), None)
+    wanted = {*request.recipe.policy.bits} - {SOURCE_BITS}
+    fitting = (p for p in profiles if p.source_digest == source.digest and wanted <= p.widths)
+    profile = next(fitting, None)
     plan = _plan(source, profile, request)
     curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
     cautions = (*cautions_before(request.recipe), *domain_cautions(plan, request.recipe))

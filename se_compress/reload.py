@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from se_compress.artifacts.targets import ENGINES, Loader
+from se_compress.artifacts.targets import ENGINES, TARGETS, Loader
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.formats import FORMATS, Format
 from se_compress.running.faults import shortage
@@ -103,9 +103,8 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
     loader, form = ENGINES[request["target"]].loader, FORMATS.get(request["format"])
     if reason := _missing_package(loader, form):
         return _not_run(reason)
-    if _of_several_widths(config.get("quantization_config", {})):
-        reason = "is not installed, and transformers would read layers of several widths wrong"
-        print(f"{request['target']} {reason}", file=sys.stderr)
+    if reason := _no_stand_in(request["target"], config.get("quantization_config", {}), form):
+        print(f"{request['target']} is not installed, and {reason}", file=sys.stderr)
         return CANNOT_RUN_EXIT_CODE
     model = _LOADERS[loader](directory, form)
 
@@ -126,10 +125,21 @@ def _missing_package(loader: Loader, form: Format | None) -> str:
     return ""
 
 
-def _of_several_widths(settings: Mapping[str, Any]) -> bool:
-    groups = settings.get("config_groups", {}).values()
+def _no_stand_in(target: str, settings: Mapping[str, Any], form: Format | None) -> str:
+    """Why what loads a file here in place of its engine would read it wrong; "" if it would not, or
+    if it is the engine."""
+    engine = ENGINES[target]
+    if not engine.stands_in:
+        return ""
+    if form and not any(r.target == engine.loader and r.format == form.name for r in TARGETS):
+        return f"{engine.loader} does not load {form.name} files"
+    groups = list(settings.get("config_groups", {}).values())
     patterns = [*settings.get("ignore", ()), *(t for group in groups for t in group["targets"])]
-    return any(pattern.startswith("re:") for pattern in patterns)
+    if any(pattern.startswith("re:") for pattern in patterns):
+        return f"{engine.loader} would read layers of several widths wrong"
+    if any(not group["weights"]["symmetric"] for group in groups):
+        return f"{engine.loader} would read groups with zero points wrong"
+    return ""
 
 
 def _not_run(reason: str) -> int:

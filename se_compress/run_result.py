@@ -10,6 +10,7 @@ from se_compress.artifacts import (
     ValidationReport,
     surprise,
 )
+from se_compress.artifacts.targets import spoken
 from se_compress.errors import ValidationFailed
 from se_compress.reporting.comparison import summarize
 from se_compress.request import Outcome, Preview, Profiled, VariantsOutcome
@@ -21,7 +22,7 @@ def planned(previews: Mapping[str, Preview]) -> RunResult:
     plans = [
         PlanSummary(
             name=name,
-            target=one.plan.target,
+            target=spoken(one.plan.target),
             method=one.plan.scheme.method,
             size_bytes=one.plan.size_bytes,
             source_size_bytes=one.plan.source_size_bytes,

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from se_compress.artifacts import ValidationReport
+from se_compress.artifacts.targets import spoken
 from se_compress.errors import printable
 from se_compress.request import Outcome, Preview, Profiled, VariantsOutcome
 from se_compress.running.preflight import in_units
@@ -179,8 +180,8 @@ class Screen:
                 self.out.print(f"note: {note}", soft_wrap=True)
         self.out.print(
             f"{name or 'dry run'}: {in_units(source.size_bytes)} -> {in_units(plan.size_bytes)}, "
-            f"{plan.bits_per_weight:.3f} bits per expert weight, target {plan.target} can load it"
-            + (f"; {found.shortage}" if found.shortage else ""),
+            f"{plan.bits_per_weight:.3f} bits per expert weight, target {spoken(plan.target)} can "
+            "load it" + (f"; {found.shortage}" if found.shortage else ""),
             soft_wrap=True,
         )
 

@@ -117,7 +117,10 @@ def _gptq(stored: dict[str, Tensor], module: str, settings: Settings) -> np.ndar
 
     bits = width(settings, module)
     codes = values(np.ascontiguousarray(part("qweight").T), bits)
-    first_version = settings.get("checkpoint_format") == "gptq"
+    first_version = "gptq" in (
+        settings.get("checkpoint_format"),
+        settings.get("packing_format", "").removeprefix("auto_round:auto_"),
+    )
     zeros = values(part("qzeros"), bits) + (1 if first_version else 0)
     scales = part("scales").astype(np.float32)
     rows, columns = codes.shape

@@ -31,4 +31,4 @@ def unpack(form: str, parts: Mapping[str, Tensor], columns: int) -> Codes:
     """The codes of one matrix of so many columns."""
     if form == "compressed-tensors":
         return unpack_rows(parts, columns)
-    return unpack_qweight(parts, columns, 1 if form == "gptq" else 0)
+    return unpack_qweight(parts, columns, 1 if form in ("gptq", "auto-round-gptq") else 0)

@@ -13,7 +13,8 @@ from se_compress.artifacts.targets import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md",
-             "recipes/RESULT.md", "benchmarks/README.md", "benchmarks/FINDINGS.md",
+             "recipes/RESULT.md", "recipes/TARGETS.md",
+             "benchmarks/README.md", "benchmarks/FINDINGS.md",
              "tools/reference/README.md")  # fmt: skip
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
 # Between backquotes: a path that has a folder, or ends as files here do.
@@ -61,7 +62,7 @@ def test_links_and_paths_lead_somewhere(document: str) -> None:
 def test_the_readme_names_every_target_and_family_and_stays_short() -> None:
     text = text_of("README.md")
     assert [name for name in (*ENGINES, *CONFIGS) if f"`{name}`" not in text] == []
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 160
 
 
 def test_what_the_readme_links_is_in_the_source_distribution() -> None:

@@ -208,7 +208,7 @@ def test_settings_that_cannot_be_read_are_a_problem(
     assert found.startswith("quantization_config cannot be read")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("part", ["qweight", "weight_packed"])
 def test_the_width_is_read_off_the_shape(bits: int, part: str) -> None:
     words = 64 * bits // 32

@@ -158,8 +158,17 @@ def plans_for(source: ModelSource) -> dict[str, tuple[str, CompressionPlan]]:
         "auto-round-asymmetric": (
             "auto-round", plan_for(source, "transformers", "auto-round", symmetric=False)
         ),
+        "auto-round-gptq-by-layer": (
+            "auto-round", by_layer(source, plan_for(source, "transformers", "auto-round-gptq"))
+        ),
         "compressed-tensors": (
             "compressed-tensors", plan_for(source, "transformers", "compressed-tensors")
+        ),
+        "compressed-tensors-5": (
+            "compressed-tensors", plan_for(source, "transformers", "compressed-tensors", bits=5)
+        ),
+        "compressed-tensors-6": (
+            "compressed-tensors", plan_for(source, "transformers", "compressed-tensors", bits=6)
         ),
         "vllm-one-width": ("compressed-tensors", plan_for(source, "vllm", "auto")),
         "vllm-by-layer": ("llm-compressor", by_layer(source, plan_for(source, "vllm", "auto"))),
@@ -206,7 +215,8 @@ def load_all(loader: str, directories: list[Path]) -> None:
 
 CASES = (
     "gptq-default", "gptq-mixed", "gptq-by-layer", "gptq_v2-mixed", "auto-round",
-    "auto-round-mixed", "auto-round-asymmetric", "compressed-tensors", "vllm-one-width",
+    "auto-round-mixed", "auto-round-asymmetric", "auto-round-gptq-by-layer",
+    "compressed-tensors", "compressed-tensors-5", "compressed-tensors-6", "vllm-one-width",
     "vllm-by-layer",
 )  # fmt: skip
 

@@ -309,7 +309,7 @@ def test_inputs_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("bits", "group_size", "message"),
     [
-        (5, 64, "bits is 5: accepted are 2, 3, 4, 8"),
+        (7, 64, "bits is 7: accepted are 2, 3, 4, 5, 6, 8"),
         (4, 0, "group_size is 0: accepted are -1 and 1 or more"),
         (4, -2, "group_size is -2: accepted are -1 and 1 or more"),
     ],

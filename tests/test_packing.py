@@ -5,7 +5,7 @@ import torch
 from packed import pack, unpack
 from torch import Tensor
 
-WIDTHS = [2, 3, 4, 8]
+WIDTHS = [2, 3, 4, 5, 6, 8]
 ROWS, COLUMNS = 64, 96
 Matrix = tuple[Tensor, Tensor, Tensor]
 
@@ -28,7 +28,7 @@ def matrix(bits: int, groups: int, rows: int = ROWS, columns: int = COLUMNS) -> 
     return codes, scales, zeros
 
 
-FORMATS = ["gptq", "gptq_v2", "auto-round", "compressed-tensors"]
+FORMATS = ["gptq", "gptq_v2", "auto-round", "auto-round-gptq", "compressed-tensors"]
 
 
 def bfloat16_scales(given: Matrix) -> Matrix:
@@ -38,7 +38,9 @@ def bfloat16_scales(given: Matrix) -> Matrix:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize(("form", "offset"), [("gptq", 1), ("gptq_v2", 0), ("auto-round", 0)])
+@pytest.mark.parametrize(
+    ("form", "offset"), [("gptq", 1), ("gptq_v2", 0), ("auto-round", 0), ("auto-round-gptq", 1)]
+)
 def test_words_are_those_of_the_bit_by_bit_packer(form: str, offset: int, bits: int) -> None:
     codes, scales, zeros = matrix(bits, groups=3)
     packed = pack(form, codes, scales, zeros, bits=bits, group_size=32, symmetric=False)
@@ -61,6 +63,33 @@ def test_compressed_tensors_packs_rows_and_its_zeros_down_the_rows(bits: int) ->
     assert packed["weight_zero_point"].T.tolist() == down
     assert packed["weight_scale"].tolist() == scales.tolist()
     assert packed["weight_shape"].tolist() == [ROWS, COLUMNS]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_compressed_tensors_own_library_packs_and_unpacks_the_same_bits(
+    bits: int, symmetric: bool
+) -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes, scales, zeros = bfloat16_scales(matrix(bits, groups=3))
+    middle = 2 ** (bits - 1)
+    if symmetric:
+        zeros = torch.full_like(zeros, middle)
+    ours = pack(
+        "compressed-tensors", codes, scales, zeros, bits=bits, group_size=32, symmetric=symmetric
+    )
+    values = (codes.to(torch.int16) - middle).to(torch.int8)  # it calls these the values
+    theirs = helpers.pack_to_int32(values, bits)
+    assert torch.equal(ours["weight_packed"], theirs)
+    assert torch.equal(helpers.unpack_from_int32(ours["weight_packed"], bits, codes.shape), values)
+    if not symmetric:
+        points = (zeros.to(torch.int16) - middle).to(torch.int8)
+        packed = helpers.pack_to_int32(points, bits, packed_dim=0)
+        assert torch.equal(ours["weight_zero_point"], packed)
+        unpacked = helpers.unpack_from_int32(
+            ours["weight_zero_point"], bits, zeros.shape, packed_dim=0
+        )
+        assert torch.equal(unpacked, points)
 
 
 def test_three_bits_straddle_words_at_the_11th_and_22nd_value() -> None:

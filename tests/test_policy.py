@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import artefacts_example as example
 import pytest
@@ -36,7 +36,7 @@ from se_compress.opening.headers import lay_out, read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
 from se_compress.planning.policy import curve_of, make_plan
-from se_compress.recipe import Recipe, Width
+from se_compress.recipe import Recipe
 
 HIDDEN, WIDTH, SHARED = 64, 32, 96
 LAYERS, EXPERTS = 3, 4
@@ -141,7 +141,7 @@ def test_every_routed_expert_gets_the_one_width_and_the_rest_stays() -> None:
     assert "shared expert" in plan.by_id[ExpertId(0, "shared")].reason
 
 
-@pytest.mark.parametrize("bits", get_args(Width))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_sizes_are_those_worked_out_by_hand(bits: int, group_size: int) -> None:
     plan = make(bits=bits, quantization={"group_size": group_size})
@@ -605,14 +605,15 @@ def test_nothing_is_quantised_by_method_none() -> None:
     [
         (
             "vllm",
-            {"format": "gptq"},
-            "quantization.format is gptq; target vllm loads method rtn as compressed-tensors",
+            {"format": "gptq_v2"},
+            "quantization.format is gptq_v2; target vllm loads method rtn as compressed-tensors, "
+            "gptq, auto-round-gptq",
         ),
         (
             "gptqmodel",
             {"method": "none"},
             "target gptqmodel does not load experts of method none; it loads gptq, rtn, and none "
-            "needs target sglang or transformers or vllm",
+            "needs target sglang or transformers or vllm or vllm-cpu",
         ),
         (
             "gptqmodel",
@@ -694,7 +695,7 @@ def test_an_edited_plan_keeps_to_the_width_of_the_data_type() -> None:
 
 NONE_FITS = (
     "; no quantization.group_size changes that; quantization.method none with target sglang or "
-    "transformers or vllm leaves the experts as they are"
+    "transformers or vllm or vllm-cpu leaves the experts as they are"
 )
 
 
@@ -805,7 +806,7 @@ STRAY = ExpertDecision(9, 0, "keep", 16, "")
     [
         (
             replace(PLAN, target="onnx"),
-            "target 'onnx' is not one of gptqmodel, transformers, vllm, sglang",
+            "target 'onnx' is not one of gptqmodel, transformers, vllm, vllm-cpu, sglang",
         ),
         (
             replace(PLAN, scheme=replace(PLAN.scheme, method="awq")),

@@ -215,7 +215,18 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
         (
             "target",
             "onnx",
-            "target is 'onnx': input should be 'transformers', 'gptqmodel', 'vllm' or 'sglang'",
+            "target: 'onnx' is not one of transformers, gptqmodel, vllm, vllm-cpu, sglang",
+        ),
+        (
+            "target",
+            ["vllm", 3],
+            "target: 3 is not one of transformers, gptqmodel, vllm, vllm-cpu, sglang",
+        ),
+        (
+            "target",
+            [],
+            "target: at least one engine is needed: transformers, gptqmodel, vllm, vllm-cpu, "
+            "sglang",
         ),
         (
             "compute_dtype",
@@ -284,8 +295,8 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
             "be 'shared'",
         ),
         ("policy.protected_bits", 4, "policy.protected_bits is 4: input should be 8 or 16"),
-        ("policy.bits", 5, "policy.bits.0 is 5: input should be 2, 3, 4, 8 or 16"),
-        ("policy.bits", [4, "x"], "policy.bits.1 is 'x': input should be 2, 3, 4, 8 or 16"),
+        ("policy.bits", 7, "policy.bits.0 is 7: input should be 2, 3, 4, 5, 6, 8 or 16"),
+        ("policy.bits", [4, "x"], "policy.bits.1 is 'x': input should be 2, 3, 4, 5, 6, 8 or 16"),
         ("policy.bits", [], "policy.bits: at least one width is needed, for instance [4]"),
         (
             "policy.bits_per_weight",
@@ -297,7 +308,7 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
         ("policy.size", "-1GB", f"policy.size: '-1GB' {SIZE}"),
         ("policy.size", -3, "policy.size is -3: input should be greater than 0"),
         ("policy.size", 1.5, "policy.size is 1.5: input should be a valid integer"),
-        ("policy.other_bits", 5, "policy.other_bits is 5: input should be 2, 3, 4, 8 or 16"),
+        ("policy.other_bits", 7, "policy.other_bits is 7: input should be 2, 3, 4, 5, 6, 8 or 16"),
         (
             "quantization.method",
             "awq",
@@ -534,8 +545,8 @@ NAME = "a name is made of letters, digits, _ and -, such as naive"
             "variants.a.policy.protcet is not a known key; did you mean protect?",
         ),
         (
-            {"variants": {"a": {"policy": {"bits": 5}}}},
-            "variants.a.policy.bits.0 is 5: input should be 2, 3, 4, 8 or 16",
+            {"variants": {"a": {"policy": {"bits": 7}}}},
+            "variants.a.policy.bits.0 is 7: input should be 2, 3, 4, 5, 6, 8 or 16",
         ),
         ({"variants": {"a": {"policy": 3}}}, "variants.a.policy is 3: a mapping of keys is needed"),
         ({"variants": {"a": {"output": "b"}}}, f"variants.a.output: {SAME}"),

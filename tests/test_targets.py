@@ -17,6 +17,8 @@ from se_compress.artifacts import (
     ModelSource,
     Scheme,
     TensorInfo,
+    from_json,
+    to_json,
 )
 from se_compress.artifacts.targets import ENGINES, Target
 from se_compress.engines.blueprint import draw_blueprint
@@ -94,6 +96,14 @@ def test_every_target_of_a_recipe_has_a_row() -> None:
         (("vllm", "gptq"), "compressed-tensors"),
         (("sglang", "rtn"), "compressed-tensors"),
         (("vllm", "none"), "source"),
+        (("vllm", "gptq", "auto", False), "compressed-tensors"),
+        (("vllm-cpu", "gptq"), "compressed-tensors"),
+        ((("gptqmodel", "vllm", "sglang"), "gptq"), "gptq"),
+        ((("vllm", "gptqmodel"), "gptq"), "gptq"),
+        ((("transformers", "vllm"), "gptq"), "compressed-tensors"),
+        ((("transformers", "vllm"), "gptq", "auto-round-gptq"), "auto-round-gptq"),
+        ((("vllm", "sglang"), "gptq"), "compressed-tensors"),
+        ((("transformers", "vllm", "sglang"), "none"), "source"),
     ],
 )
 def test_the_row_is_the_first_that_holds_what_is_asked(asked: tuple[Any, ...], form: str) -> None:
@@ -106,15 +116,26 @@ def test_the_row_is_the_first_that_holds_what_is_asked(asked: tuple[Any, ...], f
         (
             ("gptqmodel", "none"),
             "target gptqmodel does not load experts of method none; it loads gptq, rtn, and none "
-            "needs target sglang or transformers or vllm",
+            "needs target sglang or transformers or vllm or vllm-cpu",
         ),
         (
-            ("vllm", "gptq", "gptq"),
-            "quantization.format is gptq; target vllm loads method gptq as compressed-tensors",
+            ("vllm", "gptq", "gptq_v2"),
+            "quantization.format is gptq_v2; target vllm loads method gptq as compressed-tensors, "
+            "gptq, auto-round-gptq",
         ),
         (
-            ("vllm", "gptq", "auto", False),
-            "quantization.symmetric is false; target vllm loads symmetric groups only",
+            ("vllm-cpu", "gptq", "auto", False),
+            "quantization.symmetric is false; target vllm-cpu loads symmetric groups only",
+        ),
+        (
+            (("gptqmodel", "transformers"), "gptq"),
+            "no file of method gptq serves target gptqmodel and transformers: gptqmodel loads "
+            "gptq, gptq_v2; transformers loads auto-round, compressed-tensors, auto-round-gptq",
+        ),
+        (
+            (("gptqmodel", "vllm"), "gptq", "auto", False),
+            "no file of method gptq serves target gptqmodel and vllm: gptqmodel loads gptq_v2; "
+            "vllm loads compressed-tensors",
         ),
         (
             ("gptqmodel", "gptq", "gptq", False),
@@ -126,6 +147,38 @@ def test_the_row_is_the_first_that_holds_what_is_asked(asked: tuple[Any, ...], f
 def test_what_no_row_holds_is_refused_with_what_is(asked: tuple[Any, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         find_rules(*asked)
+
+
+def test_each_width_of_a_row_says_what_it_needs() -> None:
+    for rules in TARGETS:
+        told = {width for need in rules.needs for width in need.widths}
+        assert told == set(rules.widths), (rules.target, rules.format)
+        assert rules.versions
+        assert all(need.hardware for need in rules.needs)
+        assert (
+            rules.proven
+            or "Read" in rules.source
+            or "0.32" in rules.source
+            or "Not" in rules.source
+        )
+
+
+def test_several_targets_get_what_they_have_in_common() -> None:
+    both = find_rules(("gptqmodel", "vllm"), "gptq")
+    one, other = (find_rules(name, "gptq", "gptq") for name in ("gptqmodel", "vllm"))
+    assert (one.granularity, other.granularity) == ("projection", "layer")
+    assert (both.target, both.granularity) == ("gptqmodel and vllm", "layer")
+    assert both.widths == (2, 3, 4, 8)
+    assert both.group_sizes == (32, 64, 128)
+    assert (both.dense_mlp, both.fused) == (False, other.fused)
+    least = find_rules(("vllm", "vllm-cpu"), "gptq")
+    assert (least.widths, least.group_sizes, least.asymmetric) == ((4,), (64, 128), False)
+
+
+def test_one_target_in_a_list_is_that_target(tiny_model: TinyModel) -> None:
+    assert tiny.recipe("m", target=["vllm"]).target == "vllm"
+    assert tiny.recipe("m", target=["vllm", "vllm"]).target == "vllm"
+    assert tiny.recipe("m", target=["vllm", "sglang"]).target == ("vllm", "sglang")
 
 
 # ------------------------------------------------------------------------------------ granularity
@@ -192,7 +245,7 @@ def test_where_all_experts_are_alike_none_can_be_protected(tiny_model: TinyModel
 
 
 @pytest.mark.parametrize("form", [f.name for f in FORMATS.values() if f.pack])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 64])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_slots_are_what_the_packer_makes(
@@ -320,3 +373,78 @@ def test_no_two_tensors_share_a_name_in_the_result(tiny_model: TinyModel) -> Non
     source = open_source(str(tiny_model("mixtral")))
     names = draw_blueprint(source, plan_for(source)).names
     assert len(set(names.values())) == len(source.tensors)
+
+
+# ------------------------------------------------------------------------------- several targets
+
+
+def several(source: ModelSource, *targets: str, **sections: Any) -> CompressionPlan:
+    settings = {
+        "policy": {"bits": 4, "protect": "none"},
+        "quantization": {"method": "rtn", "group_size": 32},
+        **sections,
+    }
+    return make_plan(source, None, tiny.recipe(source.name, target=list(targets), **settings))
+
+
+def test_a_plan_for_several_targets_meets_them_all(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    plan = several(source, "gptqmodel", "vllm", "sglang")
+    assert plan.target == ("gptqmodel", "vllm", "sglang")
+    again = from_json(CompressionPlan, to_json(plan), "plan.json")
+    assert again == plan
+    assert check_plan(again, source, "plan.json").experts == plan.experts
+    finer = replace(
+        plan, experts=tuple(replace(d, bits=8) if d.expert == 2 else d for d in plan.experts)
+    )
+    message = (
+        "plan.json: expert (0, 2) has 8 bits and expert (0, 0) 4; target gptqmodel, vllm and "
+        "sglang loads one width per layer"
+    )
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        check_plan(finer, source, "plan.json")
+
+
+def test_protection_lifts_the_layer_if_one_of_the_targets_wants_it(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    policy = {"bits": 4, "protect": [{"layer": 1, "expert": 2}], "lift_layers": True}
+    plan = several(source, "gptqmodel", "vllm", policy=policy)
+    widths = {d.layer: {e.bits for e in plan.experts if e.layer == d.layer} for d in plan.experts}
+    assert widths == {0: {4}, 1: {16}, 2: {4}}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "sections", "message"),
+    [
+        (
+            "mixtral", ("gptqmodel", "vllm"), {},
+            "target gptqmodel and vllm: they look for the experts of mixtral by different names, so"
+            " that no one file serves them all; a file for each does",
+        ),
+        (
+            "deepseek_v3", ("vllm-cpu",), {"quantization": {"method": "rtn", "group_size": 64}},
+            "target vllm-cpu has no kernel for the routing of deepseek_v3, which adds a bias to "
+            "the scores; quantization.method none is loaded",
+        ),
+        (
+            "qwen3_moe", ("vllm-cpu",), {},
+            "target vllm-cpu does not load quantization.group_size 32; no quantization.group_size "
+            "changes that; quantization.method none with target sglang or transformers or vllm or "
+            "vllm-cpu leaves the experts as they are",
+        ),
+        (
+            "qwen3_moe", ("vllm-cpu", "gptqmodel"), {},
+            "hidden_size is 64; as gptq, target vllm-cpu and gptqmodel loads multiples of 128 only",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_such_file_holds_is_refused(
+    tiny_model: TinyModel,
+    family: str,
+    targets: tuple[str, ...],
+    sections: dict[str, Any],
+    message: str,
+) -> None:
+    source = open_source(str(tiny_model(family)))
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        several(source, *targets, **sections)

@@ -1,5 +1,6 @@
-"""Write the references of all recipe keys (recipes/README.md) and of all result files
-(recipes/RESULT.md) from the models of `se_compress/recipe` and the dataclasses of the artefacts.
+"""Write the references of all recipe keys (recipes/README.md), of all result files
+(recipes/RESULT.md) and of the targets (recipes/TARGETS.md, README.md) from the models of
+`se_compress/recipe`, the dataclasses of the artefacts and the table of targets.
 What stands outside of the two markers is written by hand. Run it after a change there:
 
     python tools/references.py
@@ -18,6 +19,7 @@ from json_schemas import ROOTS
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from targets_table import full_table, short_table
 
 from se_compress import recipe as recipes
 from se_compress.recipe import Recipe
@@ -201,7 +203,12 @@ def _prose(text: str) -> str:
     return text.replace("<", "&lt;")
 
 
-PAGES = {"README.md": reference_of_recipes, "RESULT.md": reference_of_results}
+PAGES: Mapping[str, Callable[[], str]] = {
+    "README.md": reference_of_recipes,
+    "RESULT.md": reference_of_results,
+    "TARGETS.md": full_table,
+    "../README.md": short_table,
+}
 
 
 def text_of(name: str) -> str:

@@ -108,7 +108,7 @@ class Rescue:
 class CompressionPlan:
     """plan.json: readable, editable, handed back with `--plan`.
 
-    target            the engine that has to load the result
+    target            the engine that has to load the result, or a list of those that all have to
     scheme            how what is quantised is stored
     bits_per_weight   over all weights of the routed experts, scales and indices included
     size_bytes        all tensor data of the checkpoint as the export will write it
@@ -122,7 +122,7 @@ class CompressionPlan:
                       profile
     """
 
-    target: str
+    target: str | tuple[str, ...]
     scheme: Scheme
     bits_per_weight: float
     size_bytes: int
@@ -163,7 +163,8 @@ class CurvePoint:
     widths           one: all unprotected experts have it; several: the best mixture of these
     bits_per_weight, size_bytes   as in CompressionPlan
     predicted_loss   sum over experts and projection groups of what their widths lose, see
-                     ExpertStats; None without a profile
+                     ExpertStats; None without a profile, and for widths that it did not
+                     measure
     """
 
     widths: tuple[int, ...]

@@ -276,5 +276,10 @@ class ExpertProfile:
     stability: Stability | None = field(default=None, metadata=UNLESS_NONE)
 
     @cached_property
+    def widths(self) -> frozenset[int]:
+        """Whose losses were measured."""
+        return frozenset().union(*(stats.loss_down for stats in self.experts))
+
+    @cached_property
     def by_id(self) -> dict[ExpertId, ExpertStats]:
         return {stats.id: stats for stats in self.experts}

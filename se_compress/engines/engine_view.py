@@ -13,6 +13,7 @@ from typing import Any
 
 from se_compress.artifacts import SOURCE_BITS, TensorInfo
 from se_compress.artifacts.targets import ENGINES as TARGET_ENGINES
+from se_compress.artifacts.targets import targets_of
 from se_compress.engines.blueprint import Blueprint
 from se_compress.formats.gptq import FUSED_NAMES
 from se_compress.opening.headers import Slot
@@ -22,6 +23,7 @@ View = Callable[[str], int]  # the name of a module -> the width that the engine
 WORD_BITS = 32  # codes are packed into words of this many bits
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_HOLDER = re.compile(r"(.*\.experts)\.\d+\.")
 
 
 def misread(
@@ -42,22 +44,29 @@ def misread(
 def _misread(
     settings: Settings, blueprint: Blueprint, slots: Mapping[str, Slot | TensorInfo]
 ) -> Iterator[str]:
-    view = _view(settings, blueprint) if settings else None
+    views = list(_views(settings, blueprint)) if settings else [_plain]
     for tensor in blueprint.tensors.values():
         info, module = tensor.info, tensor.module
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
             continue
         held = stored_bits(module, info.shape[1], slots)
-        claimed = view(module) if view else SOURCE_BITS
-        if held is not None and held != claimed:
-            yield f"{module} has {held} bits in the file and {claimed} by its settings"
+        claims = dict.fromkeys(view(module) for view in views)
+        for claimed in claims if held is not None else ():
+            if held != claimed:
+                yield f"{module} has {held} bits in the file and {claimed} by its settings"
 
 
-def _view(settings: Settings, blueprint: Blueprint) -> View:
-    method, views = settings["quant_method"], ENGINES
-    if TARGET_ENGINES[blueprint.plan.target].fuses and method in FUSING:
-        views = FUSING
-    return views[method](settings, blueprint.source.layer_count)
+def _views(settings: Settings, blueprint: Blueprint) -> Iterator[View]:
+    """How each target of the plan reads the settings; engines that read alike come once."""
+    method, layers = settings["quant_method"], blueprint.source.layer_count
+    fusing = {TARGET_ENGINES[target].fuses for target in targets_of(blueprint.plan.target)}
+    for fuses in sorted(fusing):
+        readers = FUSING if fuses and method in FUSING else ENGINES
+        yield readers[method](settings, layers)
+
+
+def _plain(module: str) -> int:
+    return SOURCE_BITS
 
 
 def stored_bits(module: str, columns: int, slots: Mapping[str, Slot | TensorInfo]) -> int | None:
@@ -166,10 +175,25 @@ def _expert_0(settings: Settings, layer_count: int) -> View:
     return lambda module: view(re.sub(r"\.experts\.\d+\.", ".experts.0.", module))
 
 
+def _inc(settings: Settings, layer_count: int) -> View:
+    """vLLM 0.32 (quantization/inc/config_parser.py): the experts of a layer by an exact key for the
+    module that holds them; a fused linear by the keys of its parts, if one is there."""
+    blocks = tuple(settings["block_name_to_quantize"].split(","))
+    base, named = int(settings["bits"]), settings["extra_config"]
+
+    def view(module: str) -> int:
+        held = _HOLDER.match(module)
+        name = held[1] if held else module
+        below = name.startswith(blocks)
+        return int(named.get(name, {}).get("bits", base if below else SOURCE_BITS))
+
+    return view
+
+
 def fused_module(module: str) -> str:
     """The name by which vLLM and SGLang look a linear up: that of the module that holds a layer's
     experts, or of the linear that it becomes a part of."""
-    if found := re.match(r"(.*\.experts)\.\d+\.", module):
+    if found := _HOLDER.match(module):
         return found[1]
     stem, _, linear = module.rpartition(".")
     return f"{stem}.{FUSED_NAMES.get(linear, linear)}" if stem else module
@@ -185,6 +209,7 @@ ENGINES: Mapping[str, Callable[[Settings, int], View]] = {
 FUSING: Mapping[str, Callable[[Settings, int], View]] = {
     "gptq": _fused_gptq,
     "compressed-tensors": _expert_0,
+    "auto-round": _inc,
 }
 
 

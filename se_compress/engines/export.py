@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from se_compress.artifacts import write_atomically
+from se_compress.artifacts.targets import spoken
 from se_compress.engines.blueprint import Blueprint
 from se_compress.engines.engine_view import misread
 from se_compress.errors import ValidationFailed
@@ -49,7 +50,7 @@ def checked_settings(blueprint: Blueprint) -> dict[str, Any]:
     settings = quantization_config(blueprint)
     if problems := misread(settings, blueprint, blueprint.slots.values()):
         raise ValidationFailed(
-            f"the exported settings would be read wrong by {blueprint.plan.target}: "
+            f"the exported settings would be read wrong by {spoken(blueprint.plan.target)}: "
             f"{'; '.join(problems[:3])}"
         )
     return settings

@@ -14,7 +14,7 @@ obstacle: they multiply weights.
 from collections.abc import Iterator
 
 from se_compress.artifacts import CompressionPlan, ExpertProfile, ModelSource
-from se_compress.artifacts.targets import ENGINES
+from se_compress.artifacts.targets import ENGINES, targets_of
 from se_compress.engines.targets import rules_of
 
 FLOAT16_LARGEST = 65504.0
@@ -32,7 +32,8 @@ def float16_notes(
     if source.dtype == "float16" and size * HEADROOM > FLOAT16_LARGEST:
         beyond = size > FLOAT16_LARGEST
         becomes = "they are infinite" if beyond else "other text may take them beyond"
-        how = ENGINES[plan.target].in_bfloat16
+        ways = (ENGINES[target].in_bfloat16 for target in targets_of(plan.target))
+        how = " or ".join(dict.fromkeys(ways))
         return (
             f"{found}: in float16, the dtype in config.json, {becomes}; serve in bfloat16: {how}",
         )

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from math import lcm
 
 from se_compress.artifacts import (
     SOURCE_BITS,
@@ -17,17 +18,37 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
+from se_compress.artifacts.targets import GRANULARITIES, spoken, targets_of
 from se_compress.artifacts.targets import TARGETS as TARGETS
 from se_compress.artifacts.targets import TargetRules as TargetRules
 from se_compress.errors import RecipeError
 from se_compress.formats import FORMATS, StoredPart
 from se_compress.opening.encodings import ACTIVATION_PARTS
+from se_compress.opening.families import FAMILIES, unfused_name
 from se_compress.opening.headers import Slot
 
 
-def find_rules(target: str, method: str, form: str = "auto", symmetric: bool = True) -> TargetRules:
-    """The row of a target for a method, and for a format unless that is "auto". Raises RecipeError
-    if the target loads no such file."""
+def find_rules(
+    target: str | tuple[str, ...], method: str, form: str = "auto", symmetric: bool = True
+) -> TargetRules:
+    """The row of a target for a method, and for a format unless that is "auto"; of several targets
+    what their rows have in common, see `meet`. Raises RecipeError if there is no such file."""
+    names = targets_of(target)
+    rows = [_able(name, method, form, symmetric) for name in names]
+    shared = [r.format for r in rows[0] if all(r.format in {o.format for o in t} for t in rows)]
+    for name in shared:
+        met = meet([next(r for r in row if r.format == name) for row in rows])
+        if met.widths or not rows[0][0].widths:
+            return met
+    loaded = "; ".join(
+        f"{name} loads {', '.join(rules.format for rules in row)}"
+        for name, row in zip(names, rows, strict=True)
+    )
+    raise RecipeError(f"no file of method {method} serves target {spoken(target)}: {loaded}")
+
+
+def _able(target: str, method: str, form: str, symmetric: bool) -> list[TargetRules]:
+    """The rows of one target that hold what is asked, the first of them first."""
     rows = [rules for rules in TARGETS if rules.target == target]
     able = [rules for rules in rows if method in rules.methods]
     if not able:
@@ -44,18 +65,51 @@ def find_rules(target: str, method: str, form: str = "auto", symmetric: bool = T
         raise RecipeError(
             f"quantization.format is {form}; target {target} loads method {method} as {formats}"
         )
-    for rules in able:
-        if symmetric or rules.asymmetric or not rules.widths:
-            return rules
+    if holding := [r for r in able if symmetric or r.asymmetric or not r.widths]:
+        return holding
     within = f" of format {form}" if form != "auto" else ""
     raise RecipeError(
         f"quantization.symmetric is false; target {target} loads symmetric groups only{within}"
     )
 
 
+def meet(rows: Sequence[TargetRules]) -> TargetRules:
+    """What several engines load alike: the widths and group sizes of all, the coarsest granularity,
+    linears fused wherever one fuses them. One row stays as it is."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    fused = dict.fromkeys(group for rules in rows for group in rules.fused)
+    spellings = {rules.unfused_names for rules in rows}
+    return replace(
+        first,
+        target=spoken(tuple(rules.target for rules in rows)),
+        widths=tuple(w for w in first.widths if all(w in rules.widths for rules in rows)),
+        granularity=max((rules.granularity for rules in rows), key=GRANULARITIES.index),
+        group_sizes=tuple(g for g in first.group_sizes if all(g in r.group_sizes for r in rows)),
+        asymmetric=all(rules.asymmetric for rules in rows),
+        row_multiple=lcm(*(rules.row_multiple for rules in rows)),
+        column_multiple=lcm(*(rules.column_multiple for rules in rows)),
+        hidden_multiple=lcm(*(rules.hidden_multiple for rules in rows)),
+        plain_routing=any(rules.plain_routing for rules in rows),
+        one_spelling=len(spellings) > 1,
+        dense_mlp=all(rules.dense_mlp for rules in rows),
+        fused=tuple(fused),
+        falls_back="; ".join(filter(None, (rules.falls_back for rules in rows))),
+        source="; ".join(rules.source for rules in rows),
+    )
+
+
+def rows_of(plan: CompressionPlan) -> tuple[TargetRules, ...]:
+    """The rows that a plan was made for, one for each of its targets."""
+    wanted = [(target, plan.scheme.format) for target in targets_of(plan.target)]
+    return tuple(next(r for r in TARGETS if (r.target, r.format) == pair) for pair in wanted)
+
+
 def rules_of(plan: CompressionPlan) -> TargetRules:
-    """The row that a plan was made for."""
-    return next(r for r in TARGETS if (r.target, r.format) == (plan.target, plan.scheme.format))
+    """What a plan was made for: the row of its target, or what the rows of several have in
+    common."""
+    return meet(rows_of(plan))
 
 
 def widths_of(scheme: Scheme, rules: TargetRules) -> tuple[int, ...]:
@@ -72,12 +126,35 @@ def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
         for identity, roles in source.experts.items()
         for info in (roles.values() if identity.expert != "shared" else ())
     ]
-    obstacle = ""
+    if obstacle := _not_served(source, rules):
+        raise RecipeError(obstacle)
     if scheme.group_size not in rules.group_sizes:
         obstacle = f"target {rules.target} does not load {_size_key(scheme)} {scheme.group_size}"
     obstacles = (unpackable(info, rules, scheme) for info in packed)
     if obstacle := obstacle or next(filter(None, obstacles), ""):
         raise RecipeError(f"{obstacle}; {_accepted_instead(packed, rules, scheme)}")
+
+
+def _not_served(source: ModelSource, rules: TargetRules) -> str:
+    """Why the target loads no quantised experts of this model, whatever the grid; "" if it does."""
+    family = FAMILIES[source.family]
+    hidden = source.config.get("hidden_size", 0)
+    if rules.one_spelling and any(unfused_name(family, name) != name for name in source.tensors):
+        return (
+            f"target {rules.target}: they look for the experts of {source.family} by different "
+            "names, so that no one file serves them all; a file for each does"
+        )
+    if rules.plain_routing and family.per_expert:
+        return (
+            f"target {rules.target} has no kernel for the routing of {source.family}, which adds a "
+            "bias to the scores; quantization.method none is loaded"
+        )
+    if hidden % rules.hidden_multiple:
+        return (
+            f"hidden_size is {hidden}; as {rules.format}, target {rules.target} loads multiples of "
+            f"{rules.hidden_multiple} only"
+        )
+    return ""
 
 
 def _size_key(scheme: Scheme) -> str:

@@ -7,7 +7,7 @@ engine that loads it (artifacts/targets.py), and how that engine reads the setti
 
 from collections.abc import Mapping
 
-from se_compress.formats.auto_round import AUTO_ROUND
+from se_compress.formats.auto_round import AUTO_ROUND, AUTO_ROUND_GPTQ
 from se_compress.formats.base import Format
 from se_compress.formats.bitsandbytes import BITSANDBYTES
 from se_compress.formats.compressed_tensors import COMPRESSED_TENSORS
@@ -17,7 +17,8 @@ from se_compress.formats.planned import Making, PlannedTensor, StoredPart
 # Of a plan that quantises nothing; it has no row in FORMATS.
 UNQUANTISED = "source"
 FORMATS: Mapping[str, Format] = {
-    form.name: form for form in (GPTQ, GPTQ_V2, AUTO_ROUND, COMPRESSED_TENSORS, BITSANDBYTES)
+    form.name: form
+    for form in (GPTQ, GPTQ_V2, AUTO_ROUND, AUTO_ROUND_GPTQ, COMPRESSED_TENSORS, BITSANDBYTES)
 }
 
 __all__ = ["FORMATS", "UNQUANTISED", "Format", "Making", "PlannedTensor", "StoredPart"]

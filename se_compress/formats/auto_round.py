@@ -1,4 +1,5 @@
-"""auto-round, packing_format auto_round: as GPTQ without g_idx, and with zeros as they are.
+"""auto-round: as GPTQ without g_idx. Packing auto_round stores zeros as they are, packing
+auto_round:auto_gptq a zero less one, which vLLM reads as well.
 
 Stored (auto-round 0.15, auto_round_extension/torch/qlinear_torch.py), b bits, G groups:
 
@@ -8,6 +9,8 @@ Stored (auto-round 0.15, auto_round_extension/torch/qlinear_torch.py), b bits, G
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from se_compress.artifacts import Scheme
@@ -28,22 +31,30 @@ def parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
     yield "scales", "F16", (groups, rows)
 
 
-def _pack(codes: "Tensor", scales: "Tensor", zeros: "Tensor", grid: "Grid") -> "dict[str, Tensor]":
+def _pack(
+    offset: int, codes: "Tensor", scales: "Tensor", zeros: "Tensor", grid: "Grid"
+) -> "dict[str, Tensor]":
     from se_compress.quant.packing import pack_qweight
 
-    return pack_qweight(codes, scales, zeros, grid.bits, 0)
+    return pack_qweight(codes, scales, zeros, grid.bits, offset)
 
 
-def _unpack(stored: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Scheme) -> "Tensor":
+def _unpack(
+    offset: int, stored: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Scheme
+) -> "Tensor":
     from se_compress.quant.packing import unpack_qweight
 
-    return unpack_qweight(stored, shape[1], 0).dequantized()
+    return unpack_qweight(stored, shape[1], offset).dequantized()
 
 
-def _settings(linears: Sequence[PlannedTensor], scheme: Scheme, base: int) -> dict[str, Any]:
+def _settings(
+    packing: str, linears: Sequence[PlannedTensor], scheme: Scheme, base: int
+) -> dict[str, Any]:
     """As auto-round 0.15 reads it (inference/convert_model.py): every linear below
     `block_name_to_quantize` has the base width unless `extra_config` names it, behind the decoder
-    (multi-token prediction) too."""
+    (multi-token prediction) too. vLLM 0.32 looks the experts of a layer up by the name of what
+    holds them, and by that alone (quantization/inc/config_parser.py): a layer of one width that is
+    not the base has that key as well."""
     blocks = "model.layers"
     differing = {
         tensor.module: {"bits": tensor.bits}
@@ -52,23 +63,34 @@ def _settings(linears: Sequence[PlannedTensor], scheme: Scheme, base: int) -> di
     }
     return {
         "quant_method": "auto-round",
-        "packing_format": "auto_round",
+        "packing_format": packing,
         "bits": base,
         "group_size": scheme.group_size,
         "sym": scheme.symmetric,
         "data_type": "int",
         "block_name_to_quantize": blocks,
-        "extra_config": differing,
+        "extra_config": differing | _holders(linears, base),
     }
+
+
+def _holders(linears: Sequence[PlannedTensor], base: int) -> dict[str, dict[str, int]]:
+    """The width of what holds the experts of a layer, where it is one and not the base."""
+    layers: dict[str, set[int]] = {}
+    for tensor in linears:
+        if tensor.info.kind == "expert":
+            holder = tensor.module.rpartition(".experts.")[0] + ".experts"
+            layers.setdefault(holder, set()).add(tensor.bits)
+    alike = {holder: next(iter(bits)) for holder, bits in layers.items() if len(bits) == 1}
+    return {holder: {"bits": bits} for holder, bits in alike.items() if bits != base}
 
 
 AUTO_ROUND = Format(
     name="auto-round",
     suffixes=("qweight", "qzeros", "scales"),
     parts=parts,
-    settings=_settings,
-    unpack=_unpack,
-    pack=_pack,
+    settings=partial(_settings, "auto_round"),
+    unpack=partial(_unpack, 0),
+    pack=partial(_pack, 0),
     quantize=None,
     scale_dtype="float16",
     quant_method="auto-round",
@@ -77,4 +99,11 @@ AUTO_ROUND = Format(
     package="auto_round",
     extra="autoround",
     has_float32=False,
+)
+AUTO_ROUND_GPTQ = replace(
+    AUTO_ROUND,
+    name="auto-round-gptq",
+    settings=partial(_settings, "auto_round:auto_gptq"),
+    unpack=partial(_unpack, 1),
+    pack=partial(_pack, 1),
 )

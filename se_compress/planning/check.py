@@ -10,6 +10,7 @@ from se_compress.artifacts import (
     ModelSource,
     TensorInfo,
 )
+from se_compress.artifacts.targets import targets_of
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.targets import (
     TARGETS,
@@ -56,8 +57,9 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
 def _check_scheme(plan: CompressionPlan, source: ModelSource) -> TargetRules:
     """The row of the target that the plan is for."""
     known = list(dict.fromkeys(rules.target for rules in TARGETS))
-    if plan.target not in known:
-        raise RecipeError(f"target {plan.target!r} is not one of {', '.join(known)}")
+    for name in targets_of(plan.target):
+        if name not in known:
+            raise RecipeError(f"target {name!r} is not one of {', '.join(known)}")
     scheme = plan.scheme
     rules = find_rules(plan.target, scheme.method, scheme.format, scheme.symmetric)
     if any(decision.action == "quantize" for decision in plan.experts):
@@ -93,7 +95,7 @@ def _check_decision(plan: CompressionPlan, decision: ExpertDecision, rules: Targ
     split = pair[0] != pair[1]
     if split and rules.granularity != "projection":
         raise RecipeError(
-            f"{name} has {pair[0]} bits and down_bits {pair[1]}; target {plan.target} loads one "
+            f"{name} has {pair[0]} bits and down_bits {pair[1]}; target {rules.target} loads one "
             f"width per {rules.granularity}"
         )
     for what, bits in zip(("bits", "down_bits"), pair, strict=True):
@@ -101,8 +103,8 @@ def _check_decision(plan: CompressionPlan, decision: ExpertDecision, rules: Targ
         if bits not in accepted and not half_kept:
             has = f"{bits} bits" if what == "bits" else f"down_bits {bits}"
             raise RecipeError(
-                f"{name} has {has}; for action {decision.action} and target {plan.target} accepted "
-                f"are {', '.join('null' if a is None else str(a) for a in accepted) or 'none'}"
+                f"{name} has {has}; for action {decision.action} and target {rules.target} "
+                f"accepted are {', '.join('null' if a is None else str(a) for a in accepted)}"
             )
     least = min(SOURCE_BITS if bits is None else bits for bits in pair)
     if decision.id in plan.protected and least < 8:
@@ -122,7 +124,7 @@ def _check_alike(plan: CompressionPlan, rules: TargetRules) -> None:
         if decision.bits != other.bits:
             raise RecipeError(
                 f"expert {decision.id} has {decision.bits} bits and expert {other.id} "
-                f"{other.bits}; target {plan.target} loads one width per {rules.granularity}"
+                f"{other.bits}; target {rules.target} loads one width per {rules.granularity}"
             )
 
 
@@ -140,7 +142,7 @@ def _check_others(plan: CompressionPlan, source: ModelSource, rules: TargetRules
         accepted = (*widths_of(plan.scheme, rules), SOURCE_BITS)
         if decision.bits not in accepted:
             raise RecipeError(
-                f"{decision.name} has {decision.bits} bits; for target {plan.target} accepted are "
+                f"{decision.name} has {decision.bits} bits; for target {rules.target} accepted are "
                 f"{', '.join(map(str, accepted))}"
             )
     for info in source.tensors.values():
@@ -162,6 +164,6 @@ def _check_fused(plan: CompressionPlan, source: ModelSource, rules: TargetRules)
             bits, others = plan.bits_of(info), plan.bits_of(other)
             if bits != others:
                 raise RecipeError(
-                    f"{info.name} has {bits} bits and {other.name} {others}; target {plan.target} "
+                    f"{info.name} has {bits} bits and {other.name} {others}; target {rules.target} "
                     "loads them as one matrix, of one width"
                 )

@@ -1,6 +1,6 @@
 """What other budgets would buy: sizes against predicted loss."""
 
-from se_compress.artifacts import PROJECTION_GROUPS, CompressionPlan, CurvePoint
+from se_compress.artifacts import PROJECTION_GROUPS, SOURCE_BITS, CompressionPlan, CurvePoint
 from se_compress.planning.bits import with_raised
 from se_compress.planning.decisions import write_plan
 from se_compress.planning.knapsack import sweep
@@ -36,14 +36,21 @@ def _point(
 ) -> CurvePoint:
     """Sizes by what differs from the least plan, which is measured to the byte."""
     routed, of_least = (task.stored(task.routed, bits) for bits in (expert_bits, task.least_bits))
-    loss = sum(
-        task.loss(((identity, group),), bits)
-        for identity, pair in expert_bits.items()
-        for group, bits in zip(PROJECTION_GROUPS, pair, strict=True)
-    )
     return CurvePoint(
         label,
         8 * routed / task.weights(task.routed),
         least.size_bytes - of_least + routed,
-        loss if task.profile is not None else None,
+        _loss(task, expert_bits),
+    )
+
+
+def _loss(task: Task, expert_bits: ExpertBits) -> float | None:
+    """None without a profile, and for widths that it did not measure."""
+    asked = {bits for pair in expert_bits.values() for bits in pair} - {SOURCE_BITS}
+    if task.profile is None or not asked <= task.profile.widths:
+        return None
+    return sum(
+        task.loss(((identity, group),), bits)
+        for identity, pair in expert_bits.items()
+        for group, bits in zip(PROJECTION_GROUPS, pair, strict=True)
     )

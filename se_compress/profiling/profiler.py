@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from se_compress.artifacts import (
+    SOURCE_BITS,
     ExpertIndex,
     ExpertProfile,
     ExpertStats,
@@ -40,7 +41,7 @@ from se_compress.recipe import Recipe
 from se_compress.running.records import load_layers, save
 
 STATES_FILE = "profile-states.safetensors"
-# Widths whose losses a profile has.
+# Widths whose losses every profile has; others are measured for a recipe that may choose them.
 MEASURED_BITS = (2, 3, 4, 8)
 
 
@@ -98,7 +99,13 @@ def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe:
     grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
     criterion = recipe.super_experts.model_dump(exclude={"expected"})
     parts = ["profile-6", source.digest, tokens, criterion, grid, recipe.compute_dtype]
-    return digest_of(*parts, *(["similarity"] if recipe.policy.merge else []))
+    more = [*measured_bits(recipe)] if measured_bits(recipe) != MEASURED_BITS else []
+    return digest_of(*parts, *(["similarity"] if recipe.policy.merge else []), *more)
+
+
+def measured_bits(recipe: Recipe) -> tuple[int, ...]:
+    """Widths whose losses the profile of a recipe has."""
+    return tuple(sorted({*MEASURED_BITS, *recipe.policy.bits} - {SOURCE_BITS}))
 
 
 def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedModel:
@@ -187,7 +194,7 @@ def _measure_layer(
     stats = layer_stats(model.source, layer, hidden, after, watch, batches)
     grids = [
         Grid(bits, recipe.quantization.group_size, recipe.quantization.symmetric)
-        for bits in MEASURED_BITS
+        for bits in measured_bits(recipe)
     ]
     losses: dict[ExpertIndex, Losses] = {}  # of routed experts only
     similarity = None

@@ -25,12 +25,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 8)
 SMALLEST_SCALE = 2.0**-14  # the least normal float16; engines may flush anything less to zero
 LARGEST_SCALE = 65280.0  # the greatest that float16 and bfloat16 both hold
 RANGES = 16
 # How many of them every group tries, by bits; the rest is for the groups that `_open` names.
-FIRST_RANGES = {2: 12, 3: 10, 4: 8, 8: 8}
+FIRST_RANGES = {2: 12, 3: 10, 4: 8, 5: 8, 6: 8, 8: 8}
 FEW_COLUMNS, FAR = 4, 4.0  # see `_open`
 
 # Weights that one step of the search holds, four temporaries each. Half as many would fit a core's

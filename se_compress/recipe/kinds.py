@@ -12,7 +12,7 @@ from se_compress.artifacts.targets import Method as Method
 from se_compress.artifacts.targets import Target as Target
 from se_compress.errors import brief
 
-Width = Literal[2, 3, 4, 8, 16]
+Width = Literal[2, 3, 4, 5, 6, 8, 16]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # Bounds that no real recipe reaches, so that no product of two overflows anything.
 Positive = Annotated[int, Field(gt=0, lt=2**31)]

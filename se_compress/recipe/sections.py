@@ -5,7 +5,7 @@ for each, which `tools/references.py` reads.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -120,7 +120,7 @@ class Policy(Section):
     bits: tuple[Width, ...] = (4,)
     bits_per_weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     size: Bytes | None = None
-    other_bits: Literal[2, 3, 4, 8, 16] = 16
+    other_bits: Width = 16
     lift_layers: bool = False
     prune: Prune | None = None
     merge: Merge | None = None
@@ -231,7 +231,8 @@ class Recipe(Section):
 
     model           directory of the checkpoint, or its name on the Hub
     output          directory of the result, which is made; with variants, theirs lie in it
-    target          the engine that is to load the result
+    target          the engine that is to load the result; a list of engines: one file that all of
+                    them load, with what they have in common
     compute_dtype   of weights and hidden states while the model runs; statistics are float32
     shard_size      of the result's files, at most (a larger tensor has a file of its own), in bytes
                     or written as 5GB
@@ -248,7 +249,7 @@ class Recipe(Section):
 
     model: Place
     output: Output
-    target: Target = "transformers"
+    target: Target | tuple[Target, ...] = "transformers"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     shard_size: Bytes = 5 * 10**9
     calibration: Calibration
@@ -258,6 +259,19 @@ class Recipe(Section):
     validation: Validation
     variants: Mapping[str, "Recipe"] = {}
     require: tuple[str, ...] = ()
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        names = list(value) if isinstance(value, list | tuple) else [value]
+        known = get_args(Target)
+        if not names:
+            raise ValueError(f"at least one engine is needed: {', '.join(known)}")
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{brief(name)} is not one of {', '.join(known)}")
+        each = tuple(dict.fromkeys(names))
+        return each if len(each) > 1 else each[0]
 
     @field_validator("require", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertProfile,
 )
+from se_compress.artifacts.targets import spoken
 from se_compress.recipe import Recipe, flatten
 from se_compress.reporting.limits import distance, missed, undecided
 from se_compress.request import Outcome
@@ -32,7 +33,7 @@ def summarize(outcome: Outcome, name: str, directory: str) -> CheckpointSummary:
         name=name,
         directory=directory,
         published=outcome.published,
-        target=plan.target,
+        target=spoken(plan.target),
         method=plan.scheme.method,
         size_bytes=validation.size_bytes,
         source_size_bytes=validation.source_size_bytes,

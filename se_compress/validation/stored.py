@@ -39,7 +39,7 @@ class Stored:
 
     source     it as a model: the source itself, or what surgery left of that
     small      that surgery; None without
-    target     engine that should load it
+    target     engine that should load it, or engines
     form       its format, a key of FORMATS, or UNQUANTISED
     accounted  the check of its tensors
     complete   every tensor is there, so that it can be run
@@ -50,7 +50,7 @@ class Stored:
 
     source: ModelSource
     small: Shrunk | None
-    target: str
+    target: str | tuple[str, ...]
     form: str
     accounted: Check
     complete: bool

@@ -24,6 +24,7 @@ from se_compress.artifacts import (
     TensorInfo,
     ValidationReport,
 )
+from se_compress.artifacts.targets import targets_of
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.reloading import RELOAD_LIMIT, check_reload
 from se_compress.model.checkpoint import Reader
@@ -227,5 +228,17 @@ def _reload(
     options: RunOptions,
 ) -> Check:
     """On the first held-out sequence, in a process of its own: engines patch what they import."""
-    target, form = stored.target, stored.form
-    return check_reload(result, target, form, directory, found.values(), tokens[0], options)
+    checks = [
+        check_reload(result, target, stored.form, directory, found.values(), tokens[0], options)
+        for target in targets_of(stored.target)
+    ]
+    return checks[0] if len(checks) == 1 else _of_all(checks, targets_of(stored.target))
+
+
+def _of_all(checks: Sequence[Check], targets: Sequence[str]) -> Check:
+    """One check of several targets: the worst, with what each said."""
+    grades = [(check.passed is not False, check.passed is None) for check in checks]
+    worst = checks[grades.index(min(grades))]
+    said = (f"{target}: {check.detail}" for target, check in zip(targets, checks, strict=True))
+    again = next((check.retry for check in checks if check.retry), None)
+    return replace(worst, detail="; ".join(said), retry=again if worst.passed is None else None)
