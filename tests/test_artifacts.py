@@ -113,7 +113,7 @@ def first_expert(data: dict[str, object]) -> dict[str, object]:
     [
         (lambda d: d.update(bitz=4), "plan.json.bitz is unknown; known are target, scheme, "),
         (lambda d: d["scheme"].pop("method"), "plan.json.scheme.method is missing"),
-        (lambda d: d.update(target=7), "plan.json.target is 7, but str is expected"),
+        (lambda d: d.update(target=7), "plan.json.target is 7, but str or tuple is expected"),
         (
             lambda d: d.update(size_bytes=1.5),
             "plan.json.size_bytes is 1.5, but int is expected",
