@@ -88,7 +88,7 @@ def test_several_shards(tiny_model: TinyModel, model: Path) -> None:
 def test_layers_behind_the_decoder_are_other(tiny_model: TinyModel, name: str) -> None:
     source = open_source(str(tiny_model("deepseek_v3-next-token")))
     info = source.tensors[name]
-    assert (info.kind, info.layer, info.expert) == ("other", None, None)
+    assert (info.kind, info.layer, info.role) == ("other", None, None)
     assert source.moe_layers == (1, 2)
     assert {identity.layer for identity in source.experts} == {1, 2}
 

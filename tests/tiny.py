@@ -314,8 +314,9 @@ def write_result(
     """The result of any plan, each matrix rounded to nearest for itself: no forward pass."""
     directory.mkdir()
     blueprint = draw_blueprint(source, plan)
-    layout = lay_out(blueprint.slots.values(), directory, shard_bytes)
-    reserve(layout)
+    files = lay_out(blueprint.on_disk.values(), directory, shard_bytes)
+    reserve(files)
+    layout = blueprint.found_in(files)
     read, scheme = open_tensors(source.tensors), plan.scheme
     read_made = open_shrunk(blueprint.shrunk)
     for planned in blueprint.tensors.values():
@@ -323,7 +324,7 @@ def write_result(
         if planned.making == "copied":
             copy_tensor(info, layout[planned.name])
             continue
-        if planned.making == "made":
+        if planned.making in ("made", "decoded"):
             write_tensors(layout, {planned.name: read_made(info.name)})
             continue
         form = FORMATS[scheme.format]

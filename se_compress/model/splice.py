@@ -10,18 +10,25 @@ expert, are averaged with the same shares.
 H channels, I neurons of an expert, E experts of a layer: gate and up are [I, H], down is [H, I].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from se_compress.artifacts import ROLES, ExpertId, Role, TensorInfo
+from se_compress.artifacts import ROLES, ExpertId, ModelSource, TensorInfo
 from se_compress.model.checkpoint import TORCH_DTYPES, Reader, open_tensors
-from se_compress.model.surgery import Shrunk, anchor_of, is_made
+from se_compress.model.surgery import (
+    Shrunk,
+    anchor_of,
+    holds_ids,
+    is_made,
+    kept_in_unrun_layers,
+)
 
-# The three matrices of an expert: gate and up [I, H], down [H, I].
-Weights = Mapping[Role, Tensor]
+# The matrices of an expert by role, gate and up [I, H], down [H, I], and its biases if it has any.
+Weights = Mapping[str, Tensor]
 
 
 def open_shrunk(small: Shrunk) -> Reader:
@@ -40,8 +47,7 @@ def open_shrunk(small: Shrunk) -> Reader:
     def merged(identity: ExpertId) -> Weights:
         members = small.origin[identity]
         weights = [
-            {role: read_source(info.name) for role, info in source.experts[member].items()}
-            for member in members
+            {part: read_source(name) for part, name in _parts(source, member)} for member in members
         ]
         return merge_experts(weights, [small.shares[member] for member in members])
 
@@ -51,12 +57,14 @@ def open_shrunk(small: Shrunk) -> Reader:
             return read_moved(name)
         if name not in source.tensors:
             return torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype])
-        if info.role is None:
-            return _rows(read_source(name), small, info)
+        if info.expert is None:
+            remap = _ids if holds_ids(source, info) else _rows
+            return remap(read_source(name), small, info)
         identity = _identity(info)
         if len(small.origin[identity]) > 1:
-            return merged(identity)[info.role]
-        return torch.zeros_like(read_source(source.experts[small.origin[identity][0]]["down"].name))
+            return merged(identity)[_part(small.source, info)]
+        original = dict(_parts(source, small.origin[identity][0]))
+        return torch.zeros_like(read_source(original[_part(small.source, info)]))
 
     return read
 
@@ -67,14 +75,20 @@ def merge_experts(members: Sequence[Weights], shares: Sequence[float]) -> Weight
     The anchor is the member of the largest share; its dtypes are the result's.
     """
     anchor = members[anchor_of(shares)]
-    total = {role: torch.zeros_like(anchor[role], dtype=torch.float32) for role in ROLES}
+    total = {part: torch.zeros_like(anchor[part], dtype=torch.float32) for part in anchor}
     for member, share in zip(members, shares, strict=True):
-        # down has a column for each neuron, gate and up have a row.
         order = slice(None) if member is anchor else align(anchor, member)
-        for role in ROLES:
-            weight = member[role].float()
-            total[role] += share * (weight[:, order] if role == "down" else weight[order])
-    return {role: total[role].to(anchor[role].dtype) for role in ROLES}
+        for part in total:
+            total[part] += share * _in_order(part, member[part].float(), order)
+    return {part: total[part].to(anchor[part].dtype) for part in total}
+
+
+def _in_order(part: str, weight: Tensor, order: Tensor | slice) -> Tensor:
+    """A part of an expert with its neurons in an order. gate and up, and their biases, have a row
+    for each, down has a column, its bias none of them."""
+    if part == "down":
+        return weight[:, order]
+    return weight if part == "down bias" else weight[order]
 
 
 def align(anchor: Weights, member: Weights) -> Tensor:
@@ -82,10 +96,23 @@ def align(anchor: Weights, member: Weights) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     likeness = torch.zeros(())  # becomes [I, I]: a row for each neuron of the anchor
-    for role in ROLES:
+    for role in (role for role in ROLES if role in anchor):
         first, second = anchor[role].float(), member[role].float()
         likeness = likeness + (first.T @ second if role == "down" else first @ second.T)
     return torch.from_numpy(linear_sum_assignment(likeness.cpu().numpy(), maximize=True)[1])
+
+
+def _parts(source: ModelSource, expert: ExpertId) -> Iterator[tuple[str, str]]:
+    """The parts of an expert with their names: its projections by role, and "{role} bias"."""
+    for role, info in source.experts[expert].items():
+        yield role, info.name
+        bias = _bias_of(info)
+        if bias in source.tensors:
+            yield f"{role} bias", bias
+
+
+def _bias_of(info: TensorInfo) -> str:
+    return f"{info.name.removesuffix('.weight')}.bias"
 
 
 def _identity(info: TensorInfo) -> ExpertId:
@@ -95,14 +122,56 @@ def _identity(info: TensorInfo) -> ExpertId:
     return ExpertId(info.layer, info.expert)
 
 
+def _part(model: ModelSource, info: TensorInfo) -> str:
+    """What a tensor of an expert of `model` is to it, as in `_parts`."""
+    parts = {name: part for part, name in _parts(model, _identity(info))}
+    return parts[info.name]
+
+
 def _rows(rows: Tensor, small: Shrunk, info: TensorInfo) -> Tensor:
-    """Of a tensor with a row per expert of the source, [E, ...], the rows of the smaller model."""
-    kept = [
+    """Of a tensor with an extent of E on the axis of the experts, those of the smaller model. What
+    is behind the E experts stays."""
+    assert info.axis is not None
+    rows = rows.movedim(info.axis, 0)
+    if info.layer is None:
+        kept = torch.tensor([*kept_in_unrun_layers(small.origin).values()])
+        left = rows[kept]
+    else:
+        layer = _of_layer(small, info.layer)
+        left = torch.stack([_row(rows, members, small.shares) for members in layer])
+    whole = torch.cat([left, rows[small.original.expert_count :]])
+    return whole.movedim(0, info.axis).contiguous()
+
+
+def _of_layer(small: Shrunk, layer: int) -> list[tuple[ExpertId, ...]]:
+    """What each routed expert of a layer of the smaller model stands for."""
+    return [
         members
         for identity, members in small.origin.items()
-        if identity.layer == info.layer and identity.expert != "shared"
+        if identity.layer == layer and identity.expert != "shared"
     ]
-    return torch.stack([_row(rows, members, small.shares) for members in kept])
+
+
+def _ids(ids: Tensor, small: Shrunk, info: TensorInfo) -> Tensor:
+    """A table of the experts of each token, [V, k], in the numbers of the smaller model.
+
+    An expert that is gone gives its place to the first one that the token does not have yet.
+    """
+    assert info.layer is not None
+    new = torch.full((small.original.expert_count,), -1)
+    for number, members in enumerate(_of_layer(small, info.layer)):
+        new[[member.expert for member in members if isinstance(member.expert, int)]] = number
+    table = new[ids.long()]
+    width = info.shape[1]
+    found = [_different(row, width, small.source.expert_count) for row in table.tolist()]
+    return torch.tensor(found, dtype=ids.dtype)
+
+
+def _different(row: Sequence[int], width: int, count: int) -> list[int]:
+    """`width` different numbers below `count`, those of the row (but -1) first."""
+    taken = [number for number in dict.fromkeys(row) if number >= 0]
+    others = (number for number in range(count) if number not in taken)
+    return [*taken, *islice(others, max(0, width - len(taken)))][:width]
 
 
 def _row(rows: Tensor, members: Sequence[ExpertId], shares: Mapping[ExpertId, float]) -> Tensor:

@@ -28,18 +28,12 @@ from se_compress.artifacts import (
     TensorInfo,
     digest_of,
 )
-from se_compress.opening.config_rules import NEXT_TOKEN_KEYS
-from se_compress.opening.families import (
-    COUNT_KEYS,
-    FAMILIES,
-    Family,
-    is_grouped,
-    per_expert_tensors,
-    setting,
-)
+from se_compress.opening.families import COUNT_KEYS, FAMILIES, is_grouped
 from se_compress.opening.headers import ITEM_BYTES
 
 SURGICAL: tuple[Action, ...] = ("prune", "merge", "zero")
+# The number of an expert in the name of a tensor of it alone.
+_EXPERT = re.compile(r"(\bexperts\.)\d+\.")
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ def shrink(source: ModelSource, plan: CompressionPlan) -> Shrunk:
     small = replace(
         source,
         config=_config(source, count, top_k),
-        tensors={info.name: info for info in _tensors(source, plan, count)},
+        tensors={info.name: info for info in _tensors(source, plan, origin, count)},
         expert_count=count,
         top_k=top_k,
         contents=lambda: digest_of(source.digest, structure),
@@ -223,55 +217,106 @@ def _combined(new: ExpertId, members: list[ExpertStats], silent: bool) -> Expert
 
 
 def _config(source: ModelSource, count: int, top_k: int) -> dict[str, Any]:
-    """The config with `count` experts in a layer and `top_k` per token.
-
-    Layers for multi-token prediction have experts too, but are not run and so not measured. As one
-    config speaks for all layers, they go.
-    """
-    family, config = FAMILIES[source.family], dict(source.config)
+    """The config with `count` experts in a layer and `top_k` per token, by all the names that these
+    go by."""
+    family, text = FAMILIES[source.family], dict(source.text)
     if count == source.expert_count:
-        return config
-    config |= {key: count for key in COUNT_KEYS if key in config}
-    config["num_experts_per_tok"] = top_k
-    config |= {key: 0 for key in NEXT_TOKEN_KEYS if setting(config, key)}
-    if not is_grouped(family, config):
+        return dict(source.config)
+    text |= {key: _same(text[key], count) for key in _named(text, COUNT_KEYS, family.count_keys)}
+    keys = _named(text, ("num_experts_per_tok",), family.top_k_keys) or family.top_k_keys[:1]
+    text |= {key: _at_most(text.get(key), top_k) for key in keys}
+    if not is_grouped(family, text):
         # Groups that the router does not look at; some engines do, and they have to fit the count.
-        config |= {key: 1 for key in ("n_group", "topk_group") if config.get(key)}
-    return config
+        text |= {key: 1 for key in ("n_group", "topk_group") if text.get(key)}
+    return {**source.config, source.text_key: text} if source.text_key else text
 
 
-def behind_decoder(source: ModelSource) -> list[str]:
-    """Names of the tensors of layers behind the last decoder layer (multi-token prediction)."""
-    pattern = re.compile(r"model\.layers\.(\d+)\.")
-    matches = ((name, pattern.match(name)) for name in source.tensors)
-    return [name for name, match in matches if match and int(match[1]) >= source.layer_count]
+def _named(config: Mapping[str, Any], common: Iterable[str], own: Iterable[str]) -> list[str]:
+    return [key for key in dict.fromkeys((*own, *common)) if config.get(key) is not None]
 
 
-def _tensors(source: ModelSource, plan: CompressionPlan, count: int) -> Iterator[TensorInfo]:
+def _same(value: Any, count: int) -> Any:
+    """A number, or one for each layer, put in the place of a value of that form."""
+    return [count] * len(value) if isinstance(value, list) else count
+
+
+def _at_most(value: Any, most: int) -> Any:
+    return [min(part, most) for part in value] if isinstance(value, list) else most
+
+
+def in_unrun_layers(source: ModelSource) -> list[str]:
+    """Names of the tensors that layers for multi-token prediction have of their experts.
+
+    These layers are not run, and so not measured.
+    """
+    return [
+        info.name
+        for info in source.tensors.values()
+        if info.layer is None and (info.axis is not None or info.expert is not None)
+    ]
+
+
+def kept_in_unrun_layers(origin: Mapping[ExpertId, tuple[ExpertId, ...]]) -> dict[int, int]:
+    """Number of an expert in the smaller model -> in the original, of layers that are not run.
+
+    One config speaks for all layers, so they have to lose as many experts. They keep those that
+    the decoder's last layer keeps, of merged ones the first.
+    """
+    last = max(identity.layer for identity in origin)
+    return {
+        identity.expert: members[0].expert
+        for identity, members in origin.items()
+        if identity.layer == last
+        if isinstance(identity.expert, int) and isinstance(members[0].expert, int)
+    }
+
+
+def holds_ids(source: ModelSource, info: TensorInfo) -> bool:
+    """The values of a tensor are numbers of experts."""
+    rest = info.name.removeprefix(f"{source.prefix}layers.").partition(".")[2]
+    return info.layer is not None and rest in FAMILIES[source.family].ids
+
+
+def _tensors(
+    source: ModelSource,
+    plan: CompressionPlan,
+    origin: Mapping[ExpertId, tuple[ExpertId, ...]],
+    count: int,
+) -> Iterator[TensorInfo]:
     """The tensors of the smaller model, with `count` experts in a layer; no name comes twice."""
-    family = FAMILIES[source.family]
-    dropped = set(behind_decoder(source)) if count != source.expert_count else set()
     dtypes = _merged_dtypes(source, plan)
+    unrun = {old: new for new, old in kept_in_unrun_layers(origin).items()}
+    fewer = count != source.expert_count
     seen: set[str] = set()
     for info in source.tensors.values():
-        if info.name in dropped:
-            continue
-        if info.role is not None and info.layer is not None and info.expert is not None:
-            decision = plan.by_id[ExpertId(info.layer, info.expert)]
-            moved = _expert_tensor(info, decision, family)
+        if info.expert is not None and info.layer is not None and info.kind != "other":
+            moved = _of_expert(source, info, plan.by_id[ExpertId(info.layer, info.expert)])
             if moved is not None and moved.name not in seen:
                 seen.add(moved.name)
                 if moved.name in dtypes:
                     moved = without_file(replace(moved, dtype=dtypes[moved.name]))
                 yield moved
-        elif (
-            count != source.expert_count
-            and info.layer is not None
-            and info.name in per_expert_tensors(family, info.layer)
-        ):
-            yield without_file(replace(info, shape=(count, *info.shape[1:])))
+        elif fewer and isinstance(info.expert, int):
+            if info.expert in unrun:
+                yield _renumbered(info, unrun[info.expert])
+        elif fewer and info.axis is not None:
+            yield without_file(replace(info, shape=_fewer(info, source.expert_count - count)))
+        elif fewer and holds_ids(source, info):
+            top_k = min(info.shape[1], source.top_k_of(count))
+            yield without_file(replace(info, shape=(info.shape[0], top_k)))
         else:
             yield info
+
+
+def _fewer(info: TensorInfo, lost: int) -> tuple[int, ...]:
+    """The extents of a tensor whose axis of experts has lost some."""
+    return tuple(e - lost if axis == info.axis else e for axis, e in enumerate(info.shape))
+
+
+def _renumbered(info: TensorInfo, expert: int) -> TensorInfo:
+    """A tensor of one expert under another number."""
+    name = _EXPERT.sub(lambda found: f"{found[1]}{expert}.", info.name)
+    return replace(info, name=name, expert=expert)
 
 
 def anchor_of(shares: Sequence[float]) -> int:
@@ -289,27 +334,34 @@ def _merged_dtypes(source: ModelSource, plan: CompressionPlan) -> dict[str, str]
         new = resulting_id(decision)
         if decision.action == "merge" and new is not None:
             members.setdefault(new, []).append(decision)
-    family, dtypes = FAMILIES[source.family], dict[str, str]()
+    dtypes: dict[str, str] = {}
     for merged in members.values():
         anchor = merged[anchor_of([decision.share or 0.0 for decision in merged])]
         for info in source.experts[anchor.id].values():
-            moved = _expert_tensor(info, anchor, family)
+            moved = _of_expert(source, info, anchor)
             if moved is not None:
                 dtypes[moved.name] = info.dtype
     return dtypes
 
 
-def _expert_tensor(info: TensorInfo, decision: ExpertDecision, family: Family) -> TensorInfo | None:
+def _of_expert(
+    source: ModelSource, info: TensorInfo, decision: ExpertDecision
+) -> TensorInfo | None:
     """What becomes of a tensor of an expert of the source; None if the expert is pruned."""
     new = resulting_id(decision)
     if new is None:
         return None
-    projection = info.name.split(".")[-2]
-    if isinstance(new.expert, int):
-        name = family.expert.format(layer=new.layer, expert=new.expert, projection=projection)
-        info = replace(info, name=name, expert=new.expert)
-    made = decision.action == "merge" or (decision.action == "zero" and info.role == "down")
+    if isinstance(new.expert, int) and new.expert != info.expert:
+        info = _renumbered(info, new.expert)
+    last = info.role == "down" or is_down_bias(source, info)
+    made = decision.action == "merge" or (decision.action == "zero" and last)
     return without_file(info) if made else info
+
+
+def is_down_bias(source: ModelSource, info: TensorInfo) -> bool:
+    """A bias of an expert that is added to what its down_proj gives."""
+    down = FAMILIES[source.family].projections[2]
+    return info.role is None and info.name.endswith(f".{down}.bias")
 
 
 def without_file(info: TensorInfo) -> TensorInfo:

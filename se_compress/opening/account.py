@@ -16,6 +16,7 @@ from se_compress.errors import SourceError
 from se_compress.opening.config_rules import NEXT_TOKEN_KEYS
 from se_compress.opening.families import Family, count_key, layer_count, moe_layers, setting
 from se_compress.opening.modelfiles import shown
+from se_compress.opening.naming import unrun
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
@@ -278,7 +279,7 @@ def _explained(info: TensorInfo, family: Family, config: Mapping[str, Any]) -> T
     if match is not None and int(match[1]) >= layers:
         further = max((setting(config, key) or 0 for key in NEXT_TOKEN_KEYS), default=0)
         if int(match[1]) < layers + further:
-            return info
+            return unrun(info, match[2], family, config[count_key(family, config)])
         raise SourceError(
             f"{info.file}: {shown(name)} is of a layer that config.json does not know: "
             f"num_hidden_layers is {layers}, so layers end at {layers - 1}"

@@ -90,6 +90,22 @@ def why_unused(name: str) -> str | None:
     return next((why for why, pattern in _UNUSED.items() if pattern.match(name)), None)
 
 
+def unrun(info: TensorInfo, rest: str, family: Family, count: int) -> TensorInfo:
+    """A tensor of a layer that is not run (multi-token prediction), but may have experts as others
+    have: then it says of which one it is, or which axis runs over all.
+
+    rest  of its name, behind the number of the layer
+    """
+    path = family.expert.partition("{layer}.")[2].partition("{expert}")[0]
+    number, _, projection = rest.removeprefix(path).partition(".")
+    if rest.startswith(path) and number.isascii() and number.isdigit() and projection:
+        return _as(info, "other", expert=int(number))
+    leaf = family.leaves.get(rest)
+    axis = leaf.axis if leaf is not None else None
+    whole = axis is not None and axis < len(info.shape) and info.shape[axis] == count
+    return _as(info, "other", axis=axis if whole else None)
+
+
 class _Namer:
     """Tells tensors by their names, and remembers what each layer has."""
 
@@ -111,7 +127,7 @@ class _Namer:
             raise _no_place(info)
         layer = int(number)
         if layer >= self.layer_count:
-            return self._unrun(info, rest)
+            return unrun(info, rest, self.family, self.count)
         if rest.startswith(self._experts) and rest[len(self._experts)].isdigit():
             return self._expert(info, layer, rest.removeprefix(self._experts))
         leaf = self.family.leaves.get(rest)
@@ -146,21 +162,10 @@ class _Namer:
             self._check_dtype(info, "")
             return _as(info, kind)
         if match := _LAYER_OF_MTP.fullmatch(info.name):
-            return self._unrun(info, match["rest"])
+            return unrun(info, match["rest"], self.family, self.count)
         if why_unused(info.name) or info.name in _HEADS:
             return _as(info, "embedding" if info.name in _HEADS else "other")
         raise _no_place(info)
-
-    def _unrun(self, info: TensorInfo, rest: str) -> TensorInfo:
-        """A tensor of a layer that is not run, but has experts as others have."""
-        leaf = self.family.leaves.get(rest)
-        if rest.startswith(self._experts) and rest[len(self._experts)].isdigit():
-            number = rest.removeprefix(self._experts).partition(".")[0]
-            return _as(info, "other", expert=int(number))
-        fits = leaf is not None and leaf.axis is not None and len(info.shape) > leaf.axis
-        axis = leaf.axis if leaf is not None and fits else None
-        whole = axis is not None and info.shape[axis] == self.count
-        return _as(info, "other", axis=axis if whole else None)
 
     def _check_axis(self, info: TensorInfo, leaf: Leaf) -> None:
         if leaf.axis is None:

@@ -20,7 +20,7 @@ from se_compress.artifacts import (
     ModelSource,
 )
 from se_compress.errors import RecipeError
-from se_compress.model.surgery import behind_decoder
+from se_compress.model.surgery import in_unrun_layers
 from se_compress.opening.config_rules import LEAST_IN_GROUP
 from se_compress.planning.units import Task
 from se_compress.recipe import ExpertName
@@ -213,10 +213,10 @@ def notes(source: ModelSource, count: int, verb: str) -> tuple[str, ...]:
             f"num_experts_per_tok is lowered from {source.top_k} to {top_k}, all that the router "
             "can choose from"
         )
-    if dropped := behind_decoder(source):
+    if unrun := in_unrun_layers(source):
         lines.append(
-            f"{len(dropped)} tensors of layers behind the decoder (multi-token prediction) are left"
-            " out: their experts are not measured, and the config has one number for all layers"
+            f"layers for multi-token prediction are not run, and their experts ({len(unrun)} "
+            "tensors) not measured: they lose those of the same numbers as the last decoder layer"
         )
     return tuple(lines)
 
