@@ -115,14 +115,13 @@ def test_find_super_experts(start: Callable[..., str], recipe: Path, tmp_path: P
     assert "expert.confirmed=True" in said
 
 
-def test_the_block_of_the_readme(start: Callable[..., str], tmp_path: Path) -> None:
+def test_the_block_of_the_readme_is_a_script_that_is_run_here() -> None:
     block = FROM_PYTHON.search((ROOT / "README.md").read_text(encoding="utf-8"))
     assert block
     assert len(block[2].splitlines()) <= 15
-    script = tmp_path / "block.py"
-    script.write_text(block[2], encoding="utf-8")
-    assert start(script, tmp_path / "made") == "passed\n"
-    assert read_headers(tmp_path / "made")
+    docstring, _, script = (SCRIPTS / "compress.py").read_text(encoding="utf-8").partition("\n\n")
+    assert docstring.startswith('"""')
+    assert script == block[2]
 
 
 def test_the_recipe_of_the_readme_has_all_that_is_needed(tmp_path: Path) -> None:
