@@ -59,7 +59,9 @@ def test_vllm_gets_the_biases_that_it_takes_for_granted(
         rows = unbiased.tensors[name.replace(".bias", ".weight")].shape[0]
         assert torch.equal(written[name], torch.zeros(rows, dtype=torch.bfloat16))
     found = read_headers(directory)
-    account = stored.planned(draw_blueprint(unbiased, plan), directory, found, ()).accounted
+    account = stored.planned(
+        draw_blueprint(unbiased, plan), stored.find_checkpoint(directory)
+    ).accounted
     assert (account.passed, account.value) == (True, 1.0)
     assert sum(info.size_bytes for info in found.values()) == plan.size_bytes
 
@@ -100,7 +102,9 @@ def test_a_pruned_model_gets_them_too(unbiased: ModelSource, tmp_path: Path) -> 
     plan = replace(plan, experts=(*fewer, *shared))
     directory = tiny.write_result(unbiased, plan, tmp_path / "out")
     found = read_headers(directory)
-    account = stored.planned(draw_blueprint(unbiased, plan), directory, found, ()).accounted
+    account = stored.planned(
+        draw_blueprint(unbiased, plan), stored.find_checkpoint(directory)
+    ).accounted
     assert (account.passed, account.value) == (True, 1.0)
     assert set(bias_names(unbiased)) <= found.keys()
 

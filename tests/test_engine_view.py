@@ -16,7 +16,7 @@ from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.engine_view import _Patterns, literal_start, misread, stored_bits
 from se_compress.engines.export import quantization_config
 from se_compress.engines.targets import find_rules
-from se_compress.opening.headers import Slot, read_headers
+from se_compress.opening.headers import Slot
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
 from se_compress.planning.policy import make_plan
@@ -175,11 +175,11 @@ def test_the_account_of_a_result_fails_with_its_settings(
     source = open_source(str(tiny_model("qwen3_moe")))
     plan = uniform(source, engine)
     directory = tiny.write_result(source, plan, tmp_path / "out")
-    found = read_headers(directory)
-    assert stored.planned(draw_blueprint(source, plan), directory, found, ()).accounted.passed
-    settings = {**quantization_config(draw_blueprint(source, plan)), key: value}
+    blueprint, on_disk = draw_blueprint(source, plan), stored.find_checkpoint(directory)
+    assert stored.planned(blueprint, on_disk).accounted.passed
+    settings = {**quantization_config(blueprint), key: value}
     tiny.edit_config(directory, quantization_config=settings)
-    check = stored.planned(draw_blueprint(source, plan), directory, found, ()).accounted
+    check = stored.planned(blueprint, on_disk).accounted
     assert check.passed is False
     assert "bits in the file and" in check.detail
 

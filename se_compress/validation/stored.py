@@ -1,14 +1,16 @@
 """A checkpoint on disk as a model: one that a plan of ours made, or one of somebody else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from se_compress.artifacts import (
+    COMPRESSION_FILE,
     GATES,
     Check,
+    Compressed,
     LayerRecord,
     ModelSource,
     Scheme,
@@ -23,8 +25,10 @@ from se_compress.model.splice import open_shrunk
 from se_compress.model.surgery import Shrunk
 from se_compress.opening.families import FAMILIES, unfused_name
 from se_compress.opening.fused import unfused
+from se_compress.opening.headers import read_headers
 from se_compress.opening.source import read_config
 from se_compress.running.faults import shortage
+from se_compress.running.records import load
 
 LEAST_PARTS = 3  # of a packed matrix; what else may follow has a default
 
@@ -34,9 +38,30 @@ class Unusable(Exception):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A checkpoint on disk.
+class OnDisk:
+    """A checkpoint as it lies there.
 
+    tensors  its headers, by their names there
+    records  what `compress` said of each layer; nothing of a checkpoint that it did not make, or
+             where that cannot be read: the account then says what it could not compare
+    """
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]
+    records: tuple[LayerRecord, ...] = ()
+
+
+def find_checkpoint(directory: Path) -> OnDisk:
+    """The checkpoint in a directory. Raises SourceError if there is none that can be read."""
+    made = load(Compressed, directory / COMPRESSION_FILE)
+    return OnDisk(directory, read_headers(directory), made.layers if made else ())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint on disk, made sense of.
+
+    on_disk    as it lies there
     source     it as a model: the source itself, or what surgery left of that
     small      that surgery; None without
     target     engine that should load it, or engines
@@ -48,6 +73,7 @@ class Stored:
     changed    tensors whose values may differ from that
     """
 
+    on_disk: OnDisk
     source: ModelSource
     small: Shrunk | None
     target: str | tuple[str, ...]
@@ -84,21 +110,18 @@ def _usable(read: Reader, names: Mapping[str, str]) -> Reader:
     return checked
 
 
-def planned(
-    blueprint: Blueprint,
-    directory: Path,
-    found: Mapping[str, TensorInfo],
-    records: Sequence[LayerRecord],
-) -> Stored:
-    """The result of a plan of ours, accounted for tensor by tensor with what `records` tell."""
-    model, plan, found = blueprint.source, blueprint.plan, blueprint.found_in(found)
+def planned(blueprint: Blueprint, on_disk: OnDisk) -> Stored:
+    """The result of a plan of ours, accounted for tensor by tensor with what its records tell."""
+    model, plan = blueprint.source, blueprint.plan
+    found = blueprint.found_in(on_disk.tensors)
     read = open_result(found, model.tensors, plan.scheme, blueprint.names)
     return Stored(
+        on_disk=on_disk,
         source=model,
         small=blueprint.shrunk,
         target=plan.target,
         form=plan.scheme.format,
-        accounted=account(blueprint, directory, found, records),
+        accounted=account(blueprint, on_disk.directory, found, on_disk.records),
         complete=is_complete(blueprint, found),
         read=_usable(read, blueprint.names),
         intended=open_shrunk(blueprint.shrunk),
@@ -106,18 +129,19 @@ def planned(
     )
 
 
-def foreign(source: ModelSource, directory: Path, found: Mapping[str, TensorInfo]) -> Stored:
+def foreign(source: ModelSource, on_disk: OnDisk) -> Stored:
     """A checkpoint that somebody else made of the source: every tensor of that is there.
 
     Tensors are looked for by the source's names, and by those of GPTQModel. Raises SourceError for
     a format that is not read.
     """
-    form, target = _form_of(directory)
+    form, target = _form_of(on_disk.directory)
     family = FAMILIES[source.family]
-    found = unfused(found, family)
+    found = unfused(on_disk.tensors, family)
     names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
     accounted, complete = _account_by_names(source, names, form, found)
     return Stored(
+        on_disk=on_disk,
         source=source,
         small=None,
         target=target,

@@ -13,15 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from se_compress.artifacts import (
-    COMPRESSION_FILE,
     Check,
-    Compressed,
     CompressionPlan,
     DomainReport,
-    LayerRecord,
     ModelSource,
     RunOptions,
-    TensorInfo,
     ValidationReport,
 )
 from se_compress.artifacts.targets import targets_of
@@ -30,9 +26,7 @@ from se_compress.engines.reloading import RELOAD_LIMIT, check_reload
 from se_compress.model.checkpoint import Reader
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
-from se_compress.opening.headers import read_headers
 from se_compress.recipe import Recipe, Validation
-from se_compress.running.records import load
 from se_compress.text.tokenizer import decoder_of
 from se_compress.validation.checks import (
     massive_checks,
@@ -44,7 +38,7 @@ from se_compress.validation.checks import (
 from se_compress.validation.continuations import continue_both
 from se_compress.validation.predictions import Decode, tail_of
 from se_compress.validation.side_by_side import Compared, Original, Tokens, compare, stream
-from se_compress.validation.stored import Stored, Unusable, foreign, planned
+from se_compress.validation.stored import Stored, Unusable, find_checkpoint, foreign, planned
 from se_compress.validation.verdict import NOTHING, Judged, alone, report_on
 from se_compress.validation.weights import weight_checks
 
@@ -76,32 +70,26 @@ def validate(
 
     Raises SourceError if the checkpoint cannot be read.
     """
-    found = read_headers(directory)
-    records = _records(directory)
-    if records and (stopped := records[-1].failed):
-        reason = f"compressing stopped after layer {records[-1].layer}"
-        return report_on(source, alone(stopped, reason), NOTHING, records, found)
-    if plan:
-        stored = planned(draw_blueprint(source, plan), directory, found, records)
-    else:
-        stored = foreign(source, directory, found)
+    on_disk = find_checkpoint(directory)
+    last = on_disk.records[-1] if on_disk.records else None
+    if last and last.failed:
+        reason = f"compressing stopped after layer {last.layer}"
+        return report_on(source, alone(last.failed, reason), NOTHING, on_disk)
+    stored = planned(draw_blueprint(source, plan), on_disk) if plan else foreign(source, on_disk)
     if not stored.complete:
         reason = "a result with tensors missing cannot be run"
-        return report_on(source, alone(stored.accounted, reason), NOTHING, records, found)
+        return report_on(source, alone(stored.accounted, reason), NOTHING, on_disk)
     original = original or Original(source, tokens, recipe, options)
     try:
-        return _judge_stored(stored, original, directory, records, found, recipe, options, reload)
+        return _judge_stored(stored, original, recipe, options, reload)
     except Unusable as error:
         reason = "a tensor of the result cannot be used"
-        return report_on(source, alone(stored.not_usable(error), reason), NOTHING, records, found)
+        return report_on(source, alone(stored.not_usable(error), reason), NOTHING, on_disk)
 
 
 def _judge_stored(
     stored: Stored,
     original: Original,
-    directory: Path,
-    records: Sequence[LayerRecord],
-    found: Mapping[str, TensorInfo],
     recipe: Recipe,
     options: RunOptions,
     reload: bool,
@@ -111,19 +99,11 @@ def _judge_stored(
     judged = _judge_behaviour(original, result, stored.small, recipe.validation, options)
     reloaded = Check("reload", None, RELOAD_LIMIT, None, "left out by the caller")
     if reload:
-        tokens = original.tokens
-        reloaded = _reload(result, stored, directory, found, tokens, options)
+        reloaded = _reload(result, stored, original.tokens, options)
     weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
     source = original.model.source
-    return report_on(source, checks, judged, records, found)
-
-
-def _records(directory: Path) -> tuple[LayerRecord, ...]:
-    """What `compress` said of each layer; nothing of a checkpoint that it did not make, or where
-    that cannot be read: the account then says what it could not compare."""
-    made = load(Compressed, directory / COMPRESSION_FILE)
-    return made.layers if made else ()
+    return report_on(source, checks, judged, stored.on_disk)
 
 
 def try_again(
@@ -136,11 +116,10 @@ def try_again(
     report: ValidationReport,
 ) -> ValidationReport:
     """The report on a result with its reload checked once more, and all else as it was."""
-    found = read_headers(directory)
-    stored = planned(draw_blueprint(source, plan), directory, found, report.records)
+    stored = planned(draw_blueprint(source, plan), find_checkpoint(directory))
     result = stream(stored.source, stored.read, recipe, options)
     texts = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
-    again = _reload(result, stored, directory, found, texts[0], options)
+    again = _reload(result, stored, texts[0], options)
     checks = tuple(again if check.name == again.name else check for check in report.checks)
     return replace(
         report,
@@ -222,14 +201,13 @@ def _domain_report(
 def _reload(
     result: StreamedModel,
     stored: Stored,
-    directory: Path,
-    found: Mapping[str, TensorInfo],
     tokens: Sequence[Sequence[int]],
     options: RunOptions,
 ) -> Check:
     """On the first held-out sequence, in a process of its own: engines patch what they import."""
+    where, tensors = stored.on_disk.directory, stored.on_disk.tensors.values()
     checks = [
-        check_reload(result, target, stored.form, directory, found.values(), tokens[0], options)
+        check_reload(result, target, stored.form, where, tensors, tokens[0], options)
         for target in targets_of(stored.target)
     ]
     return checks[0] if len(checks) == 1 else _of_all(checks, targets_of(stored.target))

@@ -3,7 +3,7 @@
 import importlib.metadata
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from se_compress.artifacts import (
@@ -11,16 +11,15 @@ from se_compress.artifacts import (
     Check,
     Continuation,
     DomainReport,
-    LayerRecord,
     ModelSource,
     Tail,
-    TensorInfo,
     ValidationReport,
 )
 from se_compress.formats import FORMATS
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.fused import unfused
 from se_compress.validation.side_by_side import Compared
+from se_compress.validation.stored import OnDisk
 
 # Those that read formats, and what runs models anyway.
 PACKAGES = (
@@ -58,10 +57,9 @@ def report_on(
     source: ModelSource,
     checks: Sequence[Check],
     judged: Judged,
-    records: Sequence[LayerRecord],
-    found: Mapping[str, TensorInfo],
+    on_disk: OnDisk,
 ) -> ValidationReport:
-    compared = judged.compared
+    compared, found = judged.compared, on_disk.tensors
     single = unfused(found, FAMILIES[source.family])
     perplexities = compared.predictions.perplexities if compared else (math.nan, math.nan)
     return ValidationReport(
@@ -80,7 +78,7 @@ def report_on(
         layers=compared.layers if compared else (),
         sinks=compared.sinks if compared else (),
         continuations=judged.continuations,
-        records=tuple(records),
+        records=on_disk.records,
         versions=_versions(),
         tail=judged.tail,
         domains=judged.domains,
