@@ -179,6 +179,8 @@ class Preview:
     curve      what other budgets would buy
     shortage   what the disk here lacks for the run; "" if nothing
     cautions   what is doubtful in the recipe
+    serving    how each target serves the result, a sentence each
+    finest     what the target's granularity costs beside the finest one; "" if nothing is known
     """
 
     source: ModelSource
@@ -187,3 +189,5 @@ class Preview:
     curve: tuple[CurvePoint, ...]
     shortage: str = ""
     cautions: tuple[str, ...] = ()
+    serving: tuple[str, ...] = ()
+    finest: str = ""

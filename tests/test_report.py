@@ -520,9 +520,6 @@ def test_card_says_how_to_load() -> None:
     assert "GPTQModel.load(path)" in body
     assert "starts them at random" in body
     assert "vLLM and SGLang do\nnot load experts of different widths" in body
-    _, body = card(target="transformers")
-    assert "AutoModelForCausalLM.from_pretrained(path" in body
-    assert "GPTQModel" not in body
 
 
 @pytest.mark.parametrize(
@@ -531,7 +528,10 @@ def test_card_says_how_to_load() -> None:
         ("vllm", "compressed-tensors", "vllm serve ."),
         ("vllm", "source", "vllm serve ."),
         ("sglang", "compressed-tensors", "python -m sglang.launch_server --model-path ."),
-        ("transformers", "auto-round", "pip install auto-round"),
+        ("vllm-cpu", "compressed-tensors", "python -m vllm.entrypoints.openai.api_server"),
+        ("transformers", "auto-round", "pip install auto-round`"),
+        ("transformers", "auto-round-gptq", "pip install auto-round`"),
+        ("transformers", "auto-round", "AutoModelForCausalLM.from_pretrained(path"),
         ("transformers", "bitsandbytes", "import se_compress"),
     ],
 )
@@ -542,7 +542,7 @@ def test_card_says_how_each_engine_loads_it(target: str, file_format: str, said:
     loading = text.split("## How to load it")[1].split("## How it was made")[0]
     assert said in loading
     assert "GPTQModel" not in loading
-    assert ("one width" in loading) == (file_format == "compressed-tensors")
+    assert ("one width per layer" in loading) == (file_format == "compressed-tensors")
 
 
 def test_card_of_a_bitsandbytes_file() -> None:

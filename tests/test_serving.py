@@ -1,13 +1,16 @@
 """An activation that float16 does not hold is told, with a way to serve the model all the same."""
 
+import importlib
 from dataclasses import replace
 
 import artefacts_example as example
+import click
 import pytest
 import tiny
 
 from se_compress.artifacts import ExpertProfile, ModelSource
-from se_compress.engines.serving import float16_notes
+from se_compress.artifacts.targets import ENGINES
+from se_compress.engines.serving import Serving, float16_notes, serving_of
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import cautions_of, make_plan
 
@@ -100,3 +103,61 @@ def test_a_plan_from_a_file_gets_the_warning_once(source: ModelSource) -> None:
     assert told.notes[:-1] == plan.notes
     assert "65,504" in told.notes[-1]
     assert told.noting(cautions_of(told, source, with_peak(1e6))) == told
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+def served(source: ModelSource, target: object, **sections: object) -> dict[str, Serving]:
+    settings: dict[str, object] = {
+        "policy": {"bits": 4, "protect": "none"},
+        "quantization": {"method": "rtn", "group_size": 32},
+        **sections,
+    }
+    plan = make_plan(source, None, tiny.recipe("m", target=target, **settings))
+    return {one.target: one for one in serving_of(plan, "out/x")}
+
+
+def test_each_target_of_a_list_has_its_command(source: ModelSource) -> None:
+    found = served(source, ["gptqmodel", "vllm", "sglang"])
+    assert {target: one.command for target, one in found.items()} == {
+        "gptqmodel": "",
+        "vllm": "vllm serve out/x",
+        "sglang": "python -m sglang.launch_server --model-path out/x --quantization humming",
+    }
+    assert found["vllm"].needs == ("4 bits: NVIDIA GPU (Marlin; Humming)",)
+    assert found["gptqmodel"].sentence == (
+        "gptqmodel (GPTQModel 7.6; run on a CPU) loads gptq, one width per projection; 4 bits: any "
+        "machine"
+    )
+    assert "read in its code, not run" in found["sglang"].sentence
+
+
+def test_several_widths_in_a_gptq_file_ask_vllm_for_humming(source: ModelSource) -> None:
+    policy = {"bits": 4, "protect": [{"layer": 1, "expert": 0}], "lift_layers": True}
+    found = served(source, ["gptqmodel", "vllm"], policy=policy)
+    assert found["vllm"].command == "vllm serve out/x --quantization humming"
+    plain = served(source, "vllm", policy=policy)
+    assert plain["vllm"].command == "vllm serve out/x"
+
+
+def test_a_width_says_what_it_needs(source: ModelSource) -> None:
+    policy = {"bits": 3, "protect": "none", "other_bits": 8}
+    found = served(source, "vllm", policy=policy)
+    assert found["vllm"].needs == (
+        "8 bits: NVIDIA or AMD GPU (Marlin, Triton, Humming)",
+        "3 bits: NVIDIA GPU of SM75 or later (Humming)",
+    )
+
+
+def test_transformers_own_command_line_takes_the_command() -> None:
+    """vLLM and SGLang are in no environment of ours: tools/vllm_check.py asks vLLM's parser."""
+    command = importlib.import_module("transformers.cli.transformers").app
+    program, name, *words = ENGINES["transformers"].serve.format(model="out/x").split()
+    assert program == "transformers"
+    assert isinstance(command, click.Group)
+    serve = command.commands[name]
+    context = serve.make_context(name, words, resilient_parsing=False)
+    assert context.params["force_model"] == "out/x"
+    with pytest.raises(click.ClickException):
+        serve.make_context(name, [*words, "--no-such-flag"])

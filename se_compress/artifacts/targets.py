@@ -26,6 +26,8 @@ class Engine:
     loader          what loads them here, to see whether they can be (reload.py)
     stands_in       the loader is not the engine itself, which is not run here
     in_bfloat16     how a user asks it for bfloat16
+    serve           the command that serves a directory, {model}, over HTTP; "" for an engine that
+                    has none
     biased          config keys of attention biases that it takes for true, whatever they say: where
                     they are false the result gets biases of zero, and the key is true
     asks_for        keys of config.json without which it fails, or computes something else: written
@@ -40,6 +42,7 @@ class Engine:
     biased: tuple[str, ...] = ()
     asks_for: tuple[str, ...] = ()
     fuses: bool = False
+    serve: str = ""
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,12 @@ _AS_IT_IS = TargetRules(
 _ROUTER_KEYS = ("topk_method", "scoring_func")
 ENGINES: Mapping[str, Engine] = {
     "gptqmodel": Engine("gptqmodel", False, "GPTQModel.load(..., dtype=torch.bfloat16)"),
-    "transformers": Engine("transformers", False, "from_pretrained(..., dtype=torch.bfloat16)"),
+    "transformers": Engine(
+        "transformers",
+        False,
+        "from_pretrained(..., dtype=torch.bfloat16)",
+        serve="transformers serve {model}",
+    ),
     # vLLM 0.32 gives every Qwen2-MoE biases of q, k and v (models/qwen2_moe.py) and leaves them
     # uninitialised if the checkpoint has none: every logit is NaN, without an error.
     "vllm": Engine(
@@ -249,6 +257,7 @@ ENGINES: Mapping[str, Engine] = {
         biased=("qkv_bias",),
         asks_for=_ROUTER_KEYS,
         fuses=True,
+        serve="vllm serve {model}",
     ),
     "vllm-cpu": Engine(
         "transformers",
@@ -257,6 +266,8 @@ ENGINES: Mapping[str, Engine] = {
         biased=("qkv_bias",),
         asks_for=_ROUTER_KEYS,
         fuses=True,
+        # `vllm serve` asks for a package named vllm, and ends.
+        serve="python -m vllm.entrypoints.openai.api_server --model {model}",
     ),
     "sglang": Engine(
         "transformers",
@@ -264,6 +275,7 @@ ENGINES: Mapping[str, Engine] = {
         in_bfloat16="--dtype bfloat16",
         asks_for=_ROUTER_KEYS,
         fuses=True,
+        serve="python -m sglang.launch_server --model-path {model}",
     ),
 }
 # For a target, method and symmetry the first row that holds them is taken.

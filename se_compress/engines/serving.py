@@ -1,4 +1,5 @@
-"""What a model's activations ask of the dtype that it is served in. No torch.
+"""How a result is served: the command of each engine, and what a model's activations ask of the
+dtype. No torch.
 
 Float16 ends at 65,504. An activation beyond it is infinite in float16, and NaN one layer later; a
 massive one is what the model's attention sinks hang on, and sits in every prompt. Nothing of this
@@ -12,10 +13,69 @@ obstacle: they multiply weights.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from se_compress.artifacts import CompressionPlan, ExpertProfile, ModelSource
-from se_compress.artifacts.targets import ENGINES, targets_of
-from se_compress.engines.targets import rules_of
+from se_compress.artifacts.targets import ENGINES, Need, TargetRules, targets_of
+from se_compress.engines.targets import rows_of, rules_of
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How one engine serves a result.
+
+    target   the engine
+    versions for which this holds
+    loads    what it takes a width of, and the format of the file
+    needs    what the widths in the file ask of the machine, a part each
+    command  that serves it over HTTP; "" if the engine has none
+    proven   what was run of such files; "" if the engine's code was read only
+    """
+
+    target: str
+    versions: str
+    loads: str
+    needs: tuple[str, ...]
+    command: str
+    proven: str
+
+    @property
+    def sentence(self) -> str:
+        proof = f"run {self.proven}" if self.proven else "read in its code, not run"
+        parts = (
+            f"{self.target} ({self.versions}; {proof}) loads {self.loads}",
+            *self.needs,
+            self.command,
+        )
+        return "; ".join(filter(None, parts))
+
+
+def serving_of(plan: CompressionPlan, model: str = ".") -> tuple[Serving, ...]:
+    """How each target of a plan serves its result, which lies in the directory `model`."""
+    return tuple(_serving(plan, rules, model) for rules in rows_of(plan))
+
+
+def _serving(plan: CompressionPlan, rules: TargetRules, model: str) -> Serving:
+    used = {bits for d in plan.experts for bits in (d.bits, d.down_bits) if bits is not None}
+    used |= {decision.bits for decision in plan.others}
+    routed = {d.bits for d in plan.experts if d.expert != "shared" and d.bits is not None}
+    needs = [need for need in rules.needs if not need.widths or used & {*need.widths}]
+    flags = (need.flag for need in needs if not need.mixed or len(routed) > 1)
+    command = ENGINES[rules.target].serve.format(model=model)
+    return Serving(
+        rules.target,
+        rules.versions,
+        f"{rules.format}, one width per {rules.granularity}" if rules.widths else "16 bits",
+        tuple(_asked(need, used) for need in needs),
+        " ".join([command, *dict.fromkeys(filter(None, flags))]) if command else "",
+        rules.proven,
+    )
+
+
+def _asked(need: Need, used: set[int]) -> str:
+    widths = ", ".join(str(bits) for bits in need.widths if bits in used)
+    return f"{widths} bits: {need.hardware}" if widths else need.hardware
+
 
 FLOAT16_LARGEST = 65504.0
 HEADROOM = 2.0

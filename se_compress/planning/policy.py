@@ -116,6 +116,34 @@ def predicted_loss(plan: CompressionPlan, profile: ExpertProfile) -> float:
     return total
 
 
+def price_of_granularity(
+    source: ModelSource, profile: ExpertProfile | None, recipe: Recipe, plan: CompressionPlan
+) -> str:
+    """What it costs that the target takes one width per layer or model: beside the finest mix, a
+    width for each projection group of each expert, under the same budget. "" where the target takes
+    that, and before the first profile."""
+    terms = terms_of(recipe)
+    coarse = terms.rules.granularity
+    if profile is None or not terms.rules.widths or coarse == "projection":
+        return ""
+    finer = replace(terms, rules=replace(terms.rules, granularity="projection"))
+    protected = protected_experts(source, profile, recipe)
+    finest = _plan(Task(source, profile, finer, protected))
+    if len(recipe.policy.bits) > 1:
+        here, there = (predicted_loss(one, profile) for one in (plan, finest))
+        return (
+            f"one width per {coarse}: predicted loss {here:.4g}; the finest mix, a width for each "
+            f"projection group, has {there:.4g} within the same budget"
+        )
+    more = plan.bits_per_weight - finest.bits_per_weight
+    if more <= 0:
+        return ""
+    return (
+        f"one width per {coarse}: {more:.3f} bits per expert weight more than the finest mix, "
+        "which keeps the protected experts alone"
+    )
+
+
 def _with_structure(
     task: Task, decisions: Sequence[ExpertDecision], notes: tuple[str, ...]
 ) -> CompressionPlan:

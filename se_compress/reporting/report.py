@@ -25,6 +25,9 @@ from se_compress.artifacts import (
     ValidationReport,
     surprise,
 )
+from se_compress.artifacts.targets import spoken
+from se_compress.engines.serving import serving_of
+from se_compress.formats import FORMATS
 from se_compress.recipe import Recipe, resolved
 from se_compress.reporting.domains import examples_of, rows_of
 from se_compress.reporting.experts_section import TABLE_ROWS, experts_context
@@ -71,7 +74,15 @@ def render_model_card(
         base_model=matter["base_model"],
         on_hub=_hub_id(recipe.model) is not None,
         source_license=source_license,
+        serving=serving_of(plan),
+        package=_package(plan),
     )
+
+
+def _package(plan: CompressionPlan) -> str:
+    """What transformers needs to unpack the plan's format; "" for nothing."""
+    form = FORMATS.get(plan.scheme.format)
+    return form.package.replace("_", "-") if form else ""
 
 
 def _shared_context(
@@ -84,6 +95,7 @@ def _shared_context(
         "recipe": recipe,
         "profile": profile,
         "plan": plan,
+        "target": spoken(plan.target),
         "validation": validation,
         "gates": gates,
         "verdict": judge(gates, validation),
