@@ -34,10 +34,12 @@ from se_compress.pipeline import (
 )
 from se_compress.profile_mode import profile_only
 from se_compress.recipe import read_recipe, recipe_of
-from se_compress.request import Request
+from se_compress.request import Outcome, Request
 from se_compress.running.faults import foreseen
 from se_compress.running.places import profiled
 from se_compress.screen import Screen, surviving
+from se_compress.tracking import tracked
+from se_compress.uploading import check_hub, push
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -82,6 +84,13 @@ def _command(
         bool,
         typer.Option("--keep-remote-code", help="The result keeps auto_map and the code it names."),
     ] = False,
+    mlflow: Annotated[
+        str | None, typer.Option(metavar="URI", help="Log the run there; needs the extra mlflow.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload a result that passed (private if new)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result line only.")] = False,
     verbose: Annotated[
@@ -126,6 +135,10 @@ def _command(
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")
     if profile and (plan is not None or dry_run or validate is not None):
         raise RecipeError("--profile: goes with none of --plan, --dry-run and --validate")
+    if (mlflow or push_to_hub) and (dry_run or validate is not None):
+        raise RecipeError("--mlflow, --push-to-hub: go with neither --dry-run nor --validate")
+    if push_to_hub and (profile or checked.variants):
+        raise RecipeError("--push-to-hub: takes one result, so neither --profile nor variants")
     if dry_run:
         previews = preview_variants(request) if checked.variants else {"": preview(request)}
         result, show = run_result.planned(previews), partial(screen.show_previews, previews)
@@ -139,15 +152,30 @@ def _command(
         show = partial(screen.show_validation, report, judged, place)
     elif profile:
         place = profiled(request.output) if output is None else _path("--output", output)
-        with _hushed(verbose), screen.progress(signals.stopped) as progress:
+        with (
+            _hushed(verbose),
+            tracked(mlflow, checked, screen.notice) as log,
+            screen.progress(signals.stopped) as progress,
+        ):
             options = RunOptions(device=_device(device), progress=progress)
             measured = profile_only(replace(request, options=options), place)
+            log(measured)
         result, show = run_result.profiled(measured), partial(screen.show_profiles, measured)
     else:
-        with _hushed(verbose), screen.progress(signals.stopped) as progress:
+        if push_to_hub:
+            check_hub(push_to_hub)
+        with (
+            _hushed(verbose),
+            tracked(mlflow, checked, screen.notice) as log,
+            screen.progress(signals.stopped) as progress,
+        ):
             options = RunOptions(device=_device(device), progress=progress)
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
+            log(outcome)
+        if push_to_hub and isinstance(outcome, Outcome) and outcome.published:
+            with _hushed(verbose):
+                screen.notice(f"uploaded to {push(outcome, push_to_hub)}")
         result, show = run_result.finished(outcome), partial(screen.show_result, outcome)
     return _tell(result, show, json)
 

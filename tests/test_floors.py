@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("profiling", "planning", "compression", "validation", "reporting"),
     ("reuse",),
-    ("pipeline", "profile_mode"),
+    ("pipeline", "profile_mode", "tracking", "uploading"),
     ("tables",),
     ("screen", "run_result"),
     ("cli", "__main__", ""),
@@ -38,7 +38,7 @@ MODULES = {
 LIGHT_ROOMS = {
     "", "artifacts", "cli", "errors", "formats", "opening", "pipeline", "planning",
     "profile_mode", "recipe", "recipe_file", "reporting", "request", "reuse", "run_result",
-    "running", "screen", "signals", "tables",
+    "running", "screen", "signals", "tables", "tracking", "uploading",
 }  # fmt: skip
 LIGHT_MODULES = {
     "engines.bare", "engines.blueprint", "engines.engine_view", "engines.export",

@@ -1,22 +1,19 @@
-"""Log results of se-compress with MLflow: parameters, metrics, and the reports as artefacts.
+"""Log finished results of se-compress with MLflow, as `--mlflow` does while it runs:
 
     python tools/log_to_mlflow.py out/quickstart --experiment smollm2-moe
     python tools/log_to_mlflow.py out/protected-vs-naive --tracking-uri sqlite:///mlflow.db
 
 DIRECTORY is a finished result, or the output of a recipe with variants: then each variant is a run.
-Weights are not logged. Needs `mlflow` or `mlflow-skinny`, which se-compress itself does not.
+Weights are not logged. Needs the extra `mlflow`.
 """
 
 import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import mlflow
+from mlflow import MlflowClient
 
-OURS = "se_compress"
-REPORTS = ("report.html", "validation.json", "plan.json", "recipe.yaml")
+from se_compress.artifacts import OURS
+from se_compress.tracking import begin_in, experiment_id, log_outcome
 
 
 def results_in(directory: Path) -> list[Path]:
@@ -29,31 +26,6 @@ def results_in(directory: Path) -> list[Path]:
     return found
 
 
-def metrics_of(validation: dict[str, Any], plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every number that a person would compare; checks that were not run have none."""
-    for check in validation["checks"]:
-        if check["value"] is not None:
-            yield check["name"], check["value"]
-    for key in ("perplexity_source", "perplexity_result", "size_bytes", "source_size_bytes"):
-        yield key, validation[key]
-    yield "bits_per_weight", plan["bits_per_weight"]
-
-
-def log_result(result: Path) -> str:
-    """One MLflow run for one result; returns the run's id."""
-    ours = result / OURS
-    validation = json.loads((ours / "validation.json").read_text(encoding="utf-8"))
-    plan = json.loads((ours / "plan.json").read_text(encoding="utf-8"))
-    settings = json.loads((ours / "run.json").read_text(encoding="utf-8"))
-    with mlflow.start_run(run_name=result.name) as run:
-        mlflow.log_params({key.replace("'", ""): str(value) for key, value in settings.items()})
-        mlflow.log_metrics(dict(metrics_of(validation, plan)))
-        mlflow.set_tags({"passed": str(validation["passed"]), "target": plan["target"]})
-        for name in REPORTS:
-            mlflow.log_artifact(str(ours / name), OURS)
-    return str(run.info.run_id)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Log results of se-compress with MLflow.")
     parser.add_argument("directory", type=Path)
@@ -61,11 +33,13 @@ def main() -> None:
     parser.add_argument("--tracking-uri", help="default: what MLFLOW_TRACKING_URI says")
     arguments = parser.parse_args()
     results = results_in(arguments.directory)
-    if arguments.tracking_uri:
-        mlflow.set_tracking_uri(arguments.tracking_uri)
-    mlflow.set_experiment(arguments.experiment)
+    client = MlflowClient(tracking_uri=arguments.tracking_uri)
+    experiment = experiment_id(client, arguments.experiment)
     for result in results:
-        print(f"{result}: run {log_result(result)}")
+        tracker = begin_in(client, experiment, result.name)
+        log_outcome(tracker, result)
+        client.set_terminated(tracker.run, "FINISHED")
+        print(f"{result}: run {tracker.run}")
 
 
 if __name__ == "__main__":
