@@ -46,11 +46,12 @@ def push(outcome: Outcome, repository: str) -> str:
     Raises ResourceError; the result stays where it is.
     """
     from httpx import HTTPError
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, close_session
     from huggingface_hub.errors import HfHubHTTPError
 
     if not outcome.published:
         raise RuntimeError("a rejected result is not uploaded; this is a bug")
+    close_session()  # that which read model and text has little patience (`hub.bound_waiting`)
     try:
         made = HfApi().create_repo(repository, private=True, exist_ok=True)
         HfApi().upload_folder(

@@ -169,11 +169,12 @@ PUSH = """
 import sys
 from pathlib import Path
 from se_compress.request import Outcome
-from se_compress.running.manifest import write_list
+from se_compress.running.manifest import _ALWAYS, write_list
 from se_compress.uploading import push
 from artefacts_example import example_plan, example_profile, example_validation
 (Path("out") / "se_compress").mkdir(parents=True)
-(Path("out") / "config.json").write_text("{}")
+for name in (*_ALWAYS, "model.safetensors"):
+    (Path("out") / name).write_text("{}")
 write_list(Path("out"), lambda *step: None)
 push(Outcome(Path("out"), example_profile(), example_plan(), example_validation()), "me/small")
 """
