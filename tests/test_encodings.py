@@ -150,6 +150,22 @@ def test_scales_of_a_tensor_a_row_or_a_block(
     )
 
 
+@pytest.mark.parametrize("where", ["top", "language model"])
+def test_a_composite(tiny_type: TinyModel, tmp_path: Path, where: str) -> None:
+    """The settings stand on top, or with those of the language model."""
+    path = source_formats.write("fp8", tiny_type("qwen3_5_moe_text"), tmp_path / "fp8", 16)
+    text = json.loads((path / "config.json").read_text())
+    settings = text.pop("quantization_config")
+    config = {"model_type": "qwen3_5_moe", "text_config": text}
+    (text if where == "language model" else config)["quantization_config"] = settings
+    (path / "config.json").write_text(json.dumps(config))
+    source = open_source(str(path))
+    assert "quantization_config" not in {**source.config, **source.config["text_config"]}
+    read, expected = open_tensors(source.tensors), slow(path)
+    assert all(torch.equal(read(name), expected[name]) for name in source.tensors)
+    assert any(info.stored for info in source.tensors.values())
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 

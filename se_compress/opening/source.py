@@ -40,7 +40,7 @@ def open_source(
     file = str(path / "config.json")
     found = read_config(path)
     family = families.family_of(found, str(path))
-    packing = packing_of(found, file)
+    packing = packing_of(found, file) or packing_of(families.text_of(found), file)
     said, key = as_known(found), families.text_key(found)
     text = settle(take_values(families.text_of(said), file), family, file)
     said = config = {**said, key: text} if key else dict(text)
@@ -49,8 +49,8 @@ def open_source(
     if packing is not None:
         tensors = decoded(headers, packing, file)
         # Of the files, and not of the model that is read from them.
-        config = {name: value for name, value in said.items() if name != SETTINGS_KEY}
-        text = dict(families.text_of(config))
+        text = _without_settings(text)
+        config = {**_without_settings(said), key: text} if key else text
     check_rules(text, family, len(headers), file)
     tensors, prefix = _accounted(unfused(tensors, family), family, text, path)
     layers = families.moe_layers(text) if family.exact else _layers_with_experts(tensors)
@@ -70,6 +70,10 @@ def open_source(
         text_key=key,
         prefix=prefix,
     )
+
+
+def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != SETTINGS_KEY}
 
 
 def as_known(config: Mapping[str, Any]) -> dict[str, Any]:
