@@ -30,7 +30,13 @@ from se_compress.errors import RecipeError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
-from se_compress.planning.policy import cautions_of, curve_of, make_plan, price_of_granularity
+from se_compress.planning.policy import (
+    cautions_of,
+    curve_of,
+    make_plan,
+    price_of_granularity,
+    task_of,
+)
 from se_compress.planning.terms import terms_of
 from se_compress.recipe import Recipe
 from se_compress.recipe_file import PLAN_BYTES, read_text
@@ -253,13 +259,13 @@ def _preview(request: Request, source: ModelSource) -> Preview:
     fitting = (p for p in profiles if p.source_digest == source.digest and wanted <= p.widths)
     profile = next(fitting, None)
     plan = _plan(source, profile, request)
-    curve = () if request.plan_file else curve_of(source, profile, request.recipe, plan)
     cautions = (*cautions_before(request.recipe), *domain_cautions(plan, request.recipe))
     serving = tuple(one.sentence for one in serving_of(plan, request.recipe.output))
-    finest = ""
-    if not request.plan_file:
-        finest = price_of_granularity(source, profile, request.recipe, plan)
-    return Preview(source, plan, profile, curve, "", cautions, serving, finest)
+    found = Preview(source, plan, profile, (), "", cautions, serving, "")
+    if request.plan_file:
+        return found
+    task = task_of(source, profile, request.recipe)
+    return replace(found, curve=curve_of(task, plan), finest=price_of_granularity(task, plan))
 
 
 def _check_request(request: Request, source: ModelSource) -> None:

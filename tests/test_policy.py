@@ -35,7 +35,7 @@ from se_compress.model.checkpoint import reserve
 from se_compress.opening.headers import lay_out, read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
-from se_compress.planning.policy import curve_of, make_plan
+from se_compress.planning.policy import curve_of, make_plan, task_of
 from se_compress.recipe import Recipe
 
 HIDDEN, WIDTH, SHARED = 64, 32, 96
@@ -445,7 +445,7 @@ def test_no_leave_is_needed_where_nothing_is_lifted() -> None:
 def test_a_curve_can_be_drawn_where_layers_are_lifted() -> None:
     wanted = recipe(bits=[4, 8], bits_per_weight=10.5, lift_layers=True)
     plan = make_plan(SOURCE, profile(SUPER), wanted)
-    points = curve_of(SOURCE, profile(SUPER), wanted, plan)
+    points = curve_of(task_of(SOURCE, profile(SUPER), wanted), plan)
     four, eight = (p for p in points if len(p.widths) == 1)
     assert four.size_bytes == make(bits=4, lift_layers=True).size_bytes
     assert eight.size_bytes == make(bits=8, lift_layers=True).size_bytes
@@ -482,7 +482,7 @@ def test_the_curve_falls_from_the_least_to_the_most() -> None:
         lambda e: 1.7 ** (EXPERTS * e.layer + e.expert if e.expert != "shared" else 0)
     )
     wanted = recipe(bits=[2, 3, 4], bits_per_weight=5.0)
-    points = curve_of(SOURCE, measured, wanted, make_plan(SOURCE, measured, wanted))
+    points = curve_of(task_of(SOURCE, measured, wanted), make_plan(SOURCE, measured, wanted))
     assert [p.size_bytes for p in points] == sorted(p.size_bytes for p in points)
     uniform = {p.widths[0]: p for p in points if len(p.widths) == 1}
     assert list(uniform) == [2, 3, 4, 8]
@@ -504,7 +504,7 @@ def test_without_a_profile_the_curve_knows_sizes_only() -> None:
         (recipe(bits=[2, 4], bits_per_weight=5.0), [(2,), (3,), (4,), (8,)]),
         (recipe("transformers", quantization={"method": "none"}), []),
     ]:
-        points = curve_of(SOURCE, None, wanted, make_plan(SOURCE, None, wanted))
+        points = curve_of(task_of(SOURCE, None, wanted), make_plan(SOURCE, None, wanted))
         assert [p.widths for p in points] == widths
         assert all(p.predicted_loss is None for p in points)
 

@@ -14,7 +14,7 @@ from se_compress.opening.families import FAMILIES
 from se_compress.opening.headers import INDEX_FILE, Slot, header_bytes, lay_out
 from se_compress.opening.source import open_source
 from se_compress.pipeline import preview
-from se_compress.planning.protection import protected_experts
+from se_compress.planning.policy import task_of
 from se_compress.recipe import Recipe, load_recipe
 from se_compress.request import Request
 
@@ -182,7 +182,7 @@ def test_the_recipe_of_a_published_model_knows_its_super_experts(tmp_path: Path,
     assert (len(source.moe_layers), source.expert_count) == (layers, experts)
     wanted = {ExpertId(layer, expert) for layer, expert in supers}
     assert set(recipe.super_experts.expected_ids) == wanted
-    assert set(protected_experts(source, None, recipe)) == wanted
+    assert task_of(source, None, recipe).protected.keys() == wanted
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "deepseek-v2-lite", "mixtral-8x7b"])

@@ -34,7 +34,9 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
     Raises RecipeError naming `where` and the expert that breaks a rule.
     """
     try:
-        rules = _check_scheme(plan, source)
+        rules = _check_target(plan)
+        if any(decision.action == "quantize" for decision in plan.experts):
+            check_grid(source, rules, plan.scheme)
         _check_complete(plan, source)
         for decision in plan.experts:
             _check_decision(plan, decision, rules)
@@ -54,17 +56,14 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
     )
 
 
-def _check_scheme(plan: CompressionPlan, source: ModelSource) -> TargetRules:
+def _check_target(plan: CompressionPlan) -> TargetRules:
     """The row of the target that the plan is for."""
     known = list(dict.fromkeys(rules.target for rules in TARGETS))
     for name in targets_of(plan.target):
         if name not in known:
             raise RecipeError(f"target {name!r} is not one of {', '.join(known)}")
     scheme = plan.scheme
-    rules = find_rules(plan.target, scheme.method, scheme.format, scheme.symmetric)
-    if any(decision.action == "quantize" for decision in plan.experts):
-        check_grid(source, rules, plan.scheme)
-    return rules
+    return find_rules(plan.target, scheme.method, scheme.format, scheme.symmetric)
 
 
 def _check_complete(plan: CompressionPlan, source: ModelSource) -> None:

@@ -38,12 +38,18 @@ def make_plan(
 ) -> CompressionPlan:
     """The plan for a recipe. Without a profile (a dry run before the first profile) no super expert
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
-    task = Task(source, profile, terms_of(recipe))
-    plan = _plan(replace(task, protected=protected_experts(source, profile, recipe)))
+    task = task_of(source, profile, recipe)
+    plan = _plan(task)
     if profile is not None and plan.protected:
-        plan = replace(plan, rescued=rescued(plan, _plan(task)))
+        plan = replace(plan, rescued=rescued(plan, _plan(replace(task, protected={}))))
     said = (*protection_notes(plan, profile, recipe), *cautions_of(plan, source, profile))
     return plan.noting(said)
+
+
+def task_of(source: ModelSource, profile: ExpertProfile | None, recipe: Recipe) -> Task:
+    """What a recipe asks for a model. Raises RecipeError for what cannot be asked."""
+    task = Task(source, profile, terms_of(recipe))
+    return replace(task, protected=protected_experts(task))
 
 
 def cautions_of(
@@ -116,20 +122,17 @@ def predicted_loss(plan: CompressionPlan, profile: ExpertProfile) -> float:
     return total
 
 
-def price_of_granularity(
-    source: ModelSource, profile: ExpertProfile | None, recipe: Recipe, plan: CompressionPlan
-) -> str:
+def price_of_granularity(task: Task, plan: CompressionPlan) -> str:
     """What it costs that the target takes one width per layer or model: beside the finest mix, a
     width for each projection group of each expert, under the same budget. "" where the target takes
     that, and before the first profile."""
-    terms = terms_of(recipe)
+    terms, profile = task.terms, task.profile
     coarse = terms.rules.granularity
     if profile is None or not terms.rules.widths or coarse == "projection":
         return ""
     finer = replace(terms, rules=replace(terms.rules, granularity="projection"))
-    protected = protected_experts(source, profile, recipe)
-    finest = _plan(Task(source, profile, finer, protected))
-    if len(recipe.policy.bits) > 1:
+    finest = _plan(replace(task, terms=finer))
+    if len(terms.policy.bits) > 1:
         here, there = (predicted_loss(one, profile) for one in (plan, finest))
         return (
             f"one width per {coarse}: predicted loss {here:.4g}; the finest mix, a width for each "
@@ -176,9 +179,7 @@ def _left(task: Task, plan: CompressionPlan) -> Task:
     return Task(small.source, known, task.terms, kept)
 
 
-def curve_of(
-    source: ModelSource, profile: ExpertProfile | None, recipe: Recipe, plan: CompressionPlan
-) -> tuple[CurvePoint, ...]:
+def curve_of(task: Task, plan: CompressionPlan) -> tuple[CurvePoint, ...]:
     """What other budgets would buy for the model as the plan leaves it, see `cost_curve`."""
-    task = Task(source, profile, terms_of(recipe), dict.fromkeys(plan.protected, ""))
-    return cost_curve(_left(task, plan))
+    kept = {i: why for i, why in task.protected.items() if i in plan.protected}
+    return cost_curve(_left(replace(task, protected=kept), plan))

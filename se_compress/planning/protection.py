@@ -9,21 +9,20 @@ from se_compress.artifacts import (
     ExpertDecision,
     ExpertId,
     ExpertProfile,
-    ModelSource,
     Rescue,
     surprise,
 )
 from se_compress.planning.structure import listed
+from se_compress.planning.units import Task
 from se_compress.recipe import Recipe
 
 GONE: Mapping[Action, str] = {"prune": "pruned", "merge": "merged", "zero": "set to zero"}
 NAMED = 8  # experts that a note names
 
 
-def protected_experts(
-    source: ModelSource, profile: ExpertProfile | None, recipe: Recipe
-) -> dict[ExpertId, str]:
+def protected_experts(task: Task) -> dict[ExpertId, str]:
     """The protected experts and why. Raises RecipeError for one that is not there."""
+    source, profile, recipe = task.source, task.profile, task.terms.recipe
     protect, bits = recipe.policy.protect, recipe.policy.protected_bits
     expected = listed(source, recipe.super_experts.expected, "super_experts.expected")
     reasons: dict[ExpertId, str] = {}
