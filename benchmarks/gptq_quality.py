@@ -33,10 +33,10 @@ from torch import Tensor
 from se_compress.artifacts import ExpertDecision, Scheme
 from se_compress.compression.experts import quantize_experts
 from se_compress.model.checkpoint import open_tensors
-from se_compress.model.experts import experts_forward
+from se_compress.model.experts import RoutedExperts, experts_forward
 from se_compress.model.measures import kl_divergence
 from se_compress.model.observers import RoutingCapture
-from se_compress.model.states import batches_of, in_pieces
+from se_compress.model.states import States, batches_of, hidden_of, in_pieces
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
 from se_compress.quant.gptq import gptq
@@ -111,7 +111,7 @@ def put(live: Tensor, weight: Tensor, hessian: Tensor, grid: Grid, **options: An
 
 
 def inner_of(layer: Layer, expert: int, hidden: Tensor, gate_up: Tensor) -> Tensor:
-    inner: Tensor = layer.experts._apply_gate(hidden @ gate_up.T)
+    inner: Tensor = layer.experts.activated(expert, hidden @ gate_up.T)
     return inner
 
 
@@ -306,8 +306,13 @@ def slices(directory: Path) -> Text:
     )
 
 
+def routed(experts: RoutedExperts, seen: RoutingCapture) -> Tensor:
+    """Output [N, H] of a layer's experts for what one run of the layer routed to them."""
+    return experts_forward(experts.module, seen.hidden, seen.experts, seen.weights)
+
+
 @torch.no_grad()
-def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: Variant) -> Any:
+def run(model: StreamedModel, text: Text, reference: Sequence[States], variant: Variant) -> Any:
     """Quantise, and compare the held-out states with those of the source, `reference`."""
     recipe = recipe_of(variant)
     rule = recipe.quantization
@@ -323,6 +328,7 @@ def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: 
             source_capture = RoutingCapture()
             source = model.run_layer(number, module, source, source_capture)
         capture, other = (RoutingCapture(runs_experts=False) for _ in range(2))
+        before = calibration, held_out
         calibration = model.run_layer(number, module, calibration, capture)
         held_out = model.run_layer(number, module, held_out, other)
         experts = model.experts_module(module)
@@ -332,15 +338,17 @@ def run(model: StreamedModel, text: Text, reference: Sequence[Tensor], variant: 
         else:
             decisions = [ExpertDecision(number, e, "quantize", variant.bits, "") for e in range(16)]
             quantize_experts(model.source.weight_of, experts, capture, decisions, scheme, recipe)
-        experts.observer = None
-        for states, seen in ((calibration, capture), (held_out, other)):
-            routing = (seen.hidden, seen.experts, seen.weights)
-            model.add_routed(states, experts_forward(experts, *routing))
+        experts.module.observer = None
+        runs = zip(before, (calibration, held_out), (capture, other), strict=True)
+        calibration, held_out = (
+            model.add_routed(number, module, old, states, routed(experts, seen))
+            for old, states, seen in runs
+        )
     return compare(model, text, reference, held_out)
 
 
 @torch.no_grad()
-def source_states(model: StreamedModel, text: Text) -> list[Tensor]:
+def source_states(model: StreamedModel, text: Text) -> list[States]:
     states = model.embed(batches_of(text.held_out, BATCH_TOKENS))
     for number in range(model.source.layer_count):
         states = model.run_layer(number, model.load_layer(number), states)
@@ -348,13 +356,14 @@ def source_states(model: StreamedModel, text: Text) -> list[Tensor]:
 
 
 def compare(
-    model: StreamedModel, text: Text, source: Sequence[Tensor], result: Sequence[Tensor]
+    model: StreamedModel, text: Text, source: Sequence[States], result: Sequence[States]
 ) -> dict[str, Any]:
     """KL of each sequence, log-perplexity of both, and the relative error of the final states."""
     first = text.first
     targets = [torch.tensor(row[first + 1 :]) for row in text.held_out]
     pair = (
-        model.logits(in_pieces([s[:, first:-1] for s in states])) for states in (source, result)
+        model.logits(in_pieces([s.cut(positions=slice(first, -1)) for s in states]))
+        for states in (source, result)
     )
     divergences, losses = [], [[], []]
     for target, before, after in zip(targets, *pair, strict=True):
@@ -364,7 +373,7 @@ def compare(
             loss.append(-float(picked.double().mean()))
     away = [
         ((new - old).norm(dim=-1) / old.norm(dim=-1)).mean()
-        for old, new in zip(source, result, strict=True)
+        for old, new in zip(hidden_of(source), hidden_of(result), strict=True)
     ]
     return {
         "kl": divergences,

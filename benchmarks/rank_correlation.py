@@ -31,7 +31,7 @@ from se_compress.artifacts import ExpertId, ProjectionGroup
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.measures import kl_divergence
 from se_compress.model.observers import RoutingCapture
-from se_compress.model.states import batches_of
+from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
 from se_compress.quant.gptq import gptq
@@ -58,7 +58,7 @@ class Fork:
     kind: str
     expert: ExpertId
     predicted: dict[str, float]
-    states: list[Tensor]
+    states: list[States]
     cost: float = 0.0
 
 
@@ -91,8 +91,8 @@ class Study:
 
     model: StreamedModel
     recipe: Recipe
-    hidden: list[Tensor]
-    held_out: list[Tensor]
+    hidden: list[States]
+    held_out: list[States]
     forks: list[Fork]
 
     def pass_layer(self, layer: int, chosen: Sequence[int]) -> None:
@@ -102,7 +102,7 @@ class Study:
         before, capture = self.held_out, RoutingCapture()
         self.held_out = self.model.run_layer(layer, module, before)
         self.hidden = self.model.run_layer(layer, module, self.hidden, capture)
-        sizes = torch.cat([states.flatten(0, 1).norm(dim=1) for states in self.hidden])
+        sizes = torch.cat([h.flatten(0, 1).norm(dim=1) for h in hidden_of(self.hidden)])
         for expert in chosen:
             self.forks += self._quantized(layer, module, expert, before, capture, sizes)
 
@@ -111,7 +111,7 @@ class Study:
         layer: int,
         module: Any,
         expert: int,
-        before: list[Tensor],
+        before: list[States],
         capture: RoutingCapture,
         sizes: Tensor,
     ) -> Iterator[Fork]:
@@ -121,8 +121,7 @@ class Study:
         inputs, everyone = capture.hidden[rows], capture.hidden[::2]
 
         def inner(weight: Tensor, tokens: Tensor) -> Tensor:
-            made: Tensor = live._apply_gate(tokens @ weight.T)
-            return made
+            return live.activated(expert, tokens @ weight.T)
 
         output = inner(gate_up, inputs) @ down.T
         for bits in WIDTHS:
@@ -147,7 +146,7 @@ class Study:
     def settle(self) -> None:
         """The cost of every fork."""
 
-        def logits(states: list[Tensor]) -> Tensor:
+        def logits(states: list[States]) -> Tensor:
             return next(self.model.logits(states))
 
         source = logits(self.held_out)

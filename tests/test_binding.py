@@ -110,9 +110,13 @@ def source(path: Path, **changes: object) -> ModelSource:
     return dataclasses.replace(open_source(str(path)), **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "deepseek_v3-next-token"])
-def test_what_opens_is_bound(tiny_model: TinyModel, name: str) -> None:
-    check_bound(source(tiny_model(name)))
+@pytest.mark.parametrize("name", NAMES)
+def test_what_opens_is_bound(tiny_type: TinyModel, name: str) -> None:
+    check_bound(source(tiny_type(name)))
+
+
+def test_layers_for_multi_token_prediction_are_no_strays(tiny_model: TinyModel) -> None:
+    check_bound(source(tiny_model("deepseek_v3-next-token")))
 
 
 def test_a_missing_tensor_is_named(tiny_model: TinyModel) -> None:

@@ -45,6 +45,7 @@ from se_compress.compression.execute import compress
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import open_result, reserve
+from se_compress.model.states import States
 from se_compress.opening.headers import lay_out, read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
@@ -780,7 +781,7 @@ def test_a_run_goes_on_if_told_to_or_if_the_massive_activation_is_kept(
     ("after", "passed"), [([0.9, 0.7], True), ([0.3, 0.2], False), ([0.9, float("nan")], False)]
 )
 def test_collapsed_sinks_stop_the_run_as_well(after: list[float], passed: bool) -> None:
-    states = [torch.ones(2, 3, 4)]  # nothing massive
+    states = [States(torch.ones(2, 3).long(), torch.ones(2, 3, 4))]  # nothing massive
     source, result = (
         Side(None, states, states, torch.tensor(sinks), lambda: None)  # type: ignore[arg-type]
         for sinks in ([0.8, 0.6], after)

@@ -20,7 +20,15 @@ from se_compress.model.checkpoint import open_tensors
 from se_compress.model.experts import experts_forward
 from se_compress.model.measures import kl_divergence
 from se_compress.model.observers import Observer, RoutingCapture
-from se_compress.model.states import batches_of, leading, load_states, save_states
+from se_compress.model.states import (
+    States,
+    batches_of,
+    hidden_of,
+    in_pieces,
+    leading,
+    load_states,
+    save_states,
+)
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
 from se_compress.opening.source import open_source
@@ -104,7 +112,7 @@ def test_bfloat16(tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model("qwen3_moe")))
     model = StreamedModel(source, open_tensors(source.tensors), dtype=torch.bfloat16)
     batches = batches_of(TOKENS[:2], 100)
-    assert model.embed(batches)[0].dtype == torch.bfloat16
+    assert model.embed(batches)[0].hidden.dtype == torch.bfloat16
     exact = stream(open_streamed(tiny_model("qwen3_moe")), batches)
     divergence = kl_divergence(exact[0], stream(model, batches)[0]).mean()
     assert 0 < float(divergence) < 0.05
@@ -116,7 +124,8 @@ def test_tied_embeddings_have_no_head_of_their_own(tiny_model: TinyModel) -> Non
     hidden = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0))
     table = load_file(tiny_model("qwen3_moe-tied") / "model.safetensors")
     normed = nn.functional.rms_norm(hidden, (64,), table["model.norm.weight"], 1e-6)
-    assert_close(next(model.logits([hidden])), normed @ table["model.embed_tokens.weight"].T)
+    states = States(torch.tensor([[5, 6]]), hidden)
+    assert_close(next(model.logits([states])), normed @ table["model.embed_tokens.weight"].T)
 
 
 def test_a_tensor_that_is_gone_since_the_model_was_opened_is_named(
@@ -380,33 +389,59 @@ def test_routing_capture_joins_the_batches() -> None:
     assert found == {0: [[0, 1], [1, 4]], 1: [[1, 2], [3, 6]], 2: [[0, 2], [2, 5]], 3: [[], []]}
 
 
+def states_of(stream: Tensor, *beside: Tensor) -> States:
+    return States(
+        torch.arange(stream.shape[0] * stream.shape[1]).view(stream.shape[:2]), stream, beside
+    )
+
+
+def parts_of(states: States) -> tuple[Tensor, ...]:
+    return (states.tokens, states.stream, *states.beside)
+
+
+def assert_same(found: States, expected: States) -> None:
+    pairs = zip(parts_of(found), parts_of(expected), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_states_survive_a_round_trip(tmp_path: Path) -> None:
+    """Those of hyper-connections, and what goes beside the stream, too."""
     generator = torch.Generator().manual_seed(0)
     streams = {
-        name: [torch.randn(1, i + 1, 4, generator=generator) for i in range(12)]
-        for name in ("source", "result")
+        name: [
+            states_of(
+                torch.randn(1, i + 1, *shape, generator=generator),
+                *(torch.full((1, i + 1, 2), i, dtype=torch.int32) for _ in range(beside)),
+            )
+            for i in range(12)
+        ]
+        for name, shape, beside in (("source", (4,), 0), ("result", (2, 4), 1))
     }
     save_states(tmp_path / "states", 7, streams)
     layer, loaded = load_states(tmp_path / "states", torch.device("cpu"), pytest.fail)
     assert layer == 7
     assert set(loaded) == set(streams)
+    tokens = states_of(torch.zeros(1, 1, 4)).tokens  # may be one tensor in all streams
+    shared = {name: [States(tokens, torch.zeros(1, 1, 4))] for name in streams}
+    save_states(tmp_path / "shared", 0, shared)
     for name, batches in streams.items():
-        assert all(torch.equal(a, b) for a, b in zip(loaded[name], batches, strict=True))
+        for found, expected in zip(loaded[name], batches, strict=True):
+            assert_same(found, expected)
 
 
 def test_saving_replaces_the_old_states_in_one_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_states(tmp_path / "states", 0, {"source": [torch.zeros(1, 1, 2)]})
+    save_states(tmp_path / "states", 0, {"source": [states_of(torch.zeros(1, 1, 2))]})
 
     def killed(self: Path, target: Path) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_states(tmp_path / "states", 1, {"source": [torch.ones(1, 1, 2)]})
+        save_states(tmp_path / "states", 1, {"source": [states_of(torch.ones(1, 1, 2))]})
     layer, loaded = load_states(tmp_path / "states", torch.device("cpu"), pytest.fail)
-    assert (layer, loaded["source"][0].sum()) == (0, 0)
+    assert (layer, loaded["source"][0].stream.sum()) == (0, 0)
 
 
 def test_no_states(tmp_path: Path) -> None:
@@ -414,7 +449,8 @@ def test_no_states(tmp_path: Path) -> None:
 
 
 def test_leading_sequences_of_batches() -> None:
-    batches = [torch.zeros(2, 4, 3), torch.ones(2, 4, 3), torch.ones(1, 5, 3)]
+    shapes = ((2, 4, 3), (2, 4, 3), (1, 5, 3))
+    batches = [states_of(torch.rand(shape), torch.rand(shape)) for shape in shapes]
     for tokens, sizes in [
         (1, [1]),
         (8, [2]),
@@ -425,8 +461,27 @@ def test_leading_sequences_of_batches() -> None:
     ]:
         found = leading(batches, tokens)
         assert [len(states) for states in found] == sizes
-        assert all(torch.equal(f, b[: len(f)]) for f, b in zip(found, batches, strict=False))
+        for part, whole in zip(found, batches, strict=False):
+            assert_same(part, whole.cut(slice(len(part))))
         assert len(leading(found, tokens)) == len(found)
+
+
+def test_pieces_are_all_positions_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("se_compress.model.states.PIECE_TOKENS", 3)
+    batches = [states_of(torch.rand(2, 8, 4)), states_of(torch.rand(1, 2, 2, 4))]
+    pieces = in_pieces(batches)
+    assert [states.length for states in pieces] == [3, 3, 2, 3, 3, 2, 2]
+    assert all(len(states) == 1 for states in pieces)
+    joined = torch.cat([states.tokens[0] for states in pieces])
+    assert torch.equal(joined, torch.cat([states.tokens.flatten() for states in batches]))
+
+
+def test_streams_side_by_side_are_one_hidden_state() -> None:
+    stream = torch.arange(24.0).view(1, 2, 3, 4)
+    states = states_of(stream)
+    assert states.hidden.shape == (1, 2, 12)
+    states.hidden[0, 1, 11] = -1
+    assert stream[0, 1, 2, 3] == -1  # a view
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -440,12 +495,14 @@ def test_experts_added_afterwards_give_the_whole_layer(tiny_model: TinyModel, na
         capture = RoutingCapture(runs_experts=False)
         parts = model.run_layer(layer, module, hidden, capture)
         if layer in model.source.moe_layers:
-            assert not any(torch.allclose(a, b) for a, b in zip(parts, whole, strict=True))
+            pairs = zip(hidden_of(parts), hidden_of(whole), strict=True)
+            assert not any(torch.allclose(a, b) for a, b in pairs)
             assert capture.hidden.shape[0] == sum(batch.numel() for batch in batches)
-            experts = model.experts_module(module)
+            experts = model.experts_module(module).module
             experts.observer = None
             routing = (capture.hidden, capture.experts, capture.weights)
-            model.add_routed(parts, experts_forward(experts, *routing))
+            output = experts_forward(experts, *routing)
+            parts = model.add_routed(layer, module, hidden, parts, output)
         for ours, expected in zip(parts, whole, strict=True):
-            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(ours.hidden, expected.hidden)
         hidden = whole

@@ -79,9 +79,11 @@ class LayerStats:
     forming      the layer makes massive activations: see `criterion.forming_layers`
     cancelling   the layer takes away most of a massive activation: `criterion.cancelling_layers`
     mlp_peak     max |down_proj output| of the dense MLP; None in a MoE layer
-    sink_mass    per head, mean attention that queries at position >= 8 pay to position 0
+    sink_mass    per head, mean attention that queries at position >= 8 pay to position 0; empty in
+                 a layer without softmax attention, which has no sinks
     sink_rate    Gu et al. (arXiv:2410.10781): share of heads whose position-0 attention, averaged
-                 over all queries, exceeds 0.3
+                 over all queries, exceeds 0.3; None without softmax attention, and where learned
+                 sinks take part of it, so that the threshold does not apply
     sensitivity  KL divergence of the next token, in nats, per squared relative error of the stream
                  after the layer: measured once, by rounding all its experts; 1 in a dense layer
     """
@@ -100,7 +102,7 @@ class LayerStats:
     cancelling: bool
     mlp_peak: float | None
     sink_mass: tuple[float, ...]
-    sink_rate: float
+    sink_rate: float | None
     sensitivity: float = 1.0
 
     @property
@@ -116,7 +118,8 @@ class Ablation:
     layer, expert        the expert, see ExpertId
     rise_removed         share of the layer's rise of the massive activation that vanished
     massive_activation   peak |h| at the model's strongest layer, after / before
-    sink_mass            mean over layers and heads from the expert's layer on, after / before
+    sink_mass            mean over layers and heads from the expert's layer on, after / before; 1 if
+                         no later layer has softmax attention
     kl_divergence        mean KL(original || ablated) of the next-token distribution, nats
     """
 

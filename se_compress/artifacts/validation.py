@@ -38,9 +38,11 @@ class LayerComparison:
     massive_result    whether the result's residual stream is massive (Sun's rule)
     sink_cosine, sink_error   direction and size of the change of the sink tokens' residual, see
                       `measures.sink_token_change`
-    sink_mass_*       mean over heads of the attention to position 0 from queries at position >= 8
-    sink_heads_*      the same per head
-    sink_rate_*       share of the heads for which position 0 is a sink, see `measures.sink_rate`
+    sink_mass_*       mean over heads of the attention to position 0 from queries at position >= 8;
+                      None in a layer without softmax attention
+    sink_heads_*      the same per head; empty in such a layer
+    sink_rate_*       share of the heads for which position 0 is a sink, see `measures.sink_rate`;
+                      None in such a layer, and where learned sinks take part of the attention
     hidden_error      |h_result - h_source| / |h_source| over all tokens
     router_agreement  mean share of the top-k experts chosen by both; None in a dense layer
     """
@@ -48,8 +50,8 @@ class LayerComparison:
     layer: int
     peak_source: float
     peak_result: float
-    sink_mass_source: float
-    sink_mass_result: float
+    sink_mass_source: float | None
+    sink_mass_result: float | None
     sink_heads_source: tuple[float, ...]
     sink_heads_result: tuple[float, ...]
     hidden_error: float
@@ -58,8 +60,8 @@ class LayerComparison:
     massive_result: bool
     sink_cosine: float
     sink_error: float
-    sink_rate_source: float
-    sink_rate_result: float
+    sink_rate_source: float | None
+    sink_rate_result: float | None
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,15 @@ class SinkPosition:
 
     position   in the sequence
     mass_*     mean attention to it over all layers and heads, in the source and the result
-    rate_*     share of the layers and heads for which it is a sink, see `measures.sink_rate`
+    rate_*     share of the layers and heads for which it is a sink, see `measures.sink_rate`; None
+               where learned sinks take part of all attention, so that the threshold does not apply
     """
 
     position: int
     mass_source: float
     mass_result: float
-    rate_source: float
-    rate_result: float
+    rate_source: float | None
+    rate_result: float | None
 
 
 @dataclass(frozen=True)

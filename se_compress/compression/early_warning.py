@@ -21,6 +21,7 @@ from se_compress.model.measures import (
     sink_decay,
 )
 from se_compress.model.observers import Observer
+from se_compress.model.states import States, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.recipe import Validation
 
@@ -32,15 +33,15 @@ SINK_COLLAPSE = 0.5
 class Side:
     """One of the two models, around a layer.
 
-    before, after   its hidden states [B, T, H] of the same few sequences
+    before, after   its states of the same few sequences
     sinks           the layer's sink mass [heads]
     load            gives the layer
     source_expert   an expert's index in the source
     """
 
     model: StreamedModel
-    before: Sequence[Tensor]
-    after: Sequence[Tensor]
+    before: Sequence[States]
+    after: Sequence[States]
     sinks: Tensor
     load: Callable[[], nn.Module]
     source_expert: Callable[[ExpertIndex], ExpertIndex] = lambda expert: expert
@@ -52,10 +53,11 @@ def early_warning(layer: int, source: Side, result: Side, limits: Validation) ->
     A massive activation that most sequences share has to keep to its gate: it is what one chain of
     super experts has written. Sinks have to keep 1 - SINK_COLLAPSE of their mass.
     """
-    places = massive_places(source.after)
+    old, new = hidden_of(source.after), hidden_of(result.after)
+    places = massive_places(old)
     limit = limits.limit("massive_activation_ratio")
     where = f"after layer {layer} on calibration text"
-    for element in massive_elements(source.after, result.after, places):
+    for element in massive_elements(old, new, places):
         if element.share >= COMMON_SHARE and not element.retention >= limit:
             position = f"position {element.position}, " if element.position >= 0 else ""
             at = [found[found[:, 2] == element.channel, :2] for found in places]
@@ -101,7 +103,7 @@ class _Writes(Observer):
 def _written(
     layer: int, side: Side, tokens: Sequence[Tensor], channel: int
 ) -> dict[ExpertIndex, float]:
-    watch = _Writes(tokens, side.before[0].shape[1], channel)
+    watch = _Writes(tokens, side.before[0].length, channel)
     side.model.run_layer(layer, side.load(), side.before, watch)
     return {side.source_expert(expert): value for expert, value in watch.written.items()}
 

@@ -15,15 +15,13 @@ The live module's weights are replaced by what the codes stand for, so that the 
 layer is that of the compressed model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from se_compress.artifacts import (
-    ROLES,
     SOURCE_BITS,
     ExpertDecision,
     ExpertId,
@@ -44,7 +42,7 @@ from se_compress.compression.stacks import (
     stack_inputs,
 )
 from se_compress.formats import FORMATS
-from se_compress.model.experts import expert_inner
+from se_compress.model.experts import RoutedExperts
 from se_compress.model.observers import RoutingCapture
 from se_compress.model.routing import select_rows
 from se_compress.recipe import Recipe
@@ -55,6 +53,7 @@ STACK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 # Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
 # calibrated.
 LAYER_TOKENS = 4096
+DOWN: Mapping[Role, slice] = {"down": slice(None)}
 # An expert after its quantisation, with its record, its packed matrices, and what `_inner` gives
 # for the tokens routed to it.
 _Quantized = tuple[int, ExpertRecord, Packed, Tensor]
@@ -63,7 +62,7 @@ NameOf = Callable[[ExpertId, Role], str]
 
 def quantize_experts(
     name_of: NameOf,
-    experts: Any,
+    experts: RoutedExperts,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
@@ -84,7 +83,7 @@ def quantize_experts(
     )
     tensors: Packed = {}
     records: list[ExpertRecord] = []
-    left = set(range(len(experts.down_proj)))
+    left = set(range(len(experts)))
     for expert, record, packed, inner in made:
         tensors |= packed
         records.append(record)
@@ -97,7 +96,7 @@ def quantize_experts(
 
 def _solve_experts(
     name_of: NameOf,
-    experts: Any,
+    experts: RoutedExperts,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
@@ -115,17 +114,17 @@ def _solve_experts(
         check_moments(inner_inputs.hessian, [f"down of expert {i}" for i in identities])
         down = replace_members(experts.down_proj, members, inner_inputs, bits[1], scheme, rule)
         for i, (expert, identity) in enumerate(zip(members, identities, strict=True)):
-            names = [name_of(identity, role) for role in ROLES]
             tensors: Packed = {}
-            for matrices, solved in ((names[:2], gate_up), (names[2:], down)):
+            for roles, solved in ((experts.roles, gate_up), (DOWN, down)):
                 if solved is not None:
-                    tensors |= packed_members(matrices, solved.stack, i, scheme.format)
+                    rows = {name_of(identity, role): part for role, part in roles.items()}
+                    tensors |= packed_members(rows, solved.stack, i, scheme.format)
             record = _record(identity, bits, i, inputs, inner_inputs, gate_up, down)
             yield expert, record, tensors, inner[i]
 
 
 def _stacks(
-    decisions: Sequence[ExpertDecision], experts: Any
+    decisions: Sequence[ExpertDecision], experts: RoutedExperts
 ) -> Iterator[tuple[tuple[int, int], list[int]]]:
     """Experts of equal bits (of gate and up, and of down), as many at a time as fit into
     STACK_ELEMENTS: the bits, and the experts' indices in the live module."""
@@ -173,7 +172,7 @@ def _record(
 
 def _pack_experts(
     name_of: NameOf,
-    experts: Any,
+    experts: RoutedExperts,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
@@ -186,7 +185,8 @@ def _pack_experts(
         gate_up, down = experts.gate_up_proj[decision.expert], experts.down_proj[decision.expert]
         before = gate_up.clone(), down.clone()
         tensors: Packed = {}
-        for role, live in zip(ROLES, (*gate_up.chunk(2), down), strict=True):
+        lives = {role: gate_up[rows] for role, rows in experts.roles.items()} | {"down": down}
+        for role, live in lives.items():
             if decision.bits_of(role) != SOURCE_BITS:
                 tensors |= pack_in_place(name_of(decision.id, role), live, scheme)
         rows, _ = capture.rows_of(decision.expert)
@@ -236,7 +236,11 @@ def _gate_up_inputs(
 
 
 def _down_inputs(
-    capture: RoutingCapture, experts: Any, members: Sequence[int], everyone: bool, enough: float
+    capture: RoutingCapture,
+    experts: RoutedExperts,
+    members: Sequence[int],
+    everyone: bool,
+    enough: float,
 ) -> tuple[StackInputs, list[Tensor]]:
     """What down of each member sees; beside it, what `_inner` gives for the tokens routed to it."""
     # "all tokens" of the prior, evenly thinned out
@@ -252,26 +256,28 @@ def _down_inputs(
     return stack_inputs(hessians), kept
 
 
-def _down_prior(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+def _down_prior(experts: RoutedExperts, expert: int, hidden: Tensor) -> Tensor:
     """[I, I]: what down of an expert would see on average if hidden [n, H] were routed to it."""
-    return second_moment(expert_inner(experts, expert, hidden))
+    return second_moment(experts.inner(expert, hidden))
 
 
-def _inner(capture: RoutingCapture, experts: Any, expert: int, everyone: bool = False) -> Tensor:
+def _inner(
+    capture: RoutingCapture, experts: RoutedExperts, expert: int, everyone: bool = False
+) -> Tensor:
     """Input [n, I] of an expert's down_proj for the tokens routed to it, or for all tokens.
 
     Those routed to it may be followed by a few repetitions, see `select_rows`.
     """
     if everyone:
-        return expert_inner(experts, expert, capture.hidden)
+        return experts.inner(expert, capture.hidden)
     rows, _ = capture.rows_of(expert)
-    return expert_inner(experts, expert, select_rows(capture.hidden, rows))
+    return experts.inner(expert, select_rows(capture.hidden, rows))
 
 
 def _add_output(
-    output: Tensor, capture: RoutingCapture, experts: Any, expert: int, inner: Tensor
+    output: Tensor, capture: RoutingCapture, experts: RoutedExperts, expert: int, inner: Tensor
 ) -> None:
     """Add to output [N, H] float32 what an expert makes of `_inner` [n, I], by routing weight."""
     rows, weights = capture.rows_of(expert)
-    made = nn.functional.linear(inner, experts.down_proj[expert])[: len(rows)]
+    made = experts.output(expert, inner)[: len(rows)]
     output.index_add_(0, rows, made.float().mul_(weights[:, None]))

@@ -20,7 +20,7 @@ from se_compress.engines.blueprint import Blueprint
 from se_compress.model.measures import relative_distance
 from se_compress.model.observers import Observer, RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_states
-from se_compress.model.states import leading
+from se_compress.model.states import States, hidden_of, leading
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
 from se_compress.recipe import Recipe
@@ -31,18 +31,18 @@ WITNESS_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states after the last layer that is done, [B, T, H] a batch.
+    """States after the last layer that is done, of each batch.
 
     source   those of the source: of all sequences while nothing has been changed, of a few leading
              ones after that
     changed  those of the model compressed so far; None while nothing in it has been changed
     """
 
-    source: list[Tensor]
-    changed: list[Tensor] | None = None
+    source: list[States]
+    changed: list[States] | None = None
 
     @property
-    def result(self) -> list[Tensor]:
+    def result(self) -> list[States]:
         """Those of the model compressed so far, which may be the source's."""
         return self.source if self.changed is None else self.changed
 
@@ -71,13 +71,13 @@ class Models:
 class Made:
     """What became of one layer.
 
-    result   the hidden states after it, [B, T, H] a batch
+    result   the states after it, of each batch
     tensors  packed matrices, by the names of their weights
     experts  records of its experts, by the ids of the reduced model
     linears  its quantised linears of attention and dense MLP
     """
 
-    result: list[Tensor]
+    result: list[States]
     tensors: Packed = field(default_factory=dict)
     experts: list[ExpertRecord] = field(default_factory=list)
     linears: list[SolvedLinear] = field(default_factory=list)
@@ -169,7 +169,7 @@ def compress_layer(
     scheme = blueprint.plan.scheme
     made = _quantize_layer(models.reduced, module, plan, streams.result, watch, scheme, recipe)
     after = leading(made.result, WITNESS_TOKENS)
-    failed = overflow_warning(layer, made.result, limits)
+    failed = overflow_warning(layer, hidden_of(made.result), limits)
     if limits.early_stop and not failed:
         origin = blueprint.shrunk.origin
         result = Side(
@@ -182,7 +182,8 @@ def compress_layer(
         )
         failed = early_warning(layer, source, result, limits)
     now = Streams([*source.after], made.result)
-    return CompressedLayer(made, now, relative_distance(after, source.after), failed)
+    strayed = relative_distance(hidden_of(after), hidden_of(source.after))
+    return CompressedLayer(made, now, strayed, failed)
 
 
 def _pass_unchanged(model: StreamedModel, layer: int, streams: Streams) -> CompressedLayer:
@@ -197,7 +198,7 @@ def _source_side(model: StreamedModel, layer: int, module: nn.Module, streams: S
     before = leading(streams.source, WITNESS_TOKENS)
     sinks = SinkCapture()
     after = model.run_layer(layer, module, before, sinks)
-    check_states(model, layer, after)
+    check_states(model, layer, hidden_of(after))
     return Side(model, before, after, sinks.sink_mass, partial(model.load_layer, layer))
 
 
@@ -205,7 +206,7 @@ class _Watch(RoutingCapture, SinkCapture):
     """What a layer's experts see, and the sinks of the leading sequences of each batch that are
     compared with the source's."""
 
-    def __init__(self, compared: Sequence[Tensor], *, runs_experts: bool) -> None:
+    def __init__(self, compared: Sequence[States], *, runs_experts: bool) -> None:
         super().__init__(runs_experts=runs_experts)
         self._compared = [len(states) for states in compared]
 
@@ -220,17 +221,17 @@ def _quantize_layer(
     model: StreamedModel,
     module: nn.Module,
     plan: LayerPlan,
-    hidden: Sequence[Tensor],
+    before: Sequence[States],
     watch: _Watch,
     scheme: Scheme,
     recipe: Recipe,
 ) -> Made:
     """Quantise what the plan wants of a loaded layer, in place.
 
-    hidden  what comes into it, [B, T, H] a batch
+    before  what comes into it, of each batch
     watch   sees it run once attention and dense MLP are quantised
     """
-    made = _quantize_plain(model, module, plan, hidden, watch, scheme, recipe)
+    made = _quantize_plain(model, module, plan, before, watch, scheme, recipe)
     output: Tensor | None = None
     if plan.experts:
         live = model.experts_module(module)
@@ -241,15 +242,16 @@ def _quantize_layer(
     if any(plan.shared):
         identity = ExpertId(plan.layer, "shared")
         tensors, record = quantize_shared(
-            module, identity, plan.shared, watch.hidden, scheme, recipe.quantization
-        )
+            module, model.linear_path, identity, plan.shared, watch.hidden, scheme,
+            recipe.quantization,
+        )  # fmt: skip
         made.tensors |= tensors
         made.experts.append(record)
         # the first run had the shared expert of the source
         again = _without_experts() if plan.experts else None
-        made.result = model.run_layer(plan.layer, module, hidden, again)
+        made.result = model.run_layer(plan.layer, module, before, again)
     if output is not None:  # so far the states are without what routed experts add
-        model.add_routed(made.result, output)
+        made.result = model.add_routed(plan.layer, module, before, made.result, output)
     return made
 
 
@@ -257,18 +259,20 @@ def _quantize_plain(
     model: StreamedModel,
     module: nn.Module,
     plan: LayerPlan,
-    hidden: Sequence[Tensor],
+    before: Sequence[States],
     watch: _Watch,
     scheme: Scheme,
     recipe: Recipe,
 ) -> Made:
     """Quantise linears of attention and dense MLP, and run the layer behind them; its routed
     experts are left out if they are quantised next."""
-    run = partial(model.run_layer, plan.layer, module, hidden)
+    run = partial(model.run_layer, plan.layer, module, before)
     linears: list[SolvedLinear] = []
     for stages in ((plan.attention,), plan.dense):
         see = partial(run, _without_experts())
-        linears += quantize_linears(module, stages, see, scheme, recipe.quantization)
+        linears += quantize_linears(
+            module, model.linear_path, stages, see, scheme, recipe.quantization
+        )
     made = Made(run(watch), linears=linears)
     for linear in linears:
         made.tensors |= linear.tensors

@@ -32,6 +32,8 @@ from se_compress.recipe import Quantization
 
 # Tokens that a shared expert is given at once.
 PIECE_TOKENS = 4096
+# Name of a weight in the checkpoint -> path of its linear in the layer.
+PathOf = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def joint_error(linears: Sequence[SolvedLinear]) -> float:
 
 def quantize_linears(
     module: nn.Module,
+    path_of: PathOf,
     stages: Sequence[Mapping[str, int]],
     run: Callable[[], object],
     scheme: Scheme,
@@ -81,7 +84,7 @@ def quantize_linears(
     """
     done: list[SolvedLinear] = []
     for bits in filter(None, stages):
-        linears = {name: cast(nn.Linear, module.get_submodule(_path(name))) for name in bits}
+        linears = {name: cast(nn.Linear, module.get_submodule(path_of(name))) for name in bits}
         moments = _InputMoments(linears)
         with moments:
             run()
@@ -93,6 +96,7 @@ def quantize_linears(
 
 def quantize_shared(
     module: nn.Module,
+    path_of: PathOf,
     identity: ExpertId,
     stages: Sequence[Mapping[str, int]],
     hidden: Tensor,
@@ -104,13 +108,13 @@ def quantize_shared(
     stages as in `quantize_linears`, one of them may be empty; hidden [N, H] is its input
     """
     first = next(name for stage in stages for name in stage)
-    shared = module.get_submodule(_path(first).rpartition(".")[0])
+    shared = module.get_submodule(path_of(first).rpartition(".")[0])
 
     def run() -> None:
         for piece in torch.split(hidden, PIECE_TOKENS):
             shared(piece)
 
-    done = quantize_linears(module, stages, run, scheme, rule)
+    done = quantize_linears(module, path_of, stages, run, scheme, rule)
     gate_up, down = ([solved for solved in done if solved.name in stage] for stage in stages)
     tensors: Packed = {}
     for linear in done:
@@ -127,14 +131,6 @@ def quantize_shared(
         fallback=next((linear.fallback for linear in done if linear.fallback), ""),
     )
     return tensors, record
-
-
-def _path(name: str) -> str:
-    """Path of a linear inside its decoder layer, e.g. `self_attn.q_proj`, from its weight's name.
-
-    Only fused experts have other names in memory than on disk.
-    """
-    return name.split(".", 3)[3].removesuffix(".weight")
 
 
 # ------------------------------------------------------------------------------------ what they see

@@ -7,7 +7,7 @@ A member that saw fewer tokens than its inputs have dimensions has a singular He
 up with the layer's own, see `filled_hessian`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -175,12 +175,13 @@ def output_energy(rows: Tensor, hessian: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ packing
 
 
-def packed_members(names: Sequence[str], stack: QuantizedStack, member: int, form: str) -> Packed:
-    """The packed matrices `names` of a member whose rows are theirs, as many for each."""
-    height = stack.codes.shape[1] // len(names)
+def packed_members(
+    rows: Mapping[str, slice], stack: QuantizedStack, member: int, form: str
+) -> Packed:
+    """The packed matrices of a member: name -> which of its rows are theirs."""
     tensors: Packed = {}
-    for i, name in enumerate(names):
-        tensors |= packed_rows(name, stack, member, slice(i * height, (i + 1) * height), form)
+    for name, part in rows.items():
+        tensors |= packed_rows(name, stack, member, part, form)
     return tensors
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_compress.artifacts import ModelSource, Role
+from se_compress.artifacts import ModelSource, TensorInfo
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import Reader
 from se_compress.opening.modelfiles import shown
@@ -214,7 +214,7 @@ def check_bound(source: ModelSource) -> None:
     of the running model: multi-token prediction, towers of a composite, computed frequencies.
     """
     model = meta_model(source.config, where=str(source.path / "config.json"))
-    plain = {name: info.shape for name, info in source.tensors.items() if not is_expert(info)}
+    plain = {name: info.shape for name, info in source.tensors.items() if not is_experts(info)}
     binding = bind(model, plain)
     live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     filled = dict(_expert_shapes(model, source))
@@ -238,9 +238,10 @@ def check_bound(source: ModelSource) -> None:
             )
 
 
-def is_expert(info: Any) -> bool:
-    """The tensor is a projection of one routed expert, which `ModelSource.experts` finds by id."""
-    return isinstance(info.expert, int) and info.role is not None
+def is_experts(info: TensorInfo) -> bool:
+    """The tensor is one of a routed expert of the running model: a projection, which
+    `ModelSource.experts` finds by id, or the bias of one."""
+    return isinstance(info.expert, int) and info.layer is not None
 
 
 def why_unused(name: str, layer_count: int) -> str | None:
@@ -261,22 +262,20 @@ def _meta(shapes: Mapping[str, tuple[int, ...]]) -> Reader:
 
 def _expert_shapes(model: Any, source: ModelSource) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The fused tensors that the routed experts of the source fill, with the shapes they give."""
-    counts: dict[int, int] = defaultdict(int)
-    shapes: dict[int, Mapping[Role, tuple[int, ...]]] = {}
-    for identity, roles in source.experts.items():
-        if identity.expert != "shared":
-            counts[identity.layer] += 1
-            shapes[identity.layer] = {role: info.shape for role, info in roles.items()}
     for path, module in experts_modules(model):
         layer = layer_of(path)
-        if layer is None or layer not in shapes:
+        experts = [roles for identity, roles in source.experts.items()
+                   if identity.layer == layer and identity.expert != "shared"]  # fmt: skip
+        if not experts:
             continue
-        up, down = shapes[layer]["up"], shapes[layer]["down"]
-        first = (up[0] * (1 + module.has_gate), up[1])
-        for leaf, (rows, columns) in zip(
-            ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"),
-            (first, down),
-            strict=True,
-        ):
-            fused = (columns, rows) if module.is_transposed else (rows, columns)
-            yield f"{path}.{leaf}", (counts[layer], *fused)
+        up, down = experts[0]["up"], experts[0]["down"]
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        rows = up.shape[0] * (1 + module.has_gate)
+        for leaf, weight, height in ((first, up, rows), ("down_proj", down, down.shape[0])):
+            fused = (height, weight.shape[1])
+            yield (
+                f"{path}.{leaf}",
+                (len(experts), *(fused[::-1] if module.is_transposed else fused)),
+            )
+            if f"{weight.name.removesuffix('.weight')}.bias" in source.tensors:
+                yield f"{path}.{leaf}_bias", (len(experts), height)

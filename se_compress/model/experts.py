@@ -1,35 +1,100 @@
-"""The experts of a layer, run so that an observer learns what happens inside.
+"""The experts of a layer, run so that an observer learns what each of them does.
 
-transformers fuses the routed experts of a layer into two tensors and lets one register the function
-that runs them: ours is `experts_forward`. Shared experts and the MLPs of dense layers stay ordinary
-modules and get hooks.
+transformers 5 fuses a layer's experts into two tensors, and hooks on expert modules see nothing. It
+does let one register an experts function: `experts_forward`. All that is computed of an expert,
+here or in a stage, goes through `RoutedExperts`, which knows every form that its decorator
+`use_experts_implementation` knows: with and without a gate, with biases, transposed, interleaved,
+with an activation of the family's own.
 
-N rows (tokens) with H channels, E experts of I neurons, k of them chosen per row, n rows of one.
-Dtypes are the model's.
+N rows (tokens of a batch) with H channels, E experts of I neurons, k of them chosen per row, n rows
+of one. R is 2I, or I without a gate. Dtypes are the model's.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from se_compress.errors import SourceError
+from se_compress.artifacts import Role
 from se_compress.model.observers import Observer
 from se_compress.model.routing import select_rows, sum_routed
 
 
-class _FusedExperts(Protocol):
-    """What we use of transformers' module: gate_up_proj [E, 2I, H], down_proj [E, H, I]."""
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The fused routed experts of a loaded layer, as one sees them without knowing how they lie.
 
-    gate_up_proj: Tensor
-    down_proj: Tensor
-    is_transposed: bool
-    has_bias: bool
-    has_gate: bool
-    observer: Observer | None
+    module  transformers' module
+    """
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+    module: Any
+
+    def __len__(self) -> int:
+        return len(self.down_proj)
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """[E, R, H]: rows of gate and of up, or of up alone. A view of the live weights."""
+        module = self.module
+        return self._rows_first(module.gate_up_proj if module.has_gate else module.up_proj)
+
+    @property
+    def down_proj(self) -> Tensor:
+        """[E, H, I]: a view of the live weights."""
+        return self._rows_first(self.module.down_proj)
+
+    def _rows_first(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2) if self.module.is_transposed else weight
+
+    @property
+    def roles(self) -> Mapping[Role, slice]:
+        """The projections in `gate_up_proj`, and which of its rows are theirs."""
+        if not self.module.has_gate:
+            return {"up": slice(None)}
+        if not self.module.is_concatenated:
+            return {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
+        half = self.gate_up_proj.shape[1] // 2
+        return {"gate": slice(0, half), "up": slice(half, None)}
+
+    def part(self, name: str, role: Role) -> Tensor:
+        """The part of one projection in a live tensor, a view: [E, rows, columns] of a weight,
+        [E, rows] of a bias.
+
+        name  what transformers calls the tensor within the module
+        """
+        tensor = cast(Tensor, getattr(self.module, name))
+        rows_first = tensor if tensor.dim() == 2 else self._rows_first(tensor)
+        return rows_first if role == "down" else rows_first[:, self.roles[role]]
+
+    def inner(self, expert: int, inputs: Tensor) -> Tensor:
+        """The input [n, I] of an expert's down_proj, from the expert's inputs [n, H]."""
+        return self.activated(expert, nn.functional.linear(inputs, self.gate_up_proj[expert]))
+
+    def activated(self, expert: int, product: Tensor) -> Tensor:
+        """The input [n, I] of down_proj, from what gate and up make of the inputs, [n, R].
+
+        The product may have another dtype than the model, and is without biases.
+        """
+        module = self.module
+        if module.has_bias:
+            bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+            product = product + bias[expert].to(product.dtype)
+        return cast(
+            Tensor, module._apply_gate(product) if module.has_gate else module.act_fn(product)
+        )
+
+    def output(self, expert: int, inner: Tensor, down: Tensor | None = None) -> Tensor:
+        """An expert's output [n, H], not yet weighted, from the input [n, I] of its down_proj.
+
+        down  [H, I], stands in for its weight
+        """
+        weight = self.down_proj[expert] if down is None else down
+        made = nn.functional.linear(inner, weight)
+        if self.module.has_bias:
+            made = made + self.module.down_proj_bias[expert].to(made.dtype)
+        return made
 
 
 def experts_forward(
@@ -37,38 +102,29 @@ def experts_forward(
 ) -> Tensor:
     """The routed experts' output [N, H], as transformers' own implementations compute it.
 
-    The signature is transformers'. Raises SourceError for a layout of experts that no family of
-    ours has.
+    The signature is transformers'.
 
     module         the fused experts, with the observer as an attribute
     hidden         [N, H]
-    top_k_index    int64 [N, k]
+    top_k_index    int64 [N, k]; numbers that no expert has (experts that do nothing) add nothing
     top_k_weights  [N, k]
     """
-    experts = cast(_FusedExperts, module)
-    if experts.is_transposed or experts.has_bias or not experts.has_gate:
-        raise SourceError(f"{type(module).__name__}: this layout of fused experts is not supported")
+    experts = RoutedExperts(module)
     observer = cast(Observer | None, getattr(module, "observer", None)) or Observer()
     observer.routed(hidden, top_k_index, top_k_weights)
     if not observer.runs_experts:
-        return torch.zeros_like(hidden)
+        return observer.routed_output(hidden)
 
     def run(expert: int, rows: Tensor, weights: Tensor) -> Tensor:
         # Both products see the padding of `select_rows`; what leaves here does not.
-        inner = expert_inner(module, expert, select_rows(hidden, rows))
-        output = nn.functional.linear(inner, experts.down_proj[expert])[: len(rows)]
+        inner = experts.inner(expert, select_rows(hidden, rows))
+        output = experts.output(expert, inner)[: len(rows)]
         if expert in observer.silenced:
             output = torch.zeros_like(output)
         observer.expert(expert, rows, inner[: len(rows)], output, weights)
         return output
 
-    return sum_routed(hidden, top_k_index, top_k_weights, experts.gate_up_proj.shape[0], run)
-
-
-def expert_inner(module: nn.Module, expert: int, inputs: Tensor) -> Tensor:
-    """The input [n, I] of a routed expert's down_proj, from the expert's inputs [n, H]."""
-    experts = cast(_FusedExperts, module)
-    return experts._apply_gate(nn.functional.linear(inputs, experts.gate_up_proj[expert]))
+    return sum_routed(hidden, top_k_index, top_k_weights, len(experts), run)
 
 
 def dense_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -77,25 +133,29 @@ def dense_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
     observer.dense(inputs[0].flatten(0, -2), output.flatten(0, -2))
 
 
-def shared_hook(gate: nn.Module | None) -> Callable[..., Tensor]:
-    """A forward hook on the shared expert, [..., H] to [..., H]: reports it, or silences it.
+def shared_hooks(
+    up: nn.Module, down: nn.Module, gate: nn.Module | None
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Forward hooks that report the shared expert or silence it, with the modules they are for.
 
-    gate  linear H -> 1 whose sigmoid weighs the shared expert's output; None if nothing does
+    up, down  linears of the shared expert: H to I, and I to H
+    gate      linear H -> 1 whose sigmoid weighs the shared expert's output; None if nothing does
     """
+    seen: list[Tensor] = []
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[:] = [inputs[0].flatten(0, -2)]
+
+    def report(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         observer = cast(Observer, module.observer)
-        hidden = inputs[0].flatten(0, -2)
-        flat = output.flatten(0, -2)
+        hidden = seen.pop()
         if "shared" in observer.silenced:
             return torch.zeros_like(output)
-        if not observer.wants_inner:
-            return output
-        # A hook sees the module's input and output only: what lies between is computed again.
-        mlp = cast(Any, module)
-        inner = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
-        weights = torch.sigmoid(gate(hidden))[:, 0] if gate else hidden.new_ones(len(hidden))
-        observer.expert("shared", torch.arange(len(hidden)), inner, flat, weights)
+        if observer.wants_inner:
+            weights = torch.sigmoid(gate(hidden))[:, 0] if gate else hidden.new_ones(len(hidden))
+            rows = torch.arange(len(hidden))
+            inner, made = inputs[0].flatten(0, -2), output.flatten(0, -2)
+            observer.expert("shared", rows, inner, made, weights)
         return output
 
-    return hook
+    return [(up, keep), (down, report)]

@@ -23,8 +23,9 @@ class Observer:
     batch            index of the batch that is being run; set by the run
     wants_attention  `attention` is called; it costs the probabilities of every head
     wants_inner      `expert` is called for shared experts too; their inner state is computed again
-    runs_experts     False: routed experts are told of, not run, and add nothing to the stream
+    runs_experts     False: routed experts are told of, not run; `routed_output` stands in
     silenced         experts whose output is replaced by zero
+    learned_sinks    set by the run: attention has sinks that the model has learned, beside its keys
     """
 
     batch: int = 0
@@ -32,6 +33,11 @@ class Observer:
     wants_inner = False
     runs_experts = True
     silenced: frozenset[ExpertIndex] = frozenset()
+    learned_sinks = False
+
+    def routed_output(self, hidden: Tensor) -> Tensor:
+        """What stands in for the output [N, H] of routed experts that are not run."""
+        return torch.zeros_like(hidden)
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
         """The routing of one batch.
@@ -61,6 +67,9 @@ class Observer:
 
     def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
         """Where attention goes in the B watched sequences of a batch; both in float32.
+
+        Not called in a layer without softmax attention (Mamba, convolution, linear attention).
+        With learned sinks the probabilities of a query are less than 1 in all.
 
         first_key      probability that each query gives to position 0, [B, heads, T]
         mean_received  mean probability that each key gets from the queries that see it,
@@ -118,13 +127,32 @@ class RoutingCapture(Observer):
         return self.experts.new_empty(0), self.weights.new_empty(0)  # behind the last one chosen
 
 
+class GivenOutput(Observer):
+    """Lets a layer run with routed outputs that were computed elsewhere.
+
+    output  [N, H] of the rows of all batches, in order
+    """
+
+    runs_experts = False
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self._output, self._used = output, 0
+
+    def routed_output(self, hidden: Tensor) -> Tensor:
+        start, self._used = self._used, self._used + len(hidden)
+        return self._output[start : self._used].to(hidden.dtype).view_as(hidden)
+
+
 class SinkCapture(Observer):
     """Keeps how much attention position 0 gets in a layer, mean over the sequences of all batches.
 
     Available after the run, float32 on the CPU.
 
-    sink_mass  attention to position 0, see `measures.sink_mass`, [heads]
-    received   mean attention that each position gets from the queries that see it, [heads, T]
+    sink_mass  attention to position 0, see `measures.sink_mass`, [heads]; [0] in a layer without
+               softmax attention
+    received   mean attention that each position gets from the queries that see it, [heads, T];
+               None in a layer without softmax attention
     """
 
     wants_attention = True
@@ -142,8 +170,8 @@ class SinkCapture(Observer):
 
     @property
     def sink_mass(self) -> Tensor:
-        return mean_over_sequences(self._mass)
+        return mean_over_sequences(self._mass) if self._mass else torch.zeros(0)
 
     @property
-    def received(self) -> Tensor:
-        return mean_over_sequences(self._received)
+    def received(self) -> Tensor | None:
+        return mean_over_sequences(self._received) if self._received else None

@@ -63,7 +63,7 @@ def sum_routed(
     """
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     routed = rows_by_expert(top_k_index, top_k_weights, experts)
-    for expert, (rows, weights) in enumerate(routed):
+    for expert, (rows, weights) in enumerate(routed[:experts]):
         if len(rows):
             output = run(expert, rows, weights)
             total.index_add_(0, rows, output.float() * weights[:, None])

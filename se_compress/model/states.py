@@ -6,15 +6,66 @@ different lengths. Hidden states have the model's dtype and device.
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 # Positions whose logits are in memory at once; at 150,000 words that is 150 MB in float32.
 PIECE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class States:
+    """One batch on its way through the model, behind some layer, or before the first one.
+
+    tokens  token ids, int64 [B, T]
+    stream  the residual stream, [B, T, H]; [B, T, n, H / n] where a model has n side by side
+    beside  what a layer hands to the next one besides, [B, T, ...] each; nothing in most models
+    """
+
+    tokens: Tensor
+    stream: Tensor
+    beside: tuple[Tensor, ...] = ()
+
+    @property
+    def hidden(self) -> Tensor:
+        """The stream as [B, T, H], whatever it is made of: a view."""
+        return self.stream.flatten(2)
+
+    @property
+    def handed_on(self) -> Any:
+        """What the layer returned: the stream, or a tuple of it and what goes beside it."""
+        return (self.stream, *self.beside) if self.beside else self.stream
+
+    def behind(self, output: Any) -> "States":
+        """The same batch behind a layer that returned `output`."""
+        stream, *beside = output if isinstance(output, tuple) else (output,)
+        return States(self.tokens, stream, tuple(beside))
+
+    def cut(self, sequences: slice = slice(None), positions: slice = slice(None)) -> "States":
+        """Some sequences, and some positions of them: views."""
+        tokens, stream, *beside = (
+            part[sequences, positions] for part in (self.tokens, self.stream, *self.beside)
+        )
+        return States(tokens, stream, tuple(beside))
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Positions of a sequence."""
+        return self.tokens.shape[1]
+
+
+def hidden_of(batches: Sequence[States]) -> list[Tensor]:
+    """Hidden states [B, T, H] of each batch."""
+    return [states.hidden for states in batches]
 
 
 def batches_of(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Tensor]:
@@ -31,48 +82,51 @@ def batches_of(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Tenso
     return [torch.tensor(batch) for batch in batches]
 
 
-def leading(hidden: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first sequences of all batches [B, T, H]: at most `tokens` tokens, but one sequence.
+def leading(batches: Sequence[States], tokens: int) -> list[States]:
+    """The first sequences of all batches: at most `tokens` tokens, but one sequence.
 
     The batches that are left are views of those given.
     """
-    kept: list[Tensor] = []
-    for states in hidden:
-        count = min(len(states), tokens // states.shape[1])
+    kept: list[States] = []
+    for states in batches:
+        count = min(len(states), tokens // states.length)
         if count or not kept:
-            kept.append(states[: max(1, count)])
-        tokens -= max(1, count) * states.shape[1]
+            kept.append(states.cut(slice(max(1, count))))
+        tokens -= max(1, count) * states.length
         if count < len(states):
             break
     return kept
 
 
-def in_pieces(hidden: Sequence[Tensor]) -> list[Tensor]:
-    """The same states [B, T, H] as views [1, n, H] of at most PIECE_TOKENS positions, in order.
+def in_pieces(batches: Sequence[States]) -> list[States]:
+    """The same states as views of one sequence and at most PIECE_TOKENS positions, in order.
 
     Logits are wide. What is computed from them position by position need not hold a batch of them.
     """
-    pieces: list[Tensor] = []
-    for states in hidden:
-        for sequence in states:
-            pieces += torch.split(sequence[None], PIECE_TOKENS, dim=1)
-    return pieces
+    return [
+        states.cut(slice(row, row + 1), slice(start, start + PIECE_TOKENS))
+        for states in batches
+        for row in range(len(states))
+        for start in range(0, states.length, PIECE_TOKENS)
+    ]
 
 
 # ------------------------------------------------------------------------------------------- resume
 
 
-def save_states(path: Path, layer: int, streams: Mapping[str, Sequence[Tensor]]) -> None:
-    """Write the hidden states after `layer`, atomically: the file is the old one or the new one.
+def save_states(path: Path, layer: int, streams: dict[str, list[States]]) -> None:
+    """Write the states after `layer`, atomically: the file is the old one or the new one.
 
-    streams  name -> hidden states [B, T, H] of each batch
+    streams  name -> states of each batch
     """
     from safetensors.torch import save_file
 
     tensors = {
-        f"{name}.{index}": states.contiguous()
+        # The format takes no two tensors of one memory, and streams share their tokens.
+        f"{name}.{index}.{part}": tensor.contiguous() if part else tensor.clone()
         for name, batches in streams.items()
         for index, states in enumerate(batches)
+        for part, tensor in enumerate((states.tokens, states.stream, *states.beside))
     }
     partial = path.with_name(path.name + ".writing")
     sums = {key: _checksum(states) for key, states in tensors.items()}
@@ -93,7 +147,7 @@ def _checksum(states: Tensor) -> int:
 
 def load_states(
     path: Path, device: torch.device, notice: Callable[[str], None]
-) -> tuple[int, dict[str, list[Tensor]]]:
+) -> tuple[int, dict[str, list[States]]]:
     """The layer and the streams that `save_states` has written, on `device`.
 
     Layer -1 and no stream if there is no file. The same, with a word to `notice`, if the file is
@@ -111,20 +165,29 @@ def load_states(
         return -1, {}
 
 
-def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[Tensor]]]:
+def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[States]]]:
     """As `load_states`, but raises one of many errors if the file is not what was saved."""
     from safetensors import safe_open
 
-    streams: dict[str, list[Tensor]] = {}
+    parts: dict[tuple[str, int], list[Tensor]] = {}
     with safe_open(path, "pt") as file:
         metadata = cast(dict[str, str], file.metadata())
         sums = json.loads(metadata["checksums"])
         if metadata["file"] != path.name or sorted(file.keys()) != sorted(sums):
             raise ValueError("holds other states than it should")
-        # Keys are "stream.batch": by number of the batch, as text would put 10 before 2.
-        for key in sorted(sums, key=lambda k: (k.split(".")[0], int(k.split(".")[1]))):
+        # Keys are "stream.batch.part": by numbers, as text would put 10 before 2.
+        for name, batch, part in sorted(_key(key) for key in sums):
+            key = f"{name}.{batch}.{part}"
             states = file.get_tensor(key)
             if _checksum(states) != sums[key]:
                 raise ValueError(f"the checksum of {key} is wrong")
-            streams.setdefault(key.split(".")[0], []).append(states.to(device))
+            parts.setdefault((name, batch), []).append(states.to(device))
+    streams: dict[str, list[States]] = {}
+    for (name, _), (tokens, stream, *beside) in parts.items():
+        streams.setdefault(name, []).append(States(tokens, stream, tuple(beside)))
     return int(metadata["layer"]), streams
+
+
+def _key(text: str) -> tuple[str, int, int]:
+    name, batch, part = text.split(".")
+    return name, int(batch), int(part)

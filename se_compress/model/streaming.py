@@ -1,94 +1,46 @@
 """Run a causal language model one decoder layer at a time.
 
 transformers owns the mathematics of every family; this module owns the order of the work. The model
-is built on the meta device. One pass with recording stand-ins shows what each decoder layer is
-called with (masks, position embeddings). Then each real layer is loaded, run over all batches and
+is built on the meta device and runs its own forward pass, in which stand-ins take the place of the
+layers that are not at work (standins.py). Each real layer is loaded, run over all batches and
 dropped, so that memory holds one layer and the hidden states, whatever the size of the model.
 
-transformers 5 fuses a layer's experts into two tensors, and hooks on expert modules see nothing. It
-does let one register an experts function and an attention function: ours compute the plain result
-and tell an observer what happens inside. Every family that uses these interfaces is instrumented
-that way.
+What happens inside a layer is told to an observer: experts through the experts function that
+transformers lets one register (experts.py), attention through its attention functions
+(attention.py), plain MLPs through hooks.
 
-Batches hold sequences of equal length and no padding, so a call depends on the batch's shape alone.
+Batches hold sequences of equal length and no padding.
 
 B sequences of a batch, T positions, H channels, V words of the vocabulary. Hidden states are a list
-of batches [B, T, H] in the model's dtype, on its device.
+of `States`, one a batch, in the model's dtype, on its device.
 """
 
-import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from se_compress.artifacts import ROLES, ExpertId, ModelSource, Role
-from se_compress.errors import SourceError
-from se_compress.model.attention import attention_forward
-from se_compress.model.checkpoint import Reader, check_finite
-from se_compress.model.experts import dense_hook, experts_forward, shared_hook
-from se_compress.model.observers import Observer
+from se_compress.artifacts import ExpertId, ModelSource
+from se_compress.model.attention import watched_attention
+from se_compress.model.binding import bind, experts_modules, is_experts, meta_model
+from se_compress.model.checkpoint import Reader
+from se_compress.model.experts import RoutedExperts, dense_hook, experts_forward, shared_hooks
+from se_compress.model.live import Lookup, Weights
+from se_compress.model.observers import GivenOutput, Observer, RoutingCapture
+from se_compress.model.standins import Pass, StandIn, run_until
+from se_compress.model.states import States
 from se_compress.opening.families import FAMILIES, Family
-from se_compress.opening.modelfiles import shown
 
-# What our experts and attention functions are called in transformers' tables.
+# What our experts function is called in transformers' table.
 IMPLEMENTATION = "se_compress"
-
-
-def _register() -> None:
-    """Enter our functions in transformers' tables. Doing it again changes nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a decoder layer is called with beside the hidden states: masks, position embeddings."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer and remembers how it was called. Hidden states pass through."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: it has no weights to count
-        self.call: _Call | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.call = _Call(args, kwargs)
-        return hidden
-
-
-class _Streamed(nn.Module):
-    """Stands in for a decoder layer and loads it anew for every call."""
-
-    def __init__(self, model: "StreamedModel", index: int, layer: nn.Module) -> None:
-        super().__init__()
-        # Neither is a submodule: `model` holds this one, and `layer` has no weights to count.
-        self.__dict__["model"], self.__dict__["layer"] = model, layer
-        self.index = index
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        model = cast(StreamedModel, self.__dict__["model"])
-        return cast(Tensor, model.load_layer(self.index)(hidden, *args, **kwargs))
+# Positions on which it is seen how routed outputs enter the stream, and the greatest error, of half
+# of the channels, of a sum that is taken for one: bfloat16 rounds, any multiplier is further off.
+PROBE_POSITIONS, PROBE_ERROR = 16, 0.02
 
 
 @dataclass
@@ -110,225 +62,228 @@ class StreamedModel:
     read: Reader
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
-    _calls: dict[tuple[int, int], list[_Call]] = field(default_factory=dict)
+    _running: Pass = field(default_factory=Pass)
+    _adds: dict[object, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        _register()
-        self.family: Family = FAMILIES[self.source.family]
-        try:
-            config = CONFIG_MAPPING[self.source.family].from_dict(
-                copy.deepcopy(dict(self.source.config))
-            )
-            config._attn_implementation = IMPLEMENTATION
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=self.dtype, attn_implementation=IMPLEMENTATION
-                )
-        except (
-            ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError,
-            ValueError,
-        ) as error:  # fmt: skip
-            # What stands in a config beside the keys that `config_values` knows.
-            raise SourceError(
-                f"{self.source.path / 'config.json'}: transformers builds no model from it "
-                f"({shown(str(error), 200)})"
-            ) from error
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        self.family: Family = FAMILIES[self.source.family].at(self.source.prefix)
+        where = str(self.source.path / "config.json")
+        model = meta_model(self.source.config, where=where, dtype=self.dtype)
         model.set_experts_implementation(IMPLEMENTATION)
-        self.model = model.eval()
-        self.layers: list[nn.Module] = list(model.model.layers)
-        self._materialise(model, "", skip=("model.layers.", "model.embed_tokens.", "lm_head."))
+        names = [name for name, info in self.source.tensors.items() if not is_experts(info)]
+        self.weights = Weights(self.source, self.read, model, bind(model, names), self.device)
+        self.model = model
+        # "model.layers" of "model.layers.0.mlp.experts"
+        self._path = experts_modules(model)[0][0].partition("layers.")[0] + "layers"
+        self.layers: list[nn.Module] = list(model.get_submodule(self._path))
+        self._replace_layers()
+        self._replace_embeddings()
+        self.weights.fill(model, "", skip=(f"{self._head_path}.",))
+
+    def _replace_layers(self) -> None:
+        stands = [StandIn(layer, i, self._running) for i, layer in enumerate(self.layers)]
+        owner, _, leaf = self._path.rpartition(".")
+        setattr(self.model.get_submodule(owner), leaf, nn.ModuleList(stands))
+
+    def _replace_embeddings(self) -> None:
+        named = [*self.model.named_modules()]
+        for path, module in named:
+            if isinstance(module, nn.Embedding):
+                self.weights.fill(module, path, skip=("weight",))
+                table = cache(partial(self.weights.value, f"{path}.weight"))
+                owner, _, leaf = path.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, Lookup(module, table))
+
+    @property
+    def _head_path(self) -> str:
+        head = self.model.get_output_embeddings()
+        return next(str(path) for path, module in self.model.named_modules() if module is head)
 
     # -- loading
 
     def load_layer(self, layer: int) -> nn.Module:
         """A copy of decoder layer `layer` with its weights, on the device.
 
-        Raises SourceError for a weight that is NaN or infinite.
+        Raises SourceError for a weight that is missing, is NaN or infinite.
         """
-        module = copy.deepcopy(self.layers[layer])
-        self._materialise(module, f"model.layers.{layer}.", skip=())
-        return module
+        return self.weights.loaded(self.layers[layer], f"{self._path}.{layer}")
 
-    def _materialise(self, module: nn.Module, prefix: str, skip: tuple[str, ...]) -> None:
-        """Give every meta parameter and buffer of `module` its value, in place.
+    def experts_module(self, module: nn.Module) -> RoutedExperts:
+        """The routed experts of a loaded MoE layer."""
+        (_, experts), *_ = experts_modules(module)
+        return RoutedExperts(experts)
 
-        prefix  what transformers puts before the module's own names
-        skip    beginnings of names that are left on the meta device
+    def linear_path(self, name: str) -> str:
+        """Path of a linear within its decoder layer, e.g. `self_attn.q_proj`.
+
+        name  of its weight in the source
         """
-        persistent = set(module.state_dict().keys())
-        for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            if not name.startswith(skip):
-                self._fill(module, name, value, prefix, name in persistent)
-        for child in module.modules():
-            # Buffers that no checkpoint has (rotary frequencies) are computed by transformers.
-            computed = child._non_persistent_buffers_set
-            if computed and not next(iter(child.buffers())).is_meta:
-                self.model._init_weights(child)
-
-    def _fill(
-        self, module: nn.Module, name: str, value: Tensor, prefix: str, persistent: bool
-    ) -> None:
-        """Put a real tensor in the place of the meta tensor `value`, read if it is `persistent`."""
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        is_parameter = leaf in owner._parameters
-        # Floating buffers are router biases and rotary frequencies: float32 in any model.
-        dtype = value.dtype if is_parameter or not value.is_floating_point() else torch.float32
-        real = torch.empty(value.shape, dtype=dtype, device=self.device)
-        if persistent:
-            self._read_into(real, prefix + name)
-        if is_parameter:
-            owner._parameters[leaf] = nn.Parameter(real, requires_grad=False)
-        else:
-            owner._buffers[leaf] = real
-
-    def _read_into(self, target: Tensor, name: str) -> None:
-        """Fill `target` with the tensor that transformers calls `name`, in the target's dtype.
-
-        Fused experts, [E, 2I, H] or [E, H, I], are stacked from the matrices of the checkpoint.
-        Raises SourceError for a value that is NaN or infinite.
-        """
-        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            target.copy_(check_finite(name, self.read(self._on_disk(name))))
-            return
-        layer = int(name.split(".")[2])
-        projections = dict(zip(ROLES, self.family.projections, strict=True))
-        roles: tuple[Role, ...] = ("down",) if name.endswith("down_proj") else ("gate", "up")
-        for expert in range(target.shape[0]):
-            matrices = target[expert].chunk(len(roles), dim=0)  # gate above up: [I, H] each
-            for matrix, role in zip(matrices, roles, strict=True):
-                stored = self.family.expert.format(
-                    layer=layer, expert=expert, projection=projections[role]
-                )
-                matrix.copy_(check_finite(stored, self.read(stored)))
-
-    def _on_disk(self, name: str) -> str:
-        """What the checkpoint calls the tensor that transformers calls `name`."""
-        for disk, memory in self.family.renames:
-            candidate = name.replace(memory, disk)
-            if candidate in self.source.tensors:
-                return candidate
-        if name == "lm_head.weight" and name not in self.source.tensors:
-            return "model.embed_tokens.weight"  # tied
-        return name
-
-    def experts_module(self, module: nn.Module) -> Any:
-        """The fused routed experts of a loaded MoE layer.
-
-        A transformers module with gate_up_proj [E, 2I, H] and down_proj [E, H, I] in the model's
-        dtype; `experts.expert_inner` computes what lies between them.
-        """
-        return next(m for m in module.modules() if hasattr(m, "gate_up_proj"))
+        live = self.weights.binding.live_of[name].removesuffix(".weight")
+        return live.removeprefix(f"{self._path}.").partition(".")[2]
 
     # -- running
 
-    @cached_property
-    def _embeddings(self) -> Tensor:
-        """[V, H], dtype as on disk, checked: a map of the file that takes no memory of its own."""
-        name = "model.embed_tokens.weight"
-        return check_finite(name, self.read(name))
-
     @torch.no_grad()
-    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Embeddings [B, T, H] of each batch of token ids, int64 [B, T].
+    def embed(self, batches: Sequence[Tensor]) -> list[States]:
+        """What comes before the first layer, of each batch of token ids, int64 [B, T].
 
         Raises SourceError for an embedding that is NaN or infinite.
         """
-        return [self._embeddings[batch].to(self.device, self.dtype) for batch in batches]
+
+        def given(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args[0] if args else kwargs["hidden_states"]
+
+        found = []
+        for batch in batches:
+            tokens = batch.to(self.device)
+            forward = partial(self.model, input_ids=tokens, use_cache=False)
+            found.append(States(tokens, run_until(self._running, 0, None, given, forward)))
+        return found
 
     @torch.no_grad()
     def run_layer(
         self,
         layer: int,
         module: nn.Module,
-        hidden: Sequence[Tensor],
+        batches: Sequence[States],
         observer: Observer | None = None,
-    ) -> list[Tensor]:
-        """The hidden states [B, T, H] of each batch after a layer. The input is not changed.
+    ) -> list[States]:
+        """The states of each batch after a layer. The input is not changed.
 
         layer     index of the layer
         module    the layer itself, from `load_layer`
-        hidden    hidden states before it, [B, T, H] for each batch
+        batches   states before it
         observer  is told what happens inside; without one nobody is
         """
         observer = observer or Observer()
-        hooks = self._attach(layer, module, observer)
         results = []
-        for index, states in enumerate(hidden):
-            observer.batch = index
-            call = self._call(layer, states)
-            results.append(cast(Tensor, module(states, *call.args, **call.kwargs)))
-        for hook in hooks:
-            hook.remove()
+        with self._told(layer, module, observer):
+            for index, states in enumerate(batches):
+                observer.batch = index
+                results.append(states.behind(self._run(layer, module, states)))
         return results
 
-    @staticmethod
-    def add_routed(hidden: Sequence[Tensor], output: Tensor) -> None:
-        """Add the routed experts' output [N, H] to what `run_layer` returned without it, in place.
+    def _run(self, layer: int, module: nn.Module, states: States) -> Any:
+        """What a layer returns for one batch."""
 
-        N rows are those of all batches `hidden` [B, T, H], in order. In every family of the table
-        the output enters the stream as it is.
-        """
-        parts = torch.split(output, [states.shape[0] * states.shape[1] for states in hidden])
-        for states, part in zip(hidden, parts, strict=True):
-            states += part.view_as(states).to(states.dtype)
+        def work(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # Before the first layer it is the embeddings that come, which `states` has.
+            first = (states.stream, *args[1:]) if args and index == 0 else args
+            return module(*first, **kwargs)
 
-    def _attach(self, layer: int, module: nn.Module, observer: Observer) -> list[RemovableHandle]:
-        """Tell the parts of a layer whom to report to; returns the hooks to remove afterwards.
+        forward = partial(self.model, input_ids=states.tokens, use_cache=False)
+        return run_until(self._running, layer, states.handed_on, work, forward)
 
-        Routed experts and attention find the observer as an attribute. Plain MLPs (shared experts,
-        dense layers) have no interface for that and get a hook.
+    @contextmanager
+    def _told(self, layer: int, module: nn.Module, observer: Observer) -> Iterator[None]:
+        """While this is entered, the parts of a layer report to the observer.
+
+        Routed experts and attention find it as an attribute. Plain MLPs (shared experts, dense
+        layers) have no interface for that and get hooks.
         """
         for child in module.modules():
             child.observer = observer  # type: ignore[assignment]
-        if layer not in self.source.moe_layers:
-            down = self.family.projections[2]
-            return [module.get_submodule(f"mlp.{down}").register_forward_hook(dense_hook)]
-        if ExpertId(layer, "shared") not in self.source.experts:
-            return []
-        within_layer = self.family.shared.removeprefix("model.layers.{layer}.")
-        shared = module.get_submodule(within_layer.partition(".{projection}")[0])
-        gate = self.family.shared_gate.removeprefix("model.layers.{layer}.").removesuffix(".weight")
-        hook = shared_hook(module.get_submodule(gate) if gate else None)
-        return [shared.register_forward_hook(hook)]
-
-    def _call(self, layer: int, states: Tensor) -> _Call:
-        """What `layer` is called with for a batch of the shape of `states` [B, T, H]."""
-        shape = (states.shape[0], states.shape[1])
-        if shape not in self._calls:
-            self._calls[shape] = self._record(states)
-        return self._calls[shape][layer]
-
-    def _record(self, states: Tensor) -> list[_Call]:
-        """Run transformers' own decoder over `states` [B, T, H], with no layer doing anything."""
-        recorders = [_Recorder(layer) for layer in self.layers]
-        decoder = self.model.model
-        decoder.layers = nn.ModuleList(recorders)
+        hooks = [part.register_forward_hook(hook) for part, hook in self._hooks(layer, module)]
+        watched: AbstractContextManager[None] = nullcontext()
+        if observer.wants_attention:
+            watched = watched_attention()
         try:
-            decoder(inputs_embeds=states, use_cache=False)
+            with watched:
+                yield
         finally:
-            decoder.layers = nn.ModuleList(self.layers)
-        calls = [recorder.call for recorder in recorders]
-        if None in calls:
-            raise RuntimeError(f"layer {calls.index(None)} was never called")
-        return cast(list[_Call], calls)
+            for hook in hooks:
+                hook.remove()
 
-    def _head(self) -> Tensor:
-        """The weight [V, H] that makes logits of hidden states, in the model's dtype."""
-        head = torch.empty(self.model.lm_head.weight.shape, dtype=self.dtype, device=self.device)
-        self._read_into(head, "lm_head.weight")
-        return head
+    def _hooks(self, layer: int, module: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The hooks on the plain MLPs of a layer, with the modules they are for."""
+        if layer not in self.source.moe_layers:
+            return [(down, dense_hook) for down in self._dense_down(layer, module)]
+        shared = self.source.experts.get(ExpertId(layer, "shared"))
+        if shared is None:
+            return []
+        up, down = (module.get_submodule(self.linear_path(shared[r].name)) for r in ("up", "down"))
+        gate = self.family.shared_gate.format(layer=layer)
+        return shared_hooks(
+            up, down, module.get_submodule(self.linear_path(gate)) if gate else None
+        )
+
+    def _dense_down(self, layer: int, module: nn.Module) -> list[nn.Module]:
+        """The down_proj of a layer's dense MLP; none if it has no MLP."""
+        paths = {
+            self.linear_path(name)
+            for name, info in self.source.tensors.items()
+            if info.layer == layer and info.kind == "dense_mlp" and len(info.shape) == 2
+        }
+        return [part for path, part in module.named_modules() if path in paths][-1:]
+
+    # -- routed outputs that are computed outside of the layer
+
+    def add_routed(
+        self,
+        layer: int,
+        module: nn.Module,
+        before: Sequence[States],
+        without: Sequence[States],
+        output: Tensor,
+    ) -> list[States]:
+        """The states behind a layer whose routed experts give `output`.
+
+        before   states before it
+        without  what `run_layer` returned with no output of routed experts; it is changed in place
+                 where outputs enter the stream as they are. Elsewhere the layer is run again
+        output   [N, H] float32, rows of all batches in order
+        """
+        if not self._adds_routed(module, layer, before):
+            return self.run_layer(layer, module, before, GivenOutput(output))
+        parts = torch.split(output, [states.tokens.numel() for states in without])
+        for states, part in zip(without, parts, strict=True):
+            states.hidden.add_(part.view_as(states.hidden).to(states.hidden.dtype))
+        return list(without)
+
+    def _adds_routed(self, module: nn.Module, layer: int, before: Sequence[States]) -> bool:
+        """Whether routed outputs enter the stream as they are; seen once for layers of one make."""
+        make = tuple(type(child) for child in (module, *module.children()))
+        if make not in self._adds:
+            some = [before[0].cut(slice(1), slice(PROBE_POSITIONS))]
+            self._adds[make] = self._adds_as_it_is(module, layer, some)
+        return self._adds[make]
+
+    def _adds_as_it_is(self, module: nn.Module, layer: int, some: Sequence[States]) -> bool:
+        """Run a layer over one batch without routed outputs and with random ones, and compare."""
+        capture = RoutingCapture(runs_experts=False)
+        without = self.run_layer(layer, module, some, capture)[0].hidden
+        noise = torch.randn(capture.hidden.shape, generator=torch.Generator().manual_seed(0))
+        output = noise.to(self.device) * without.float().square().mean().sqrt()
+        changed = self.run_layer(layer, module, some, GivenOutput(output))[0].hidden
+        if changed.numel() != output.numel():
+            return False
+        error = (changed.float() - without.float()).view_as(output) - output
+        return float((error.abs() / output.abs()).median()) < PROBE_ERROR
+
+    # -- predictions
+
+    @contextmanager
+    def _head(self) -> Iterator[None]:
+        """While this is entered, the head has its weights."""
+        path = self._head_path
+        owner, _, leaf = path.rpartition(".")
+        meta = self.model.get_submodule(path)
+        setattr(self.model.get_submodule(owner), leaf, self.weights.loaded(meta, path))
+        try:
+            yield
+        finally:
+            setattr(self.model.get_submodule(owner), leaf, meta)
 
     @torch.no_grad()
-    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Float32 logits [B, T, V] of each batch, from the last layer's [B, T, H]."""
-        head = self._head()
-        for states in hidden:
-            normed = self.model.model.norm(states)
-            yield nn.functional.linear(normed, head).float()
+    def logits(self, batches: Sequence[States]) -> Iterator[Tensor]:
+        """Float32 logits [B, T, V] of each batch, from the states behind the last layer."""
+        with self._head():
+            for states in batches:
+                self._running.at, self._running.value = len(self.layers), states.handed_on
+                yield self.model(input_ids=states.tokens, use_cache=False).logits.float()
 
     @torch.no_grad()
     def generate(
@@ -342,21 +297,18 @@ class StreamedModel:
         tokens    how many are generated
         on_token  called after each step
         """
-        from transformers import DynamicCache
 
-        decoder, head = self.model.model, self._head()
-        streamed = [_Streamed(self, i, layer) for i, layer in enumerate(self.layers)]
-        decoder.layers = nn.ModuleList(streamed)
-        cache, step, chosen = DynamicCache(config=self.model.config), prompts, []
-        try:
+        def work(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.load_layer(index)(*args, **kwargs)
+
+        last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        options: dict[str, Any] = {"logits_to_keep": 1} if last else {}
+        cache, step, chosen = None, prompts.to(self.device), []
+        with self._head():
             for _ in range(tokens):
-                embedded = self.embed([step])[0]
-                states = decoder(
-                    inputs_embeds=embedded, past_key_values=cache, use_cache=True
-                ).last_hidden_state
-                step = nn.functional.linear(states[:, -1], head).argmax(-1, keepdim=True).cpu()
-                chosen.append(step)
+                self._running.at, self._running.work = 0, work
+                found = self.model(input_ids=step, past_key_values=cache, use_cache=True, **options)
+                cache, step = found.past_key_values, found.logits[:, -1:].argmax(-1)
+                chosen.append(step.cpu())
                 on_token()
-        finally:
-            decoder.layers = nn.ModuleList(self.layers)
         return torch.cat(chosen, dim=1)

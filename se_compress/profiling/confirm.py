@@ -1,6 +1,6 @@
 """Confirm super experts by their cause: silence them, and see what becomes of the stream.
 
-Hidden states are lists of batches [B, T, H] in the model's dtype.
+States are lists of batches, in the model's dtype.
 """
 
 import random
@@ -19,7 +19,7 @@ from se_compress.artifacts import (
 )
 from se_compress.model.measures import peak_of
 from se_compress.model.observers import SinkCapture
-from se_compress.model.states import batches_of
+from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.divergence import mean_divergence
 from se_compress.recipe import Recipe
@@ -37,7 +37,7 @@ class _Variant:
     """A copy of the stream in which one expert is silent, or the source's own.
 
     silent        the silenced expert; layer -1 for the source's stream
-    hidden        states after the last layer that was run, [B, T, H] for each batch
+    states        those after the last layer that was run, of each batch
     rise_removed  share of the layer's rise that is gone, see `_rise_removed`
     peaks         layer from the fork on -> greatest |h| after it
     sinks         layer from the fork on -> attention to position 0, mean over heads and sequences
@@ -45,7 +45,7 @@ class _Variant:
     """
 
     silent: ExpertId
-    hidden: list[Tensor] = field(default_factory=list)
+    states: list[States] = field(default_factory=list)
     rise_removed: float = 0.0
     peaks: dict[int, float] = field(default_factory=dict)
     sinks: dict[int, float] = field(default_factory=dict)
@@ -61,8 +61,8 @@ class _SinkWatch(SinkCapture):
 
     @property
     def mean(self) -> float:
-        """Attention to position 0, mean over heads and sequences."""
-        return float(self.sink_mass.mean())
+        """Attention to position 0, mean over heads and sequences; 0 without softmax attention."""
+        return float(self.sink_mass.mean()) if len(self.sink_mass) else 0.0
 
 
 def confirm(
@@ -84,13 +84,13 @@ def confirm(
     variants = [_Variant(i) for pair in pairs.items() for i in pair if i is not None]
     base = _Variant(ExpertId(-1, -1))
     batches = batches_of(tokens, options.batch_tokens)
-    base.hidden = model.embed(batches)
+    base.states = model.embed(batches)
     for layer in range(model.source.layer_count):
         options.progress("confirm", layer, model.source.layer_count)
         _confirm_layer(model, layer, base, variants)
     options.progress("confirm", model.source.layer_count, model.source.layer_count)
     for variant in variants:
-        variant.divergence = mean_divergence(model, base.hidden, variant.hidden)
+        variant.divergence = mean_divergence(model, base.states, variant.states)
     results = {variant.silent: _ablation(base, variant) for variant in variants}
     return tuple(_with_evidence(c, results, pairs[c.id]) for c in candidates)
 
@@ -113,19 +113,20 @@ def _confirm_layer(
 ) -> None:
     """Run a layer over the source's stream and over every copy that is forked at it or before."""
     module = model.load_layer(layer)
-    before = base.hidden
+    before = base.states
     watch = _SinkWatch()
-    base.hidden = model.run_layer(layer, module, before, watch)
-    base.peaks[layer], base.sinks[layer] = peak_of(base.hidden), watch.mean
+    base.states = model.run_layer(layer, module, before, watch)
+    base.peaks[layer], base.sinks[layer] = peak_of(hidden_of(base.states)), watch.mean
     for variant in variants:
         forks = variant.silent.layer == layer
         if layer < variant.silent.layer:
             continue
         watch = _SinkWatch([variant.silent.expert] if forks else [])
-        variant.hidden = model.run_layer(layer, module, before if forks else variant.hidden, watch)
-        variant.peaks[layer], variant.sinks[layer] = peak_of(variant.hidden), watch.mean
+        variant.states = model.run_layer(layer, module, before if forks else variant.states, watch)
+        variant.peaks[layer], variant.sinks[layer] = peak_of(hidden_of(variant.states)), watch.mean
         if forks:
-            variant.rise_removed = _rise_removed(before, base.hidden, variant.hidden)
+            around = (before, base.states, variant.states)
+            variant.rise_removed = _rise_removed(*map(hidden_of, around))
 
 
 def _rise_removed(

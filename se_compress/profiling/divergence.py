@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from se_compress.model.measures import kl_divergence
 from se_compress.model.overflow import check_logits
-from se_compress.model.states import in_pieces
+from se_compress.model.states import States, in_pieces
 from se_compress.model.streaming import StreamedModel
 
 
 def mean_divergence(
-    model: StreamedModel, source: Sequence[Tensor], changed: Sequence[Tensor]
+    model: StreamedModel, source: Sequence[States], changed: Sequence[States]
 ) -> float:
     """Mean KL(source || changed) of the next token in nats, over all positions.
 
-    source, changed  hidden states after the last layer, [B, T, H] for each batch, cut alike
+    source, changed  states after the last layer, of each batch, cut alike
 
     Raises SourceError if the source's own logits overflow.
     """
@@ -23,5 +21,5 @@ def mean_divergence(
     # Generators: the logits of one piece of each are in memory at a time.
     before = (check_logits(model, logits) for logits in model.logits(ours))
     pairs = zip(before, model.logits(theirs), strict=True)
-    tokens = sum(states.shape[0] * states.shape[1] for states in source)
+    tokens = sum(states.tokens.numel() for states in source)
     return sum(float(kl_divergence(a, b).double().sum()) for a, b in pairs) / tokens

@@ -9,13 +9,12 @@ are rounded together.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from se_compress.artifacts import ExpertIndex, ProjectionGroup
-from se_compress.model.experts import expert_inner
+from se_compress.model.experts import RoutedExperts
 from se_compress.model.observers import RoutingCapture
 from se_compress.quant.grid import Grid, dequantize, rtn
 
@@ -48,11 +47,11 @@ class _Sample:
 
 
 def rounding_losses(
-    experts: Any, capture: RoutingCapture, after: Sequence[Tensor], grids: Sequence[Grid]
+    experts: RoutedExperts, capture: RoutingCapture, after: Sequence[Tensor], grids: Sequence[Grid]
 ) -> dict[ExpertIndex, Losses]:
     """Routed expert -> its losses, see ExpertStats; not yet times the layer's sensitivity.
 
-    experts  a layer's fused experts, see `StreamedModel.experts_module`
+    experts  a layer's routed experts
     capture  what a run of the layer has told
     after    the hidden states after the layer, [B, T, H] for each batch
     grids    what the weights are rounded to
@@ -74,7 +73,7 @@ def stacks_of(gate_up: Tensor) -> Iterator[range]:
 
 
 def _stack_losses(
-    experts: Any,
+    experts: RoutedExperts,
     members: range,
     samples: Sequence[_Sample],
     grids: Sequence[Grid],
@@ -100,21 +99,24 @@ def _stack_losses(
 
 
 def _errors(
-    experts: Any, expert: int, sample: _Sample, gate_up: Tensor, down: Tensor
+    experts: RoutedExperts, expert: int, sample: _Sample, gate_up: Tensor, down: Tensor
 ) -> dict[ProjectionGroup, Tensor]:
     """Projection group -> what rounding it alone does to the expert's output, float32 [n, H].
 
     gate_up, down  the expert's rounded weights, float32 [2I, H] and [H, I]
     """
     output = sample.output.float()
-    inner = experts._apply_gate(sample.hidden.float() @ gate_up.T)
+    inner = experts.activated(expert, sample.hidden.float() @ gate_up.T)
+    exact = experts.down_proj[expert].float()
     return {
-        "gate_up": inner @ experts.down_proj[expert].float().T - output,
-        "down": sample.inner.float() @ down.T - output,
+        "gate_up": experts.output(expert, inner, exact) - output,
+        "down": experts.output(expert, sample.inner.float(), down) - output,
     }
 
 
-def _sample(experts: Any, expert: int, capture: RoutingCapture, residual: Tensor) -> _Sample:
+def _sample(
+    experts: RoutedExperts, expert: int, capture: RoutingCapture, residual: Tensor
+) -> _Sample:
     """At most LOSS_TOKENS of an expert's tokens; `residual` [N] are the norms after the layer."""
     rows, weights = capture.rows_of(expert)
     importance = (weights.float() / residual[rows].clamp(min=1e-12)).square()
@@ -123,8 +125,8 @@ def _sample(experts: Any, expert: int, capture: RoutingCapture, residual: Tensor
         kept, stands_for = _thinned(importance)
         rows, importance = rows[kept], importance[kept]
     hidden = capture.hidden[rows]
-    inner = expert_inner(experts, expert, hidden)
-    output = nn.functional.linear(inner, experts.down_proj[expert])
+    inner = experts.inner(expert, hidden)
+    output = experts.output(expert, inner)
     return _Sample(hidden, inner, output, importance * stands_for)
 
 

@@ -4,7 +4,7 @@ Three passes over the model, each a layer at a time: one measures every layer an
 `losses`, `similarity`), one what an error in each layer costs (`sensitivity`), one silences the
 experts that the `criterion` proposes (`confirm`).
 
-Hidden states are lists of batches [B, T, H] in the model's dtype.
+States are lists of batches, in the model's dtype.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ from se_compress.artifacts import (
 )
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.overflow import check_inputs, check_states
-from se_compress.model.states import batches_of, load_states, save_states
+from se_compress.model.states import States, batches_of, hidden_of, load_states, save_states
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.confirm import CONFIRM_SEQUENCES, confirm, doubts
 from se_compress.profiling.criterion import mark_layers, propose
@@ -35,7 +35,7 @@ from se_compress.profiling.doubt import stability_of, undecided_layers, undecide
 from se_compress.profiling.losses import Losses, rounding_losses
 from se_compress.profiling.sensitivity import SENSITIVITY_TOKENS, in_nats, measure_sensitivities
 from se_compress.profiling.similarity import output_distances
-from se_compress.profiling.watch import Watch, layer_stats
+from se_compress.profiling.watch import Watch, layer_stats, sink_notes
 from se_compress.quant.grid import Grid
 from se_compress.recipe import Recipe
 from se_compress.running.records import load_layers, save
@@ -85,7 +85,7 @@ def profile_experts(
         massive=any(layer.massive for layer in layers),
         super_experts=found.super_experts,
         outliers=found.outliers,
-        notes=found.notes + undecided_notes(undecided),
+        notes=found.notes + undecided_notes(undecided) + sink_notes(layers),
         layers=layers,
         experts=experts,
         similarities=tuple(part.similarity for part in measured if part.similarity),
@@ -139,19 +139,19 @@ def _measure_layers(
 ) -> list[_Measured]:
     """The records of all layers, from the work directory as far as they are there."""
     batches = batches_of(tokens, options.batch_tokens)
-    measured, hidden = _resume(model, options)
-    hidden = hidden or model.embed(batches)
-    check_states(model, len(measured) - 1, hidden)
+    measured, states = _resume(model, options)
+    states = states or model.embed(batches)
+    check_states(model, len(measured) - 1, hidden_of(states))
     for layer in range(model.source.layer_count):
         options.progress("profile", layer, model.source.layer_count)
         if layer < len(measured):
             continue
-        record, hidden = _measure_layer(model, layer, hidden, batches, recipe)
+        record, states = _measure_layer(model, layer, states, batches, recipe)
         measured.append(record)
         if options.work:
             # In this order: a record whose states are missing is measured again, see `_resume`.
             save(record, _record_file(options.work, layer))
-            save_states(options.work / STATES_FILE, layer, {"source": hidden})
+            save_states(options.work / STATES_FILE, layer, {"source": states})
     options.progress("profile", model.source.layer_count, model.source.layer_count)
     return measured
 
@@ -160,8 +160,8 @@ def _record_file(work: Path, layer: int) -> Path:
     return work / f"profile-layer-{layer:05}.json"
 
 
-def _resume(model: StreamedModel, options: RunOptions) -> tuple[list[_Measured], list[Tensor]]:
-    """The records of layers that are measured, and the hidden states [B, T, H] behind them.
+def _resume(model: StreamedModel, options: RunOptions) -> tuple[list[_Measured], list[States]]:
+    """The records of layers that are measured, and the states behind them.
 
     Both are empty without progress that can be read. The states decide how many layers are done.
     """
@@ -176,22 +176,23 @@ def _resume(model: StreamedModel, options: RunOptions) -> tuple[list[_Measured],
 def _measure_layer(
     model: StreamedModel,
     layer: int,
-    hidden: list[Tensor],
+    before: list[States],
     batches: Sequence[Tensor],
     recipe: Recipe,
-) -> tuple[_Measured, list[Tensor]]:
-    """A layer's record, and the hidden states after it.
+) -> tuple[_Measured, list[States]]:
+    """A layer's record, and the states after it.
 
-    hidden   hidden states before the layer, [B, T, H] for each batch
+    before   states before the layer, of each batch
     batches  token ids of each batch, int64 [B, T]
 
     Raises SourceError if the source overflows in the layer.
     """
     module = model.load_layer(layer)
     watch = Watch(batches)
-    after = model.run_layer(layer, module, hidden, watch)
-    _check_overflow(model, layer, after, watch)
-    stats = layer_stats(model.source, layer, hidden, after, watch, batches)
+    after = model.run_layer(layer, module, before, watch)
+    hidden = hidden_of(after)
+    _check_overflow(model, layer, hidden, watch)
+    stats = layer_stats(model.source, layer, hidden_of(before), hidden, watch, batches)
     grids = [
         Grid(bits, recipe.quantization.group_size, recipe.quantization.symmetric)
         for bits in measured_bits(recipe)
@@ -200,7 +201,7 @@ def _measure_layer(
     similarity = None
     if watch.saw_experts:
         fused = model.experts_module(module)
-        losses = rounding_losses(fused, watch, after, grids)
+        losses = rounding_losses(fused, watch, hidden, grids)
         if recipe.policy.merge:
             similarity = LayerSimilarity(layer, output_distances(fused, watch.hidden))
     total = sum(batch.numel() for batch in batches)

@@ -4,20 +4,19 @@ An error is passed on by the later layers. They may drop it, or send tokens to o
 how much it costs differs between layers by a factor of three and more. With this factor, losses
 rank like what quantising really costs (benchmarks/rank_correlation.py).
 
-Hidden states are lists of batches [B, T, H] in the model's dtype.
+States are lists of batches, in the model's dtype.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from se_compress.artifacts import ExpertStats, LayerStats, RunOptions
-from se_compress.model.experts import expert_inner
+from se_compress.model.experts import RoutedExperts
 from se_compress.model.observers import RoutingCapture
-from se_compress.model.states import batches_of
+from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.divergence import mean_divergence
 from se_compress.profiling.losses import mean_square, stacks_of
@@ -36,12 +35,12 @@ class _Rounded:
 
     layer   the layer
     error   squared relative distance that the rounding made in the layer's output, mean over tokens
-    hidden  the states after the last layer that was run, [B, T, H] for each batch
+    states  those after the last layer that was run, of each batch
     """
 
     layer: int
     error: float
-    hidden: list[Tensor]
+    states: list[States]
 
 
 def measure_sensitivities(
@@ -59,7 +58,7 @@ def measure_sensitivities(
         options.progress("sensitivity", layer, count)
         base = _fork_layer(model, layer, base, forks, grid)
     options.progress("sensitivity", count, count)
-    costs = (mean_divergence(model, base, fork.hidden) for fork in forks)
+    costs = (mean_divergence(model, base, fork.states) for fork in forks)
     # Rounding may change nothing, and a mean of divergences may come out just below zero.
     return {
         fork.layer: max(cost, 1e-9) / max(fork.error, 1e-12)
@@ -68,30 +67,28 @@ def measure_sensitivities(
 
 
 def _fork_layer(
-    model: StreamedModel, layer: int, before: list[Tensor], forks: list[_Rounded], grid: Grid
-) -> list[Tensor]:
-    """The stream [B, T, H] after a layer. The forks are run as well, and a MoE layer adds one."""
+    model: StreamedModel, layer: int, before: list[States], forks: list[_Rounded], grid: Grid
+) -> list[States]:
+    """The stream after a layer. The forks are run as well, and a MoE layer adds one."""
     module, capture = model.load_layer(layer), RoutingCapture()
     for fork in forks:
-        fork.hidden = model.run_layer(layer, module, fork.hidden)
+        fork.states = model.run_layer(layer, module, fork.states)
     after = model.run_layer(layer, module, before, capture)
     if layer in model.source.moe_layers:
         # The layer's own weights are changed: nothing runs through it unrounded after this.
         _round_experts(model.experts_module(module), capture, grid)
         rounded = model.run_layer(layer, module, before)
-        forks.append(_Rounded(layer, _squared_distance(rounded, after), rounded))
+        error = _squared_distance(hidden_of(rounded), hidden_of(after))
+        forks.append(_Rounded(layer, error, rounded))
     return after
 
 
-def _round_experts(experts: Any, capture: RoutingCapture, grid: Grid) -> None:
+def _round_experts(experts: RoutedExperts, capture: RoutingCapture, grid: Grid) -> None:
     """Round the live weights of a layer's experts to the nearest codes, in place."""
     for members in stacks_of(experts.gate_up_proj):
         # Before any weight of these experts is rounded: inner states come from the true gate_up.
         inputs = [capture.hidden[capture.rows_of(expert)[0]] for expert in members]
-        inner = [
-            expert_inner(experts, expert, rows)
-            for expert, rows in zip(members, inputs, strict=True)
-        ]
+        inner = [experts.inner(expert, rows) for expert, rows in zip(members, inputs, strict=True)]
         for weight, seen in ((experts.gate_up_proj, inputs), (experts.down_proj, inner)):
             power = torch.stack([mean_square(rows) for rows in seen])  # [experts, columns]
             stack = weight[members.start : members.stop]

@@ -164,5 +164,31 @@ def layer_stats(
         cancelling=False,
         mlp_peak=watch.dense_peak,
         sink_mass=tuple(watch.sink_mass.tolist()),
-        sink_rate=float(sink_rate(watch.received)[0]),
+        # An absolute threshold means nothing where learned sinks take part of all attention.
+        sink_rate=None
+        if watch.received is None or watch.learned_sinks
+        else float(sink_rate(watch.received)[0]),
     )
+
+
+def sink_notes(layers: Sequence[LayerStats]) -> tuple[str, ...]:
+    """What a reader has to know of the attention sinks of layers that are not like most."""
+    without = [stats.layer for stats in layers if not stats.sink_mass]
+    learned = [stats.layer for stats in layers if stats.sink_mass and stats.sink_rate is None]
+    notes: list[str] = []
+    if without:
+        notes.append(
+            f"{_named(without)} no softmax attention, and no attention sinks: {len(without)} of "
+            f"{len(layers)}"
+        )
+    if learned:
+        notes.append(
+            f"{_named(learned)} learned sinks beside the keys: attention to a token is compared "
+            "with the source's, and no absolute threshold holds for it"
+        )
+    return tuple(notes)
+
+
+def _named(layers: Sequence[int]) -> str:
+    named = ", ".join(map(str, layers))
+    return f"layer {named} has" if len(layers) == 1 else f"layers {named} have"

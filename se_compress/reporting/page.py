@@ -274,6 +274,6 @@ def chart_layout(height: int, across: str, upwards: str) -> dict[str, Any]:
     }
 
 
-def short(value: float) -> float | None:
+def short(value: float | None) -> float | None:
     """Four significant digits: what a chart can show. JSON has neither infinity nor NaN."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")

@@ -45,10 +45,10 @@ def profile_figures(profile: ExpertProfile) -> dict[str, Figure]:
     stream["layout"]["yaxis"]["separatethousands"] = True
     sinks = _lines(profile, layers, "attention", source="mean_sink_mass")
     sinks["layout"]["yaxis"] |= {"range": [0, 1], "tickformat": ".0%"}
-    heads = [layer.sink_mass for layer in layers]
     figures |= {"stream": stream, "sinks": sinks}
-    if all(heads):
-        figures["heads"] = _head_figure([layer.layer for layer in layers], heads)
+    heads = {layer.layer: layer.sink_mass for layer in layers if layer.sink_mass}
+    if heads:
+        figures["heads"] = _head_figure(heads)
     return figures
 
 
@@ -108,17 +108,18 @@ def _layer_figures(profile: ExpertProfile, layers: Sequence[LayerComparison]) ->
         figures["routers"] = _lines(profile, routed, "same experts", result="router_agreement")
         figures["routers"]["layout"]["yaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
     for side in ("source", "result"):
-        heads = [getattr(layer, f"sink_heads_{side}") for layer in layers]
-        figures[f"heads-{side}"] = _head_figure([layer.layer for layer in layers], heads)
+        heads = {layer.layer: getattr(layer, f"sink_heads_{side}") for layer in layers}
+        figures[f"heads-{side}"] = _head_figure({at: row for at, row in heads.items() if row})
     return figures
 
 
-def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Figure:
+def _head_figure(heads: Mapping[int, Sequence[float]]) -> Figure:
     """Attention to the first token, by layer and head.
 
-    heads   a row for each layer, a column for each head
+    heads   a row for each layer that has softmax attention, a column for each head
     """
-    layout = chart_layout(_heat_height(len(layers)), "head", "layer")
+    layout = chart_layout(_heat_height(len(heads)), "head", "layer")
+    most = max(map(len, heads.values()), default=0)
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     layout["meta"] = {"scale": ["scale-low", "scale-mid", "scale-high"]}
     layout["coloraxis"] = {
@@ -128,8 +129,8 @@ def _head_figure(layers: Sequence[int], heads: Sequence[Sequence[float]]) -> Fig
     }
     trace = {
         "type": "heatmap",
-        "y": list(layers),
-        "z": [[short(value) for value in row] for row in heads],
+        "y": list(heads),
+        "z": [[*map(short, row), *[None] * (most - len(row))] for row in heads.values()],
         "coloraxis": "coloraxis",
         "hovertemplate": "layer %{y}, head %{x}<br>%{z:.1%}<extra></extra>",
     }

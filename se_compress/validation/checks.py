@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from se_compress.artifacts import GATES, Check, LayerComparison
+from se_compress.artifacts import GATES, Check, LayerComparison, SinkPosition
 from se_compress.model.measures import COMMON_SHARE, SINK_HEAD_FLOOR, bootstrap_interval, sink_decay
 from se_compress.recipe import Validation
 from se_compress.validation.predictions import Predictions, bounded_exp
@@ -129,14 +129,28 @@ def sink_check(compared: Compared, validation: Validation) -> Check:
         for layer in compared.layers
         for pair in zip(layer.sink_heads_source, layer.sink_heads_result, strict=True)
     )
-    sinks = ", ".join(
-        f"position {sink.position} ({sink.rate_source:.2f} -> {sink.rate_result:.2f})"
-        for sink in compared.sinks[:2]
-    )
+    if not compared.sinks:
+        reason = "not applicable: no layer has softmax attention"
+        return not_judged(validation, "sink_decay", reason)
     if decay is None:
         reason = f"not applicable: no head of the source gives position 0 {SINK_HEAD_FLOOR}"
         return not_judged(validation, "sink_decay", reason)
-    return judged(validation, "sink_decay", decay, f"sink rates: {sinks}")
+    return judged(validation, "sink_decay", decay, _strongest(compared.sinks[:2]))
+
+
+def _strongest(sinks: Sequence[SinkPosition]) -> str:
+    """Where attention goes: rates, or masses where learned sinks leave rates without meaning."""
+    if any(sink.rate_source is None for sink in sinks):
+        masses = (
+            f"position {sink.position} ({sink.mass_source:.3f} -> {sink.mass_result:.3f})"
+            for sink in sinks
+        )
+        return f"beside learned sinks, mass of {', '.join(masses)}"
+    rates = (
+        f"position {sink.position} ({sink.rate_source:.2f} -> {sink.rate_result:.2f})"
+        for sink in sinks
+    )
+    return f"sink rates: {', '.join(rates)}"
 
 
 def router_checks(layers: Sequence[LayerComparison], validation: Validation) -> tuple[Check, Check]:

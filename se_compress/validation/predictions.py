@@ -13,7 +13,7 @@ from torch import Tensor
 from se_compress.artifacts import Departure, Tail
 from se_compress.model.measures import cross_entropy, kl_divergence
 from se_compress.model.overflow import check_logits
-from se_compress.model.states import in_pieces
+from se_compress.model.states import States, in_pieces
 from se_compress.model.streaming import StreamedModel
 
 LISTED_DEPARTURES = 5
@@ -102,25 +102,24 @@ def bounded_exp(loss: float) -> float:
 def compare_predictions(
     source: StreamedModel,
     result: StreamedModel,
-    batches: Sequence[Tensor],
-    old: Sequence[Tensor],
-    new: Sequence[Tensor],
+    old: Sequence[States],
+    new: Sequence[States],
 ) -> Predictions:
-    """What both make of token ids, int64 [B, T] of each batch, from their last hidden states `old`
-    and `new`, [B, T, H] of each batch."""
+    """What both make of the next tokens, from the states `old` and `new` behind their last layer,
+    of each batch."""
     # Logits of a whole sequence would be larger than any layer: they come in pieces of one row.
-    targets = in_pieces([batch[:, 1:, None] for batch in batches])
+    targets = in_pieces([states.cut(positions=slice(1, None)) for states in old])
+    ours, theirs = (
+        in_pieces([states.cut(positions=slice(-1)) for states in side]) for side in (old, new)
+    )
     pairs = zip(
         targets,
-        (
-            check_logits(source, logits)
-            for logits in source.logits(in_pieces([states[:, :-1] for states in old]))
-        ),
-        result.logits(in_pieces([states[:, :-1] for states in new])),
+        (check_logits(source, logits) for logits in source.logits(ours)),
+        result.logits(theirs),
         strict=True,
     )
-    pieces = [_piece(target[..., 0], *logits) for target, *logits in pairs]
-    lengths = torch.tensor([batch.shape[1] - 1 for batch in batches for _ in batch])
+    pieces = [_piece(target.tokens, *logits) for target, *logits in pairs]
+    lengths = torch.tensor([states.length - 1 for states in old for _ in range(len(states))])
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     place = torch.cat([torch.arange(1, int(length) + 1) for length in lengths])
     losses, divergence, tops, shares = (

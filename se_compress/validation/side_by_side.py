@@ -27,7 +27,7 @@ from se_compress.model.measures import (
 from se_compress.model.observers import RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_states
 from se_compress.model.residents import resident
-from se_compress.model.states import batches_of
+from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.recipe import Recipe
@@ -45,16 +45,30 @@ class _Watch(RoutingCapture, SinkCapture):
 class Seen:
     """What one model showed of one layer.
 
-    states     hidden states after it, [B, T, H] for each batch
-    sink_mass  attention to position 0, mean over queries from position 8 on, [heads]
-    received   attention that each position receives, mean over the queries that see it, [heads, T]
+    states     those after it, of each batch
+    sink_mass  attention to position 0, mean over queries from position 8 on, [heads]; [0] in a
+               layer without softmax attention
+    received   attention that each position receives, mean over the queries that see it, [heads, T];
+               None in such a layer
+    learned    attention has learned sinks beside its keys: no absolute threshold holds for it
     experts    chosen experts of all N = B x T tokens, [N, k]; None in a dense layer
     """
 
-    states: list[Tensor]
+    states: list[States]
     sink_mass: Tensor
-    received: Tensor
+    received: Tensor | None
+    learned: bool
     experts: Tensor | None
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Hidden states after the layer, [B, T, H] of each batch."""
+        return hidden_of(self.states)
+
+    @property
+    def sink_rates(self) -> Tensor | None:
+        """Share of the heads for which each position is a sink, [T]; None if nothing says so."""
+        return None if self.received is None or self.learned else sink_rate(self.received)
 
 
 def joined(parts: Sequence[Seen]) -> Seen:
@@ -63,14 +77,18 @@ def joined(parts: Sequence[Seen]) -> Seen:
         return parts[0]
     sizes = [sum(len(batch) for batch in part.states) for part in parts]
     experts = [part.experts for part in parts if part.experts is not None]
+    received = [
+        (size, part.received)
+        for size, part in zip(sizes, parts, strict=True)
+        if part.received is not None
+    ]
     return Seen(
         states=[batch for part in parts for batch in part.states],
         sink_mass=mean_over_sequences(
             [(size, part.sink_mass) for size, part in zip(sizes, parts, strict=True)]
         ),
-        received=mean_over_sequences(
-            [(size, part.received) for size, part in zip(sizes, parts, strict=True)]
-        ),
+        received=mean_over_sequences(received) if received else None,
+        learned=parts[0].learned,
         experts=torch.cat(experts) if experts else None,
     )
 
@@ -111,10 +129,10 @@ class Original:
 
     def _walk(self) -> Iterator[list[Seen]]:
         for batch in self.all_batches:
-            check_states(self.model, -1, self.model.embed([batch]))
+            check_states(self.model, -1, hidden_of(self.model.embed([batch])))
         for layer, texts in enumerate(_walk(self.model, self.batches)):
             for seen in texts:
-                check_states(self.model, layer, seen.states)
+                check_states(self.model, layer, seen.hidden)
             yield texts
 
     def generate(
@@ -157,7 +175,9 @@ def _walk(model: StreamedModel, texts: Sequence[Sequence[Tensor]]) -> Iterator[l
             watch = _Watch()
             states[index] = model.run_layer(layer, module, before, watch)
             experts = watch.experts if watch.saw_experts else None
-            found.append(Seen(states[index], watch.sink_mass, watch.received, experts))
+            found.append(
+                Seen(states[index], watch.sink_mass, watch.received, watch.learned_sinks, experts)
+            )
         del module  # before the next one is loaded
         yield found
 
@@ -190,9 +210,7 @@ def compare(
         for group, was, is_now in zip(groups, before, after, strict=True):
             group.add(_compare_layer(layer, was, is_now, ids), was, is_now)
         options.progress("validate", layer + 1, count)
-    predictions = compare_predictions(
-        original.model, result, original.all_batches, before[0].states, after[0].states
-    )
+    predictions = compare_predictions(original.model, result, before[0].states, after[0].states)
     whole = groups[0].end(predictions)
     if not several:
         return whole, dict.fromkeys(original.texts, whole)
@@ -222,25 +240,31 @@ class _Course:
 
 
 def _compare_layer(layer: int, old: Seen, new: Seen, new_ids: Mapping[int, int]) -> LayerComparison:
-    places = massive_places(old.states)
-    cosine, error = sink_token_change(old.states, new.states, places)
+    source, result = old.hidden, new.hidden
+    places = massive_places(source)
+    cosine, error = sink_token_change(source, result, places)
     return LayerComparison(
         layer=layer,
-        peak_source=peak_of(old.states),
-        peak_result=peak_of(new.states),
-        sink_mass_source=float(old.sink_mass.mean()),
-        sink_mass_result=float(new.sink_mass.mean()),
+        peak_source=peak_of(source),
+        peak_result=peak_of(result),
+        sink_mass_source=_mean(old.sink_mass),
+        sink_mass_result=_mean(new.sink_mass),
         sink_heads_source=tuple(old.sink_mass.tolist()),
         sink_heads_result=tuple(new.sink_mass.tolist()),
-        hidden_error=relative_distance(new.states, old.states),
+        hidden_error=relative_distance(result, source),
         router_agreement=_agreement(old.experts, new.experts, new_ids),
-        massive=massive_elements(old.states, new.states, places)[:LISTED_ELEMENTS],
-        massive_result=is_massive(peak_of(new.states), median_of(new.states)),
+        massive=massive_elements(source, result, places)[:LISTED_ELEMENTS],
+        massive_result=is_massive(peak_of(result), median_of(result)),
         sink_cosine=cosine,
         sink_error=error,
-        sink_rate_source=float(sink_rate(old.received)[0]),
-        sink_rate_result=float(sink_rate(new.received)[0]),
+        sink_rate_source=None if old.sink_rates is None else float(old.sink_rates[0]),
+        sink_rate_result=None if new.sink_rates is None else float(new.sink_rates[0]),
     )
+
+
+def _mean(masses: Tensor) -> float | None:
+    """Mean over the heads [heads]; None if there are none."""
+    return float(masses.mean()) if len(masses) else None
 
 
 def _new_ids(small: Shrunk | None, layer: int, count: int) -> Mapping[int, int]:
@@ -267,33 +291,44 @@ def _agreement(old: Tensor | None, new: Tensor | None, new_ids: Mapping[int, int
     return float((renamed[old][:, :, None] == new[:, None, :]).any(dim=2).float().mean())
 
 
-@dataclass
 class _SinkSums:
-    """Attention to each position that enough queries can see, summed over the layers.
+    """Attention to each position that enough queries can see, summed over the layers that have
+    softmax attention. Rates are summed over those without learned sinks."""
 
-    sums  [4, T / 2] float64: mass and rate in the source, then in the result
-    """
-
-    layers: int = 0
-    sums: Tensor | None = None
+    def __init__(self) -> None:
+        self._masses: list[Tensor] = []  # [2, T / 2] float64, source and result
+        self._rates: list[Tensor] = []
 
     def add(self, old: Seen, new: Seen) -> None:
+        if old.received is None or new.received is None:
+            return
         half = (old.received.shape[1] + 1) // 2
-        parts = [
-            part[:half]
-            for received in (old.received, new.received)
-            for part in (received.mean(dim=0), sink_rate(received))
-        ]
-        stacked = torch.stack(parts).double()
-        self.sums = stacked if self.sums is None else self.sums + stacked
-        self.layers += 1
+        masses = [received.mean(dim=0)[:half] for received in (old.received, new.received)]
+        self._masses.append(torch.stack(masses).double())
+        rates = [side.sink_rates for side in (old, new) if side.sink_rates is not None]
+        if len(rates) == 2:
+            self._rates.append(torch.stack([rate[:half] for rate in rates]).double())
 
     def strongest(self) -> tuple[SinkPosition, ...]:
-        assert self.sums is not None
-        means = self.sums / self.layers
-        at = means[[0, 2]].amax(dim=0).topk(min(LISTED_SINKS, means.shape[1])).indices.tolist()
-        rows = ((position, *means[:, position].tolist()) for position in at)
+        """None without a layer that has softmax attention."""
+        if not self._masses:
+            return ()
+        masses = _mean_of(self._masses)
+        rates = _mean_of(self._rates) if self._rates else None
+        at = masses.amax(dim=0).topk(min(LISTED_SINKS, masses.shape[1])).indices.tolist()
         return tuple(
-            SinkPosition(position, mass, mass_after, rate, rate_after)
-            for position, mass, rate, mass_after, rate_after in rows
+            SinkPosition(
+                position,
+                *masses[:, position].tolist(),
+                *((None, None) if rates is None else rates[:, position].tolist()),
+            )
+            for position in at
         )
+
+
+def _mean_of(parts: Sequence[Tensor]) -> Tensor:
+    """Mean of tensors of one shape, summed in order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total / len(parts)
