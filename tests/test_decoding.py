@@ -116,6 +116,17 @@ def test_mxfp4_of_every_byte_and_exponent() -> None:
     assert same(found, theirs[0].T.contiguous())
 
 
+def test_halves_of_bytes_are_what_transformers_decodes() -> None:
+    """As DeepSeek-V4 has them: signed bytes [R, C/2], scales of 32 values."""
+    blocks, scales = source_formats.to_mxfp4(draw(300, 64))
+    parts = {"blocks": blocks.flatten(-2).view(torch.int8),
+             "scales": scales.view(torch.float8_e8m0fnu)}  # fmt: skip
+    found = decoded("mxfp4", parts)
+    theirs = Fp8Dequantize(None)._dequantize_one(parts["blocks"], parts["scales"], BF16)
+    assert same(found, theirs)
+    assert same(found, slow_mxfp4(blocks, scales))
+
+
 def test_a_weight_in_mxfp4_is_near() -> None:
     weight = draw(300, 64)
     blocks, scales = source_formats.to_mxfp4(weight)

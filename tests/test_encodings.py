@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from sourced import source_formats
 from tiny import edit_config, edit_weights, plain_model, random_tokens
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from se_compress.engines.targets import cautions
 from se_compress.errors import SourceError
@@ -150,6 +151,37 @@ def test_scales_of_a_tensor_a_row_or_a_block(
     )
 
 
+def test_names_and_codes_of_deepseek_v4(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """`X.scale` beside `X.weight`; FP4 in bytes and FP8 in one file."""
+    path = shutil.copytree(tiny_model("olmoe"), tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    narrow = "model.layers.1.mlp.experts.3.up_proj.weight"
+    wide = "model.layers.1.self_attn.q_proj.weight"
+    blocks, exponents = source_formats.to_mxfp4(tensors[narrow])
+    codes, scales = source_formats.to_fp8(tensors[wide], 16)
+    scales = torch.exp2(torch.log2(scales).ceil()).to(torch.float8_e8m0fnu)
+    edit_weights(path, {
+        narrow: blocks.flatten(-2).view(torch.int8), wide: codes,
+        narrow.replace("weight", "scale"): exponents.view(torch.float8_e8m0fnu),
+        wide.replace("weight", "scale"): scales,
+    })  # fmt: skip
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16], "scale_fmt": "ue8m0"}
+    edit_config(path, quantization_config=settings)
+    source = open_source(str(path))
+    stored = {name: source.tensors[name].stored for name in (narrow, wide)}
+    assert {name: s.encoding for name, s in stored.items() if s} == {narrow: "mxfp4", wide: "fp8"}
+    read = open_tensors(source.tensors)
+    theirs = Fp8Dequantize(None)._dequantize_one
+    whole = blocks.flatten(-2).view(torch.int8), exponents.view(torch.float8_e8m0fnu)
+    assert torch.equal(read(narrow), theirs(*whole, torch.bfloat16))
+    assert torch.equal(read(wide), theirs(codes, scales, torch.bfloat16))
+    assert source.size_bytes == sum(i.size_bytes for i in read_headers(path).values())
+    edit_weights(path, {narrow.replace("weight", "scale"): torch.ones(32, 3).to(torch.uint8)})
+    refusal(path, r"does not go with .* \[32, 3\]: a scale goes with 32 values, two in a byte")
+    edit_weights(path, {narrow.replace("weight", "scale"): None})
+    refusal(path, r"up_proj\.weight is I8, of weights that are quantised with scales")
+
+
 @pytest.mark.parametrize("where", ["top", "language model"])
 def test_a_composite(tiny_type: TinyModel, tmp_path: Path, where: str) -> None:
     """The settings stand on top, or with those of the language model."""
@@ -276,4 +308,4 @@ def test_codes_without_a_word_in_the_config(coded: Callable[..., Path]) -> None:
     config = json.loads((path / "config.json").read_text())
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config))
-    refusal(path, rf"{re.escape('weight')}(_scale_inv)? is F\w+.* scales, which cannot be read")
+    refusal(path, rf"{re.escape('weight')}(_scale_inv)? is F\w+.* scales, of which config")

@@ -1,6 +1,7 @@
 """What is asked before the hours: memory within every limit, positions, where to write."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+from sourced import source_formats
 
 from se_compress.artifacts import ModelSource
 from se_compress.errors import RecipeError, ResourceError
@@ -130,6 +132,26 @@ def test_the_message_names_the_limit(
     monkeypatch.setattr("se_compress.running.preflight.available_memory", lambda: small)
     with pytest.raises(ResourceError, match=r"0\.3 MB of memory within .* control group /box are"):
         check_memory(source, recipe, 256)
+
+
+def test_a_decoded_matrix_counts(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The largest one, in 16 bits, beside the layer."""
+    path = source_formats.write("fp8", tiny_model("qwen3_moe"), tmp_path / "fp8", 16)
+    needed = {}
+    small = available_memory(*tree(tmp_path, "0::/box\n", {"box": v2(200_000)}))
+    monkeypatch.setattr("se_compress.running.preflight.available_memory", lambda: small)
+    monkeypatch.setattr("se_compress.running.preflight.in_units", lambda size: f"{int(size)} B")
+    for model in (tiny_model("qwen3_moe"), path):
+        with pytest.raises(ResourceError) as caught:
+            check_memory(open_source(str(model)), tiny.recipe(model), 256)
+        found = re.search(r"largest layer takes (\d+) B", str(caught.value))
+        assert found
+        needed[model] = int(found[1])
+    largest = max(i.size_bytes for i in open_source(str(path)).tensors.values() if i.stored)
+    assert largest == 2 * 64 * 64
+    assert needed[path] - needed[tiny_model("qwen3_moe")] == largest
 
 
 @pytest.fixture

@@ -51,9 +51,10 @@ def _fp8(parts: Parts, stored: Stored, rows: slice, dtype: torch.dtype) -> Tenso
 
 
 def _mxfp4(parts: Parts, stored: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
-    """blocks U8 [R, G, 16], two values in a byte, the lower half first; scales U8 [R, G], the
-    exponents of what 32 values are multiplied by, plus 127."""
-    blocks, scales = parts["blocks"][rows], _scales(parts["scales"][rows])
+    """blocks, bytes [R, G, 16] or [R, G * 16], two values in a byte, the lower half first; scales,
+    bytes [R, G], the exponents of what 32 values are multiplied by, plus 127."""
+    blocks, scales = parts["blocks"][rows].view(torch.uint8), _scales(parts["scales"][rows])
+    blocks = blocks.reshape(*scales.shape, -1)
     pairs = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
     count, groups, half = blocks.shape
     decoded = torch.empty(count, groups, 2 * half, dtype=dtype)

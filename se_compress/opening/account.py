@@ -237,8 +237,8 @@ def _check_readable(found: Mapping[str, TensorInfo]) -> None:
         else:
             continue
         raise SourceError(
-            f"{info.file}: {shown(name)} {told}, which cannot be read yet; convert the model to "
-            "bfloat16 first"
+            f"{info.file}: {shown(name)} {told}, of which config.json says nothing that can be "
+            "read (quantization_config); convert the model to bfloat16"
         )
 
 

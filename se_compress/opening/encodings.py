@@ -4,9 +4,10 @@ A config says that there are such (`quantization_config`), a tensor's dtype or n
 some weights of a checkpoint may be coded, and others not. What is read, by the names on disk:
 
     fp8             w F8_E4M3 or F8_E5M2 [R, C] with w_scale_inv (DeepSeek-V3, transformers'
-                    finegrained_fp8) or w_scale (compressed-tensors): one scale for the tensor, for
-                    each row, or for each block of rows and columns
-    mxfp4           w_blocks U8 [.., R, C/32, 16] with w_scales U8 [.., R, C/32] (gpt-oss)
+                    finegrained_fp8), w_scale (compressed-tensors) or, of X.weight, X.scale
+                    (DeepSeek-V4): one for the tensor, for each row, or for each block of both
+    mxfp4           w_blocks U8 [.., R, C/32, 16] with w_scales U8 [.., R, C/32] (gpt-oss), or
+                    X.weight I8 [R, C/2] with X.scale F8_E8M0 [R, C/32] (DeepSeek-V4)
     pack-quantized  weight_packed I32 [R, C*b/32] with weight_scale [R, G], weight_shape [2] and,
                     where zeros differ, weight_zero_point I32 [R*b/32, G] (compressed-tensors)
 
@@ -33,6 +34,7 @@ _FLOATS = ("F32", "BF16", "F16")
 _SIXTEEN_BITS = ("BF16", "F16")
 _PACKED, _BLOCKS = "weight_packed", "_blocks"
 _VALUES_A_BLOCK, _VALUES_A_BYTE, _WORD = 32, 2, 32
+_BYTES_A_BLOCK = _VALUES_A_BLOCK // _VALUES_A_BYTE
 # Names' ends of what goes with a weight. Those of activations are bound to it, and not used: the
 # weights are decoded, and so nothing is rounded between them.
 _OF_WEIGHTS = ("_scale_inv", "_scale", "_scales", _BLOCKS)
@@ -157,6 +159,8 @@ def _decoded(
         return _fp8(name, info, found, packing)
     if info.dtype == "U8" and name.endswith(_BLOCKS):
         return _mxfp4(name, info, found)
+    if info.dtype == "I8" and _stem(name) + "scale" in found:
+        return _halves(name, info, found[_stem(name) + "scale"])
     if name.endswith(f".{_PACKED}"):
         return _packed_words(name, info, found, packing)
     return None
@@ -165,7 +169,10 @@ def _decoded(
 def _fp8(
     name: str, info: TensorInfo, found: Mapping[str, TensorInfo], packing: Packing
 ) -> TensorInfo:
-    names = [name + end for end in ("_scale_inv", "_scale") if name + end in found]
+    names = [name + end for end in ("_scale_inv", "_scale")]
+    if name.endswith(".weight"):
+        names.append(_stem(name) + "scale")
+    names = [scale for scale in names if scale in found]
     if len(names) != 1:
         raise SourceError(
             f"{info.file}: {shown(name)} is {info.dtype}, and beside it there is "
@@ -175,7 +182,7 @@ def _fp8(
     scale = found[names[0]]
     _check_dtype(scale, _SCALES)
     parts = {"weight": info, "scale": scale}
-    stem = name.removesuffix("weight")
+    stem = _stem(name)
     parts |= {end: found[stem + end] for end in ACTIVATION_PARTS if stem + end in found}
     block = _block_of(info, scale, packing)
     return _weight(name, info.shape, scale.dtype, "fp8", parts, block)
@@ -203,12 +210,25 @@ def _mxfp4(name: str, info: TensorInfo, found: Mapping[str, TensorInfo]) -> Tens
     weight = name.removesuffix(_BLOCKS)
     scale = _beside(info, f"{weight}_scales", found)
     _check_dtype(scale, ("U8", "F8_E8M0"))
-    if len(info.shape) < 3 or info.shape[-1] * _VALUES_A_BYTE != _VALUES_A_BLOCK:
+    if len(info.shape) < 3 or info.shape[-1] != _BYTES_A_BLOCK:
         raise _misfit(info, scale, f"a block has {_VALUES_A_BLOCK} values")
     if scale.shape != info.shape[:-1]:
         raise _misfit(info, scale, "each block has one scale")
     shape = (*info.shape[:-2], info.shape[-2] * _VALUES_A_BLOCK)
     return _weight(weight, shape, "BF16", "mxfp4", {"blocks": info, "scales": scale})
+
+
+def _halves(name: str, info: TensorInfo, scale: TensorInfo) -> TensorInfo:
+    _check_dtype(scale, ("U8", "F8_E8M0"))
+    if len(info.shape) != 2 or scale.shape != (info.shape[0], info.shape[1] // _BYTES_A_BLOCK):
+        raise _misfit(info, scale, f"a scale goes with {_VALUES_A_BLOCK} values, two in a byte")
+    shape = (info.shape[0], info.shape[1] * _VALUES_A_BYTE)
+    return _weight(name, shape, "BF16", "mxfp4", {"blocks": info, "scales": scale})
+
+
+def _stem(name: str) -> str:
+    """What the parts of a weight have in common, to the last dot."""
+    return name.removesuffix("weight")
 
 
 def _packed_words(

@@ -124,6 +124,8 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
             count *= extent
         weights[info.layer] = weights.get(info.layer, 0) + count
     layer = max(count for index, count in weights.items() if index is not None) * item_bytes
+    # A coded matrix is decoded beside its place in the layer.
+    layer += max((info.size_bytes for info in source.tensors.values() if info.stored), default=0)
     # Both streams before and after a layer, and the kept input of its experts.
     hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
     available = available_memory()
