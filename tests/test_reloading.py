@@ -28,7 +28,12 @@ from se_compress.artifacts import (
     to_json,
 )
 from se_compress.engines import reloading
-from se_compress.engines.reloading import RELOAD_LIMIT, START, check_reload
+from se_compress.engines.reloading import (
+    RELOAD_LIMIT,
+    START,
+    START_ELSEWHERE,
+    check_reload,
+)
 from se_compress.formats import UNQUANTISED
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.streaming import StreamedModel
@@ -36,7 +41,7 @@ from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
 from se_compress.pipeline import Outcome, Request, run
 from se_compress.planning.policy import make_plan
-from se_compress.reload import fault_of_machine
+from se_compress.reload import ELSEWHERE, fault_of_machine
 from se_compress.validation import validator
 
 TinyModel = Callable[[str], Path]
@@ -133,6 +138,65 @@ def test_a_temporary_directory_that_cannot_be_written_is_told(
     assert (check.passed, check.retry) == (None, True)
     assert "gone" in check.detail
     assert "No such file or directory" in check.detail
+
+
+def test_vllm_itself_is_not_run_where_it_is_not(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ELSEWHERE, raising=False)
+    model = StreamedModel(source, open_tensors(source.tensors))
+    found = read_headers(source.path).values()
+    arguments = (UNQUANTISED, source.path, found, TOKENS, RunOptions(), "vllm")
+    check = check_reload(model, "vllm", *arguments)
+    assert (check.passed, check.retry) == (None, True)
+    assert (
+        check.detail == f"vllm is not installed here, and {ELSEWHERE} names no Python that has it"
+    )
+    assert check_reload(model, "transformers", *arguments).passed is True
+
+
+def test_a_python_that_is_not_there_is_told(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ELSEWHERE, str(tmp_path / "python"))
+    model = StreamedModel(source, open_tensors(source.tensors))
+    found = read_headers(source.path).values()
+    check = check_reload(
+        model, "vllm", UNQUANTISED, source.path, found, TOKENS, RunOptions(), "vllm"
+    )
+    assert (check.passed, check.retry) == (None, True)
+    assert str(tmp_path / "python") in check.detail
+
+
+def test_the_modules_that_load_need_nothing_of_ours_in_another_environment() -> None:
+    """As in one that has vLLM and none of our dependencies: no site-packages at all."""
+    home = str(Path(__file__).parents[1])
+    code = START_ELSEWHERE.replace("start; sys.exit(start())", "start; print('imported')")
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, home], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "imported\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("checks", "passed", "retry"),
+    [
+        ((True, None), True, None),
+        ((None, None), None, True),
+        ((True, False), False, None),
+        ((None, False), False, None),
+    ],
+)
+def test_one_gate_stands_for_several_targets(
+    checks: tuple[bool | None, ...], passed: bool | None, retry: bool | None
+) -> None:
+    said = [
+        Check("reload", None, 0.1, one, f"said {one}", retry=True if one is None else None)
+        for one in checks
+    ]
+    found = validator._of_all(said, ("gptqmodel", "vllm"))
+    assert (found.passed, found.retry) == (passed, retry)
+    assert found.detail == f"gptqmodel: said {checks[0]}; vllm: said {checks[1]}"
 
 
 def test_a_config_that_wants_another_machine_s_attention_is_loaded(source: ModelSource) -> None:

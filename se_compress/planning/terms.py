@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from se_compress.artifacts import SOURCE_BITS, Scheme
+from se_compress.artifacts.targets import ENGINES, spoken, targets_of
 from se_compress.engines.targets import TargetRules, find_rules, widths_of
 from se_compress.errors import RecipeError
 from se_compress.formats import FORMATS
@@ -30,11 +31,23 @@ class Terms:
 
 
 def terms_of(recipe: Recipe) -> Terms:
-    """The terms of a recipe. Raises RecipeError if the target loads no such file."""
+    """The terms of a recipe. Raises RecipeError if the target loads no such file, or is not what is
+    to reload it."""
+    _check_reload(recipe)
     asked = recipe.quantization
     rules = find_rules(recipe.target, asked.method, asked.format, asked.symmetric)
     scheme = _scheme(recipe, rules)
     return Terms(recipe, rules, scheme, widths_of(scheme, rules))
+
+
+def _check_reload(recipe: Recipe) -> None:
+    wanted, targets = recipe.validation.reload.engine, targets_of(recipe.target)
+    if wanted != "auto" and not any(ENGINES[target].itself == wanted for target in targets):
+        having = [target for target, engine in ENGINES.items() if engine.itself == wanted]
+        raise RecipeError(
+            f"validation.reload.engine is {wanted}; target {spoken(targets)} is no such engine, "
+            f"accepted are auto, and target {' or '.join(having)}"
+        )
 
 
 def _scheme(recipe: Recipe, rules: TargetRules) -> Scheme:

@@ -25,7 +25,7 @@ from se_compress.recipe.sections import (
     Recipe,
     SuperExperts,
 )
-from se_compress.recipe.texts import Calibration, DataSource, Domain, Generation, Validation
+from se_compress.recipe.texts import Calibration, DataSource, Domain, Generation, Reload, Validation
 
 __all__ = [
     "Bytes",
@@ -44,6 +44,7 @@ __all__ = [
     "Prune",
     "Quantization",
     "Recipe",
+    "Reload",
     "SuperExperts",
     "Target",
     "Validation",

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from se_compress.artifacts.targets import Format as Format
 from se_compress.artifacts.targets import Method as Method
+from se_compress.artifacts.targets import Reloader as Reloader
 from se_compress.artifacts.targets import Target as Target
 from se_compress.errors import brief
 

@@ -24,6 +24,7 @@ from se_compress.recipe.kinds import (
     Natural,
     Place,
     Positive,
+    Reloader,
     Seed,
     SequenceLength,
 )
@@ -207,6 +208,18 @@ def _own(key: object) -> bool:
     return bool(near) and near[0] in Domain.model_fields
 
 
+class Reload(Section):
+    """What loads the result for the gate `reload`.
+
+    engine  auto: the target, or for vLLM and SGLang what stands in for them; vllm: vLLM itself, for
+            the targets vllm and vllm-cpu, from the environment whose Python the variable
+            SE_COMPRESS_VLLM_PYTHON names, else from this one. Where it cannot run, the gate is not
+            run, and says why
+    """
+
+    engine: Reloader = "auto"
+
+
 class Validation(_Limits):
     """Held-out text and the limit of each gate (defined in artifacts/gates.py). Of several domains
     each has `samples` sequences, and each is judged by itself.
@@ -215,6 +228,7 @@ class Validation(_Limits):
     early_stop  stop compressing at the layer after which the massive activation or the sinks of the
                 calibration text are lost
     generation  greedy continuations of both models
+    reload      what loads the result for the gate of that name
     """
 
     samples: Positive = 32
@@ -222,6 +236,7 @@ class Validation(_Limits):
     domains: Mapping[str, Domain] = {}
     early_stop: bool = True
     generation: Generation = Generation()
+    reload: Reload = Reload()
 
     @model_validator(mode="before")
     @classmethod

@@ -99,7 +99,8 @@ def _judge_stored(
     judged = _judge_behaviour(original, result, stored.small, recipe.validation, options)
     reloaded = Check("reload", None, RELOAD_LIMIT, None, "left out by the caller")
     if reload:
-        reloaded = _reload(result, stored, original.tokens, options)
+        engine = recipe.validation.reload.engine
+        reloaded = _reload(result, stored, original.tokens, options, engine)
     weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     checks = [*judged.checks, *weights, stored.accounted, reloaded]
     source = original.model.source
@@ -119,7 +120,8 @@ def try_again(
     stored = planned(draw_blueprint(source, plan), find_checkpoint(directory))
     result = stream(stored.source, stored.read, recipe, options)
     texts = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
-    again = _reload(result, stored, texts[0], options)
+    engine = recipe.validation.reload.engine
+    again = _reload(result, stored, texts[0], options, engine)
     checks = tuple(again if check.name == again.name else check for check in report.checks)
     return replace(
         report,
@@ -203,11 +205,12 @@ def _reload(
     stored: Stored,
     tokens: Sequence[Sequence[int]],
     options: RunOptions,
+    engine: str,
 ) -> Check:
     """On the first held-out sequence, in a process of its own: engines patch what they import."""
     where, tensors = stored.on_disk.directory, stored.on_disk.tensors.values()
     checks = [
-        check_reload(result, target, stored.form, where, tensors, tokens[0], options)
+        check_reload(result, target, stored.form, where, tensors, tokens[0], options, engine)
         for target in targets_of(stored.target)
     ]
     return checks[0] if len(checks) == 1 else _of_all(checks, targets_of(stored.target))
