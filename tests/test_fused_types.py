@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sourced import source_formats
-from tiny import plain_model, random_tokens, recipe
+from test_pipeline import Workplace
+from test_pipeline import no_engine as no_engine
+from tiny import plain_model, random_tokens, recipe, save_tokenizer
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from se_compress.artifacts import RunOptions
@@ -79,3 +81,27 @@ def test_gpt_oss_in_mxfp4(tiny_type: TinyType, tmp_path: Path) -> None:
     assert "quantization_config" not in config
     with torch.no_grad():
         assert plain_model(result)(torch.tensor(random_tokens(1, 8))).logits.isfinite().all()
+
+
+def test_gpt_oss_in_mxfp4_through_the_flow(tiny_type: TinyType, tmp_path: Path) -> None:
+    """Two of eight experts of each layer go: slices of fused matrices and biases are left."""
+    path = gpt_oss(tiny_type, tmp_path / "mxfp4")
+    save_tokenizer(path, bos=True)
+    place = Workplace(tmp_path, path)
+    outcome = place.run("target=transformers", "quantization={method: none}",
+                        "policy={prune: {fraction: 0.25}}")  # fmt: skip
+    assert outcome.published
+    found = load_file(outcome.directory / "model.safetensors")
+    whole = load_file(as_it_is(path, tmp_path / "whole") / "model.safetensors")
+    assert found.keys() == whole.keys()
+    for name, tensor in whole.items():
+        if "mlp." not in name:
+            assert torch.equal(found[name], tensor)
+            continue
+        layer = int(name.split(".")[2])
+        left = [d.expert for d in outcome.plan.experts if d.layer == layer and d.action == "keep"]
+        assert len(left) == 6
+        assert torch.equal(found[name], tensor[torch.tensor(left)]), name
+    with torch.no_grad():
+        tokens = torch.tensor(random_tokens(1, 8))
+        assert plain_model(outcome.directory)(tokens).logits.isfinite().all()
