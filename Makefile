@@ -22,7 +22,7 @@ models: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[autoround,compressed-tensors,gptq,bnb,dev]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[autoround,compressed-tensors,gptq,bnb,eval,dev]'
 	touch $@
 
 clean:

@@ -26,6 +26,7 @@ from se_compress.artifacts import (
 )
 from se_compress.engines.serving import serving_of
 from se_compress.engines.targets import check_installed
+from se_compress.engines.tasks import why_no_task
 from se_compress.errors import RecipeError, SourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.opening.source import open_source
@@ -227,6 +228,9 @@ def _check_before(requests: Mapping[str, Request], source: ModelSource, whole: R
             _check_request(one, source)
             plans.append(_plan(source, None, one))
             check_installed(plans[-1].scheme)
+    for tasks in {one.recipe.validation.tasks for one in requests.values()}:
+        if tasks and (reason := why_no_task(tasks)):
+            raise RecipeError(f"validation.tasks: {reason}")
     _tell(find_auxiliary(source.path, source.config, whole.keep_code).notes, whole.notice)
     check_disk(plans, source, whole.recipe)
 

@@ -152,6 +152,22 @@ def _answer_vllm(directory: str, scratch: str, tokens: list[int], form: Format |
     return 0
 
 
+def load_with_engine(directory: str, target: str, form: str) -> Any:
+    """A checkpoint as its target, or what stands in for that, makes a model of it; or a sentence
+    why it cannot here.
+
+    form   of its packed matrices; one that is not in FORMATS has none, and transformers reads it
+    """
+    known = FORMATS.get(form)
+    loader: Loader = ENGINES[target].loader if known else "transformers"
+    if reason := _missing_package(loader, known):
+        return reason
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    if reason := _no_stand_in(target, config.get("quantization_config", {}), known):
+        return f"{target} is not installed, and {reason}"
+    return _LOADERS[loader](directory, known)
+
+
 def _missing_package(loader: Loader, form: Format | None) -> str:
     """What has to be installed before this machine can tell anything; "" if it all is."""
     package = form.package if form and loader == "transformers" else loader

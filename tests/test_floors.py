@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recipe", "opening", "quant"),
     ("formats", "running"),
     ("model", "request", "text", "reload"),
-    ("engines",),
+    ("engines", "evaluate"),
     ("profiling", "planning", "compression", "validation", "reporting"),
     ("reuse",),
     ("pipeline", "profile_mode", "tracking", "uploading"),

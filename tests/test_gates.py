@@ -86,7 +86,8 @@ def test_a_recipe_takes_limits_of_the_row_s_range_only(name: str) -> None:
 
 
 def parsed(name: str, limit: float) -> Validation:
-    text = {"calibration": {"data": "a"}, "validation": {"data": "b", name: limit}}
+    held_out = {"data": "b", "tasks": {"names": "t"}, name: limit}
+    text = {"calibration": {"data": "a"}, "validation": held_out}
     return parse_recipe({"model": "m", "output": "o", **text}, "r").validation
 
 

@@ -169,7 +169,7 @@ TOP = (
          "perplexity_increase, kl_divergence, kl_divergence_99, top_1_agreement, "
          "massive_activation_ratio, sink_decay, sink_token_error, router_agreement, "
          "router_agreement_least, repetition, loops, unfinished, length_change, "
-         "weight_cosine, weight_gain, domains, early_stop, generation, reload"),
+         "task_flips, weight_cosine, weight_gain, domains, early_stop, generation, reload, tasks"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(path: str, hint: str) -> None:
@@ -624,5 +624,5 @@ def test_all_sections_are_looked_at() -> None:
     names = {kind.__name__ for kind in sections(Recipe)}
     assert names == {
         "Recipe", "Calibration", "DataSource", "SuperExperts", "Policy", "ExpertName", "Prune",
-        "Merge", "Quantization", "Validation", "Generation", "Domain", "Reload",
+        "Merge", "Quantization", "Validation", "Generation", "Domain", "Reload", "Tasks",
     }  # fmt: skip

@@ -48,6 +48,7 @@ from se_compress.artifacts.held_out import (
     Departure,
     DomainReport,
     Tail,
+    TaskReport,
     TextRecord,
 )
 from se_compress.artifacts.ids import (
@@ -167,6 +168,7 @@ __all__ = [
     "StudiedProfile",
     "SuperExpert",
     "Tail",
+    "TaskReport",
     "TensorInfo",
     "TensorKind",
     "TextRecord",

@@ -36,7 +36,8 @@ class Gate:
     in_recipe   a recipe may set the limit
     explained   the page that compares results explains it
     on_text     measured on held-out text, so that each domain of that may have a limit of its own
-    optional    it is judged only where a recipe sets its limit; `limit` is then one to begin with
+    optional    it is judged only where a recipe sets its limit (or has tasks, of that of tasks);
+                `limit` is then one to begin with
     """
 
     name: str
@@ -244,6 +245,22 @@ _ROWS = (
         limit=0.50,
         harmless=1e6,
         percent=True,
+        optional=True,
+    ),
+    Gate(
+        "task_flips",
+        "least p-value of any task of validation.tasks, times their number: how likely it is that "
+        "so many of the answers that changed were lost by chance (exact test of McNemar, "
+        "one-sided)",
+        "Answers lost in tasks",
+        "Whether the result answers fewer questions right than the source by more than chance: the "
+        "lower the value, the surer it is.",
+        "tasks",
+        "at least",
+        limit=0.05,
+        harmless=0.0,
+        fraction=True,
+        on_text=False,
         optional=True,
     ),
     Gate(

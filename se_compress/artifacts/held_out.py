@@ -102,3 +102,26 @@ class TextRecord:
     repeated: int | None = field(default=None, metadata=UNLESS_NONE)
     seen: float | None = field(default=None, metadata=UNLESS_NONE)
     calibrated: bool | None = field(default=None, metadata=UNLESS_NONE)
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One task of lm_eval on source and result: who got what right, sample by sample.
+
+    name            as lm_eval calls it
+    metric          that says whether a sample is right
+    samples         how many both models answered
+    source, result  share that is right
+    gained, lost    samples that only the result has right, and only the source
+    p_value         how likely it is to lose as many or more, were a change as likely either way:
+                    the exact test of McNemar, one-sided; 1 without any change
+    """
+
+    name: str
+    metric: str
+    samples: int
+    source: float
+    result: float
+    gained: int
+    lost: int
+    p_value: float

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from se_compress.artifacts.checks import Check
 from se_compress.artifacts.compression import LayerRecord
-from se_compress.artifacts.held_out import DomainReport, Tail, TextRecord
+from se_compress.artifacts.held_out import DomainReport, Tail, TaskReport, TextRecord
 from se_compress.artifacts.ids import UNLESS_NONE
 
 
@@ -137,6 +137,7 @@ class ValidationReport:
                    not be run
     domains        what each domain of the held-out text says; empty where the recipe names none
     texts          the text that was drawn, and what of it calibration saw
+    tasks          what both models got right of each task of lm_eval
     cautions       what a reader should know before trusting the verdict
     """
 
@@ -158,6 +159,7 @@ class ValidationReport:
     tail: Tail | None = None
     domains: tuple[DomainReport, ...] = ()
     texts: tuple[TextRecord, ...] = ()
+    tasks: tuple[TaskReport, ...] = ()
     cautions: tuple[str, ...] = ()
 
     @property

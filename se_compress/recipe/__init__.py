@@ -25,7 +25,15 @@ from se_compress.recipe.sections import (
     Recipe,
     SuperExperts,
 )
-from se_compress.recipe.texts import Calibration, DataSource, Domain, Generation, Reload, Validation
+from se_compress.recipe.texts import (
+    Calibration,
+    DataSource,
+    Domain,
+    Generation,
+    Reload,
+    Tasks,
+    Validation,
+)
 
 __all__ = [
     "Bytes",
@@ -47,6 +55,7 @@ __all__ = [
     "Reload",
     "SuperExperts",
     "Target",
+    "Tasks",
     "Validation",
     "Width",
     "flatten",

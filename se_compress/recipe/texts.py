@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from se_compress.artifacts import GATES, Gate
+from se_compress.artifacts.targets import Loader
 from se_compress.errors import brief
 from se_compress.recipe.kinds import (
     Fraction,
@@ -161,6 +162,30 @@ class Generation(Section):
     chat_template: bool = False
 
 
+class Tasks(Section):
+    """Tasks of lm_eval (an extra: se-compress[eval]) that source and result answer. What counts is
+    which answers change, not how many are right.
+
+    names    of the tasks, as `lm-eval ls tasks` lists them, or of those in `include`
+    limit    questions of each task, from the first on; null: all of them
+    include  directory with tasks of your own; what lies beside them is found by its name
+    backend  what loads the result. auto: what loads results of the target here
+    """
+
+    names: tuple[Name, ...]
+    limit: Positive | None = None
+    include: Place | None = None
+    backend: Literal["auto"] | Loader = "auto"
+
+    @field_validator("names", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        names = list(value) if isinstance(value, list | tuple) else [value]
+        if not names:
+            raise ValueError("at least one task is needed")
+        return tuple(names)
+
+
 def _limits(name: str, base: type[BaseModel], own: bool) -> type[BaseModel]:
     """A section with a key for the limit of each gate that has one. `own`: of a domain, which has
     those of the whole recipe where it sets none."""
@@ -229,6 +254,7 @@ class Validation(_Limits):
                 calibration text are lost
     generation  greedy continuations of both models
     reload      what loads the result for the gate of that name
+    tasks       questions that both models answer; null: none
     """
 
     samples: Positive = 32
@@ -237,6 +263,7 @@ class Validation(_Limits):
     early_stop: bool = True
     generation: Generation = Generation()
     reload: Reload = Reload()
+    tasks: Tasks | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -259,6 +286,12 @@ class Validation(_Limits):
         if strange is not None:
             known = ", ".join(self.domain_names) or "none, as data names none"
             raise ValueError(f"domains: {brief(strange)} is no domain of data; these are {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_to_judge(self) -> "Validation":
+        if self.tasks is None and getattr(self, "task_flips", None) is not None:
+            raise ValueError("task_flips is the limit of tasks, which are not given")
         return self
 
     def limit(self, gate: str) -> float:

@@ -1,6 +1,6 @@
 """The numbers of a result as the Hub reads them from the head of its card: `model-index`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from se_compress.artifacts import DISTANCE, Tail, TextRecord, ValidationReport
@@ -30,13 +30,13 @@ def model_index(name: str, validation: ValidationReport) -> list[dict[str, Any]]
             metric_name=title,
             metric_value=float(f"{value:.5g}"),
         )
-        for (kind, dataset), metrics in _measured(validation).items()
+        for (kind, dataset), metrics in (_measured(validation) | _tasks(validation)).items()
         for (word, title), value in metrics
     ]
     return eval_results_to_model_index(name, results) if results else []
 
 
-def _measured(validation: ValidationReport) -> Mapping[tuple[str, str], Sequence[Metric]]:
+def _measured(validation: ValidationReport) -> dict[tuple[str, str], Sequence[Metric]]:
     """(type of the data, its name) -> what was measured on it."""
     held_out = {one.domain: one for one in validation.texts if one.role == "held-out"}
     if validation.domains:
@@ -52,6 +52,14 @@ def _measured(validation: ValidationReport) -> Mapping[tuple[str, str], Sequence
     mean = validation.check(DISTANCE).value
     metrics = [(PERPLEXITY, validation.perplexity_result), *_distances(mean, validation.tail)]
     return {_dataset(held_out.get(""), ""): metrics}
+
+
+def _tasks(validation: ValidationReport) -> dict[tuple[str, str], Sequence[Metric]]:
+    """Share of the questions of each task that the result answers right."""
+    return {
+        (one.name, one.name): [((one.metric, f"{one.metric}, {one.samples} questions"), one.result)]
+        for one in validation.tasks
+    }
 
 
 def _distances(mean: float | None, tail: Tail) -> Iterator[Metric]:

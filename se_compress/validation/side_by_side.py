@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from se_compress.artifacts import LayerComparison, ModelSource, RunOptions, SinkPosition
+from se_compress.engines.tasks import Answers, answers_of_source
 from se_compress.model.checkpoint import Reader, open_tensors
 from se_compress.model.measures import (
     is_massive,
@@ -30,7 +31,7 @@ from se_compress.model.residents import resident
 from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
-from se_compress.recipe import Recipe
+from se_compress.recipe import Recipe, Tasks
 from se_compress.validation.predictions import Predictions, compare_predictions
 
 Tokens = Sequence[Sequence[int]]
@@ -118,6 +119,7 @@ class Original:
         self.batches = [batches_of(text, options.batch_tokens) for text in self.texts.values()]
         self._seen: list[list[Seen]] | None = list(self._walk()) if keep else None
         self._continuations: dict[int, list[list[int]]] = {}
+        self._answers: dict[Tasks, Answers | str] = {}
 
     @property
     def all_batches(self) -> list[Tensor]:
@@ -142,6 +144,12 @@ class Original:
         if count not in self._continuations:
             self._continuations[count] = continuations(self.model, prompts, count, on_token)
         return self._continuations[count]
+
+    def answers(self, tasks: Tasks) -> Answers | str:
+        """What it gets right of them, or why that is not known; kept for other results."""
+        if tasks not in self._answers:
+            self._answers[tasks] = answers_of_source(tasks, self.model.source.path)
+        return self._answers[tasks]
 
 
 def continuations(

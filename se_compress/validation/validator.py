@@ -18,11 +18,13 @@ from se_compress.artifacts import (
     DomainReport,
     ModelSource,
     RunOptions,
+    TaskReport,
     ValidationReport,
 )
 from se_compress.artifacts.targets import targets_of
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.reloading import RELOAD_LIMIT, check_reload
+from se_compress.engines.tasks import answers_of_result
 from se_compress.model.checkpoint import Reader
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
@@ -39,6 +41,7 @@ from se_compress.validation.continuations import continue_both
 from se_compress.validation.predictions import Decode, tail_of
 from se_compress.validation.side_by_side import Compared, Original, Tokens, compare, stream
 from se_compress.validation.stored import Stored, Unusable, find_checkpoint, foreign, planned
+from se_compress.validation.tasks import answered
 from se_compress.validation.verdict import NOTHING, Judged, alone, report_on
 from se_compress.validation.weights import weight_checks
 
@@ -102,9 +105,29 @@ def _judge_stored(
         engine = recipe.validation.reload.engine
         reloaded = _reload(result, stored, original.tokens, options, engine)
     weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
-    checks = [*judged.checks, *weights, stored.accounted, reloaded]
+    tasks, answers = _tasks(original, stored, recipe.validation, options)
+    checks = [*judged.checks, *answers, *weights, stored.accounted, reloaded]
     source = original.model.source
-    return report_on(source, checks, judged, stored.on_disk)
+    return report_on(source, checks, replace(judged, tasks=tasks), stored.on_disk)
+
+
+def _tasks(
+    original: Original, stored: Stored, validation: Validation, options: RunOptions
+) -> tuple[tuple[TaskReport, ...], tuple[Check, ...]]:
+    """Tasks of lm_eval on both models, each in a process of its own. Nothing without tasks."""
+    tasks = validation.tasks
+    if tasks is None:
+        return (), ()
+    options.progress("tasks", 0, 2)
+    source = original.answers(tasks)
+    options.progress("tasks", 1, 2)
+    target = targets_of(stored.target)[0] if tasks.backend == "auto" else tasks.backend
+    where, path = stored.on_disk, original.model.source.path
+    tensors = where.tensors.values()
+    result = answers_of_result(tasks, where.directory, tensors, path, target, stored.form)
+    options.progress("tasks", 2, 2)
+    reports, check = answered(source, result, validation)
+    return reports, (check,)
 
 
 def try_again(

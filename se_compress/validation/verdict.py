@@ -13,6 +13,7 @@ from se_compress.artifacts import (
     DomainReport,
     ModelSource,
     Tail,
+    TaskReport,
     ValidationReport,
 )
 from se_compress.formats import FORMATS
@@ -48,6 +49,7 @@ class Judged:
     tail: Tail | None = None
     continuations: tuple[Continuation, ...] = ()
     domains: tuple[DomainReport, ...] = ()
+    tasks: tuple[TaskReport, ...] = ()
 
 
 NOTHING = Judged()
@@ -82,6 +84,7 @@ def report_on(
         versions=_versions(),
         tail=judged.tail,
         domains=judged.domains,
+        tasks=judged.tasks,
     )
 
 
