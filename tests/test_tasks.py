@@ -151,7 +151,7 @@ def test_a_report_tells_the_tasks(tiny_model: TinyModel, tmp_path: Path) -> None
     }
     source, recipe = open_source(str(path)), tiny.recipe(path, validation=text)
     tokens = tiny.random_tokens(5, 24)
-    report: ValidationReport = validator.validate(source, None, path, tokens, recipe)
+    report: ValidationReport = validator.validate(source, None, path, tokens, recipe, reload=False)
     assert report.check("task_flips").value == 1.0
     assert report.check("task_flips").passed
     (task,) = report.tasks

@@ -7,6 +7,7 @@ from se_compress.artifacts import Check, Departure, DomainReport, Tail, TextReco
 from se_compress.reporting.page import WORDS, CheckInWords, State, describe_check
 
 WHOLE = "all text"
+LEAST_SHOWN = 1e-3  # nats
 EXAMPLES = 3  # of each domain, where there are several
 
 
@@ -86,10 +87,15 @@ def _in_words(checks: Sequence[Check]) -> dict[str, CheckInWords]:
 
 
 def examples_of(domains: Sequence[DomainReport], tail: Tail | None) -> Iterator[Example]:
-    """The worst positions: of each domain some, or of the whole text all that are listed."""
+    """The worst positions: of each domain some, or of the whole text all that are listed. Where
+    both predict the same there is nothing to see."""
     for one in domains:
-        for departure in one.tail.worst[:EXAMPLES]:
+        for departure in filter(_shows, one.tail.worst[:EXAMPLES]):
             yield Example(one.name, departure)
     if not domains and tail is not None:
-        for departure in tail.worst:
+        for departure in filter(_shows, tail.worst):
             yield Example("", departure)
+
+
+def _shows(departure: Departure) -> bool:
+    return not departure.divergence < LEAST_SHOWN  # NaN is shown
