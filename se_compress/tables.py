@@ -21,7 +21,7 @@ from se_compress.running.preflight import in_units
 def super_experts_table(profile: ExpertProfile, name: str) -> Table:
     title = f"{name or profile.model}: super experts"
     table = Table(title=title, title_justify="left")
-    for column in ("expert", "peak", "channel", "position", "rise removed", "sinks left", "KL"):
+    for column in ("expert", "peak", "rise removed", "sinks left", "KL"):
         table.add_column(column, justify="right")
     table.add_column("confirmed")
     words = {True: "yes", False: "no", None: "not asked"}
@@ -33,8 +33,6 @@ def super_experts_table(profile: ExpertProfile, name: str) -> Table:
         table.add_row(
             str(one.id),
             f"{one.peak:,.0f}",
-            str(one.channel),
-            str(one.position),
             *seen,
             words[one.confirmed],
         )

@@ -172,7 +172,7 @@ def test_an_experiment_that_shows_something_else_is_not_talked_up() -> None:
 def test_each_curve_is_also_a_table_with_a_column_for_each_variant(page: Node) -> None:
     comparison = example_comparison()
     figures = json.loads(page.first(id="figures").text)
-    assert set(figures) == {"trade", "stream", "sinks", "hidden", "turned"}
+    assert set(figures) == {"trade", "stream", "sinks", "decay", "hidden", "turned"}
     names = [variant.name for variant in comparison.variants]
     for key, first in (("stream", ["source"]), ("sinks", ["source"]), ("hidden", [])):
         assert [trace["name"] for trace in figures[key]["data"]] == [*first, *names]

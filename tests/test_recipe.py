@@ -201,7 +201,9 @@ def test_an_unknown_key_is_named_before_what_it_causes() -> None:
     refuse(lambda: parse_recipe(data, "r.yaml"), message)
 
 
-PROTECT = "is not super-experts, none or a list such as [{layer: 1, expert: 68}]"
+PROTECT = (
+    "is not super-experts, none, all-but-super-experts or a list such as [{layer: 1, expert: 68}]"
+)
 SIZE = "is not a size; write for instance 9GB or 4.5GiB"
 
 

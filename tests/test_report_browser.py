@@ -24,7 +24,7 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-CHARTS, COMPARISON_CHARTS = 9, 5
+CHARTS, COMPARISON_CHARTS = 9, 6
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium on the PATH")
 

@@ -27,7 +27,12 @@ from se_compress.model.surgery import renumbered, restored, shrink, shrunk_profi
 from se_compress.planning import structure
 from se_compress.planning.bits import plan_bits
 from se_compress.planning.curve import cost_curve
-from se_compress.planning.protection import protected_experts, protection_notes, rescued
+from se_compress.planning.protection import (
+    ALL_BUT,
+    protected_experts,
+    protection_notes,
+    rescued,
+)
 from se_compress.planning.terms import terms_of
 from se_compress.planning.units import Task
 from se_compress.recipe import Recipe
@@ -40,7 +45,7 @@ def make_plan(
     is known; the plan then says so. Raises RecipeError for what cannot be planned."""
     task = task_of(source, profile, recipe)
     plan = _plan(task)
-    if profile is not None and plan.protected:
+    if profile is not None and plan.protected and recipe.policy.protect != ALL_BUT:
         plan = replace(plan, rescued=rescued(plan, _plan(replace(task, protected={}))))
     said = (*protection_notes(plan, profile, recipe), *cautions_of(plan, source, profile))
     return plan.noting(said)

@@ -17,6 +17,7 @@ from se_compress.planning.units import Task
 from se_compress.recipe import Recipe
 
 GONE: Mapping[Action, str] = {"prune": "pruned", "merge": "merged", "zero": "set to zero"}
+ALL_BUT = "all-but-super-experts"
 NAMED = 8  # experts that a note names
 
 
@@ -37,6 +38,11 @@ def protected_experts(task: Task) -> dict[ExpertId, str]:
                 f"protected at {bits} bits: super expert, peak {expert.peak:.0f} on channel "
                 f"{expert.channel} at position {expert.position}, {state[expert.confirmed]}"
             )
+    elif protect == ALL_BUT and profile is not None:
+        lowered = {expert.id for expert in profile.super_experts}
+        for identity in source.experts:
+            if identity not in lowered:
+                reasons[identity] = f"protected at {bits} bits: no super expert"
     elif protect == "super-experts":
         for identity in expected:
             reasons[identity] = f"protected at {bits} bits: expected, not profiled yet"
@@ -72,6 +78,8 @@ def _notes(plan: CompressionPlan, profile: ExpertProfile | None, recipe: Recipe)
     protect, expected = recipe.policy.protect, recipe.super_experts.expected
     if protect == "none":
         yield "policy.protect is none: super experts are treated like any other expert"
+    if protect == ALL_BUT:
+        yield "an experiment: super experts alone are treated, the others are protected"
     if profile is None:
         if protect == "super-experts":
             yield _unprofiled(len(expected))

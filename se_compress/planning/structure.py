@@ -160,10 +160,11 @@ def zero(task: Task) -> list[ExpertDecision]:
         chosen = [expert.id for expert in task.profile.super_experts] if task.profile else []
         why = "super expert"
     if policy.zero == "random":
-        chosen, why = (
-            _others(task.source, chosen, policy.zero_seed),
-            "random, in place of a super expert",
-        )
+        chosen = _others(task.source, chosen, policy.zero_seed)
+        why = "random, in place of a super expert of its layer"
+    if policy.zero == "random-anywhere":
+        chosen = _anywhere(task.source, chosen, policy.zero_seed)
+        why = "random, in place of a super expert"
     return [_gone(identity, "zero", f"zeroed: {why}") for identity in sorted(set(chosen))]
 
 
@@ -199,6 +200,12 @@ def _others(source: ModelSource, experts: Iterable[ExpertId], seed: int) -> list
             )
         chosen.append(random.Random(f"{seed} {identity}").choice(free))
     return chosen
+
+
+def _anywhere(source: ModelSource, experts: Sequence[ExpertId], seed: int) -> list[ExpertId]:
+    """As many routed experts of any layers, none of `experts`."""
+    free = [i for i in source.experts if i.expert != "shared" and i not in experts]
+    return random.Random(f"{seed} anywhere").sample(free, min(len(experts), len(free)))
 
 
 def notes(source: ModelSource, count: int, verb: str) -> tuple[str, ...]:

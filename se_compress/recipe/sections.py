@@ -97,7 +97,8 @@ class Policy(Section):
     """What may be done to the experts, and under which budget.
 
     protect          experts that keep `protected_bits` and are never pruned or merged: those that
-                     the profile finds, none, or a list such as [{layer: 1, expert: 68}]
+                     the profile finds, none, or a list such as [{layer: 1, expert: 68}];
+                     all-but-super-experts is an experiment: what widths do to super experts alone
     protected_bits   width of the protected experts; 16 is the source's own precision
     bits             widths to choose from; a single number means that width; 16 is the source's own
                      precision
@@ -110,12 +111,14 @@ class Policy(Section):
     prune            leave experts out; one of `prune`, `merge` and `zero` at most
     merge            make one expert of several
     zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
-                     nothing renumbered; super-experts, a list of experts, or random: as many others
-                     of the same layers, by `zero_seed`
+                     nothing renumbered; super-experts, a list of experts, random: as many others
+                     of the same layers, or random-anywhere: of any layer, by `zero_seed`
     zero_seed        of the draw of random experts
     """
 
-    protect: Literal["super-experts", "none"] | tuple[ExpertName, ...] = "super-experts"
+    protect: Literal["super-experts", "none", "all-but-super-experts"] | tuple[ExpertName, ...] = (
+        "super-experts"
+    )
     protected_bits: Literal[8, 16] = 16
     bits: tuple[Width, ...] = (4,)
     bits_per_weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
@@ -124,7 +127,9 @@ class Policy(Section):
     lift_layers: bool = False
     prune: Prune | None = None
     merge: Merge | None = None
-    zero: Literal["super-experts", "random"] | tuple[ExpertName, ...] | None = None
+    zero: Literal["super-experts", "random", "random-anywhere"] | tuple[ExpertName, ...] | None = (
+        None
+    )
     zero_seed: Seed = 0
 
     @field_validator("protect", "zero", mode="before")
@@ -132,11 +137,14 @@ class Policy(Section):
     def _list_of_experts(cls, value: object, field: ValidationInfo) -> object:
         if isinstance(value, list):
             return tuple(value)
-        known = {"protect": ("super-experts", "none"), "zero": ("super-experts", "random", None)}
+        known = {
+            "protect": ("super-experts", "none", "all-but-super-experts"),
+            "zero": ("super-experts", "random", "random-anywhere", None),
+        }
         words = known[str(field.field_name)]
         if value not in words and not isinstance(value, tuple):
             raise ValueError(
-                f"{brief(value)} is not {words[0]}, {words[1]} or a list such as "
+                f"{brief(value)} is not {words[0]}, {words[1]}, {words[2]} or a list such as "
                 "[{layer: 1, expert: 68}]"
             )
         return value

@@ -1,14 +1,17 @@
 """The charts of a comparison: what a variant costs against its size, and its course by layers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from se_compress.artifacts import ComparedVariant, Comparison
+from se_compress.artifacts import ComparedVariant, Comparison, LayerComparison
 from se_compress.reporting.comparison_rows import Row
 from se_compress.reporting.page import Figure, chart_layout, number, percent, short
 
 LINE_COLOURS = 10
+# Of attention to the first token: ratios of less are noise (heads that are all but blind to it).
+LEAST_MASS = 0.01
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon")
 
 
@@ -55,6 +58,7 @@ def curves_of(comparison: Comparison) -> list[Curve]:
             compared,
             "sink_mass",
         ),
+        _decay(compared),
         _curve(
             "hidden",
             "Error of the hidden states",
@@ -71,6 +75,32 @@ def curves_of(comparison: Comparison) -> list[Curve]:
             "sink_error",
         ),
     ]
+
+
+def _decay(compared: Sequence[ComparedVariant]) -> Curve:
+    rates = [{one.layer: decay_rate(one) for one in variant.layers} for variant in compared]
+    lines = [
+        Line(v.name, not v.checkpoint.published, rate, {at: percent(x) for at, x in rate.items()})
+        for v, rate in zip(compared, rates, strict=True)
+    ]
+    return Curve(
+        "decay",
+        "Attention sink decay rate",
+        f"1 - mean over heads of result / source (arXiv:2507.23279, eq. 7), of heads that pay "
+        f"{percent(LEAST_MASS)} or more to the first token in the source.",
+        tuple(layer.layer for layer in compared[0].layers),
+        tuple(lines),
+    )
+
+
+def decay_rate(layer: LayerComparison) -> float:
+    """Of one layer; NaN where no head of the source has a sink worth the name."""
+    ratios = [
+        result / source
+        for source, result in zip(layer.sink_heads_source, layer.sink_heads_result, strict=True)
+        if source >= LEAST_MASS
+    ]
+    return 1 - sum(ratios) / len(ratios) if ratios else math.nan
 
 
 def _curve(

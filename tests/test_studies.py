@@ -1,0 +1,112 @@
+"""recipes/studies: the experiments can be planned, and what their pages add up is right."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from artefacts_example import example_comparison, example_validation
+from pages import parse
+from scipy.stats import t
+from test_protection import PLANTED, made, noted, planted
+
+from se_compress.artifacts import ComparedVariant, ExpertId, ExpertProfile, ModelSource
+from se_compress.planning.policy import make_plan
+from se_compress.recipe import load_recipe
+from se_compress.reporting.comparison_charts import decay_rate
+from se_compress.reporting.comparison_page import render_comparison
+from se_compress.reporting.draws import RATIO, draws_of, mean_of
+
+__all__ = ["planted"]  # the fixture
+STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
+Planted = tuple[ModelSource, ExpertProfile]
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_study_is_a_recipe_with_variants(file: Path) -> None:
+    assert len(load_recipe(file).variants) > 3
+
+
+def zeroed(planted: Planted, **policy: object) -> set[ExpertId]:
+    plan = made(planted, protect="none", **policy)
+    return {d.id for d in plan.experts if d.action == "zero"}
+
+
+def test_random_experts_of_its_layer_and_of_any(planted: Planted) -> None:
+    assert zeroed(planted, zero="super-experts") == {PLANTED}
+    same = [zeroed(planted, zero="random", zero_seed=seed) for seed in range(6)]
+    anywhere = [zeroed(planted, zero="random-anywhere", zero_seed=seed) for seed in range(12)]
+    for chosen in (*same, *anywhere):
+        assert len(chosen) == 1
+        assert PLANTED not in chosen
+    assert {i.layer for chosen in same for i in chosen} == {PLANTED.layer}
+    assert {i.layer for chosen in anywhere for i in chosen} == {0, 1, 2}
+    assert anywhere == [
+        zeroed(planted, zero="random-anywhere", zero_seed=seed) for seed in range(12)
+    ]
+
+
+def test_the_super_experts_alone_are_treated(planted: Planted) -> None:
+    plan = made(planted, method="rtn", protect="all-but-super-experts", bits=[2])
+    assert {d.id for d in plan.experts if d.bits != 16} == {PLANTED}
+    assert plan.by_id[PLANTED].bits == 2
+    assert plan.rescued == ()
+    assert noted(plan, "an experiment: super experts alone are treated")
+    source, _ = planted
+    recipe = tiny.recipe(
+        "m",
+        target="gptqmodel",
+        policy={"protect": "all-but-super-experts", "bits": [2]},
+        quantization={"method": "rtn", "group_size": 32},
+    )
+    assert make_plan(source, None, recipe).protected == ()
+
+
+# ------------------------------------------------------------------------------------- the pages
+
+
+def draw(variant: ComparedVariant, seed: int, ratio: float) -> ComparedVariant:
+    one = variant.checkpoint
+    return replace(
+        variant,
+        changes={"policy.zero": '"random"', "policy.zero_seed": str(seed)},
+        checkpoint=replace(
+            one, name=f"random-{seed}", perplexity_source=10.0, perplexity_result=10.0 * ratio
+        ),
+    )
+
+
+def test_draws_of_one_experiment_are_averaged() -> None:
+    variants = {one.name: one for one in example_comparison().variants}
+    random = variants["without-random-1"]
+    lost = replace(variants["without-super-expert"], changes={"policy.zero": '"super-experts"'})
+    several = [lost, *(draw(random, seed, ratio) for seed, ratio in enumerate((1.0, 1.1, 1.3)))]
+    alone, three = draws_of([variants["wide-8"], *several])
+    assert (alone.name, alone.count) == ("super-experts", 1)
+    assert alone.means[RATIO].half is None
+    assert (three.name, three.count) == ("random", 3)
+    # The slow twin: t(0.975, 2) s / sqrt(3), by hand.
+    mean = (1.0 + 1.1 + 1.3) / 3
+    spread = math.sqrt(sum((x - mean) ** 2 for x in (1.0, 1.1, 1.3)) / 2)
+    assert three.means[RATIO].value == pytest.approx(mean)
+    assert three.means[RATIO].half == pytest.approx(4.302653 * spread / math.sqrt(3), rel=1e-6)
+    assert t.ppf(0.975, 2) == pytest.approx(4.302653, rel=1e-6)
+    assert mean_of([2.0]).half is None
+    page = parse(
+        render_comparison(
+            replace(example_comparison(), variants=tuple(several), recommended=None, closest=None)
+        )
+    )
+    text = page.first(id="ablation").text
+    assert "Means over the draws, with 95 % intervals" in text
+    assert "random, 3 draws" in text
+    assert "1.13 ± 0.379" in text
+
+
+def test_the_decay_rate_is_the_papers() -> None:
+    layer = example_validation().layers[0]
+    heads = replace(layer, sink_heads_source=(0.8, 0.4, 0.001), sink_heads_result=(0.2, 0.4, 0.9))
+    assert decay_rate(heads) == pytest.approx(1 - (0.25 + 1.0) / 2)  # the third head is blind
+    blind = replace(layer, sink_heads_source=(0.001,), sink_heads_result=(0.9,))
+    assert math.isnan(decay_rate(blind))
