@@ -41,6 +41,7 @@ CORPORA = ("austen", "factbook")
 SKIP = [r".*self_attn.*", r".*shared_expert.*"]
 GROUP_SIZE, SEQUENCE = 64, 256
 THREADS = ("all", "1")
+REFINE_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Tool:
     """A competitor and its worker.
 
     routed     llm-compressor only: see peers/worker.py
+    refine     ours only: steps of refining
     symmetric  whether groups have no zero point of their own
     """
 
@@ -55,6 +57,7 @@ class Tool:
     worker: str
     routed: bool = False
     symmetric: bool = True
+    refine: int = 0
 
 
 OURS = Tool("se-compress", "se_compress_worker.py")
@@ -64,6 +67,7 @@ TOOLS = (
     Tool("llm-compressor", "llmcompressor_worker.py"),
     Tool("llm-compressor, routed tokens only", "llmcompressor_worker.py", routed=True),
     Tool("se-compress, asymmetric", "se_compress_worker.py", symmetric=False),
+    Tool("se-compress, refined", "se_compress_worker.py", refine=REFINE_STEPS),
 )
 
 
@@ -72,7 +76,7 @@ def main() -> None:
     work = Path(options.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
     _make_environment()
-    _write_tokens(work, options.held_out)
+    _write_tokens(work, options.held_out, options.other_text)
     tools = [tool for tool in TOOLS if tool.name in options.tools.split(";")]
     steps = options.steps.split(",")
     if "measure" in steps:
@@ -97,6 +101,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", default=str(ROOT / "out" / "against-peers"))
     parser.add_argument("--under", default="", help="a command that runs each timed process")
     parser.add_argument("--held-out", type=int, default=32, help="sequences of 256 to evaluate on")
+    parser.add_argument(
+        "--other-text", default="", help="a .txt of another kind, evaluated as well"
+    )
     parser.add_argument("--steps", default="measure,evaluate,report")
     return parser.parse_args()
 
@@ -117,13 +124,16 @@ def _make_environment() -> None:
     ready.write_text(constraints.read_text())
 
 
-def _write_tokens(work: Path, held_out: int) -> None:
-    """Calibration and held-out sequences, ids of the reference model's tokenizer."""
+def _write_tokens(work: Path, held_out: int, other_text: str = "") -> None:
+    """Calibration and held-out sequences, ids of the reference model's tokenizer; and as many of a
+    text of another kind than was calibrated on, if there is one."""
     from se_compress.recipe import Calibration
     from se_compress.text.calibrate import draw_sequences
 
-    for part, count in (("calibration", 32), ("held-out", held_out)):
+    wanted = {"calibration": 32, "held-out": held_out} | ({"other": held_out} if other_text else {})
+    for part, count in wanted.items():
         files = tuple(str(TEXT / f"{name}-{part}.txt") for name in CORPORA)
+        files = (other_text,) if part == "other" else files
         text = Calibration.model_validate(
             {"data": files, "samples": count, "sequence_length": SEQUENCE}
         )
@@ -207,6 +217,7 @@ def _run(
         "symmetric": tool.symmetric,
         "skip": SKIP,
         "routed": tool.routed,
+        "refine": tool.refine,
     }
     files = [output.with_name(f"{output.name}.{part}.json") for part in ("job", "report")]
     files[0].write_text(json.dumps(job))
@@ -253,13 +264,15 @@ def _evaluate(name: str, work: Path) -> None:
         for tool in TOOLS
         if (path := _output(work, name, bits, tool)).joinpath("config.json").exists()
     }
-    report = work / "quality.json"
-    script = [sys.executable, str(WORKERS / "evaluate.py"), str(_model(name, work))]
-    subprocess.run([*script, str(work / "held-out.json"), str(report), *made], check=True)
     found = _found(work)
-    for path, quality in json.loads(report.read_text()).items():
-        bits, tool = made[path]
-        found.setdefault(f"{name}/{bits}/{tool.name}", {"runs": []})["quality"] = quality
+    for part, key in (("held-out", "quality"), ("other", "other")):
+        tokens, report = work / f"{part}.json", work / "quality.json"
+        if tokens.exists():
+            script = [sys.executable, str(WORKERS / "evaluate.py"), str(_model(name, work))]
+            subprocess.run([*script, str(tokens), str(report), *made], check=True)
+            for path, quality in json.loads(report.read_text()).items():
+                bits, tool = made[path]
+                found.setdefault(f"{name}/{bits}/{tool.name}", {"runs": []})[key] = quality
     (work / "found.json").write_text(json.dumps(found, indent=1))
 
 
@@ -297,8 +310,8 @@ def _explanation(found: dict[str, Any]) -> str:
 def _table(found: dict[str, Any], name: str) -> str:
     lines = [
         f"| bits | | seconds, {os.cpu_count()} cores | over ours | seconds, 1 thread | over ours"
-        " | peak memory | KL | ours less by | perplexity |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " | peak memory | KL | ours less by | perplexity | KL, other text |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for bits in (4, 3, 2):
         ours = found.get(f"{name}/{bits}/{OURS.name}")
@@ -331,6 +344,8 @@ def _row(bits: int, tool: Tool, entry: dict[str, Any], ours: dict[str, Any]) -> 
         cells.append(f"{quality['perplexity']:.2f} (source {quality['perplexity_source']:.2f})")
     else:
         cells += ["failed" if len(runs) < len(entry["runs"]) else "not measured", "", ""]
+    other = entry.get("other")
+    cells.append(f"{other['kl_divergence']:.4f}" if other else "")
     return f"| {' | '.join(cells)} |"
 
 

@@ -8,6 +8,9 @@ held-out tokens:
 
     mixed       2, 3 and 4 bits for all, the super experts in 16; widths of 2, 3, 4 and 8 bits mixed
                 at just the same sizes; and at budgets between
+    inverted    the mixtures of the sizes of 3 and 4 bits turned over: as many of each width, but
+                the most to what the profile predicts to lose least; a control, as a ranking that
+                says nothing would beat one width no less than its inverse does
     protection  at one budget of bits per weight: super experts protected, and not (the naive twin
                 has the protection's bytes for its other experts); four continuations of 24 tokens
     random      the same budget with as many random experts of the same layers protected, five draws
@@ -21,7 +24,7 @@ a run can be made in parts.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -38,7 +41,15 @@ from reference import (
     recipe_of,
 )
 from results import machine, write_section
+from scipy.stats import spearmanr
 
+from se_compress.artifacts import (
+    PROJECTION_GROUPS,
+    CompressionPlan,
+    ExpertId,
+    ExpertProfile,
+    ProjectionGroup,
+)
 from se_compress.errors import RecipeError
 from se_compress.planning.policy import make_plan, predicted_loss
 from se_compress.recipe import Recipe
@@ -54,7 +65,9 @@ EIGHT = 3.0  # up to this budget, protection at 8 bits in place of 16 is measure
 DRAWS = 5
 CALIBRATION = 8  # sequences that the quantiser sees
 CONTINUED = 24  # tokens of a continuation
-PARTS = ("mixed", "protection", "random")
+INVERTED = (3, 4)  # at the sizes of these
+RANKED_AT = 3  # bits at which units are ranked by what they are predicted to lose
+PARTS = ("mixed", "inverted", "protection", "random")
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "": {},
     ", auto-round": {"target": "transformers"},
@@ -64,16 +77,19 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How a checkpoint is made and judged: files by their target, groups, tokens to continue by."""
+    """How a checkpoint is made and judged: files by their target, groups, tokens to continue by,
+    and whether its widths are turned over."""
 
     policy: Mapping[str, Any]
     target: str = "gptqmodel"
     group_size: int = 64
     continued: int = 0
+    inverted: bool = False
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        parts = {k: v for k, v in asdict(self).items() if k != "inverted" or v}
+        return json.dumps(parts, sort_keys=True)
 
 
 def recipe_for(name: str, setting: Setting) -> Recipe:
@@ -97,14 +113,17 @@ def settings(model: Model, part: str) -> Iterator[tuple[str, Setting]]:
     """Name and setting of each checkpoint of a part of the benchmark."""
     if part == "mixed":
         for bits in UNIFORM:
-            uniform = Setting({"bits": bits})
-            plan = make_plan(model.source, model.profile, recipe_for(model.name, uniform))
-            mixed = {"bits": WIDTHS, "size": plan.size_bytes}
-            yield f"{bits} bits for all", uniform
-            yield f"mixed, the size of {bits} bits", Setting(mixed)
+            yield f"{bits} bits for all", Setting({"bits": bits})
+            yield f"mixed, the size of {bits} bits", Setting(_mixed(model, bits))
         for budget in BUDGETS:
             yield _budget(model, budget)
         yield "2 bits for all, auto-round", Setting({"bits": 2}, "transformers")
+    if part == "inverted":
+        for bits in INVERTED:
+            yield f"{bits} bits for all", Setting({"bits": bits})
+            yield f"mixed, the size of {bits} bits", Setting(_mixed(model, bits))
+            turned = Setting(_mixed(model, bits), inverted=True)
+            yield f"the same, inverted, the size of {bits} bits", turned
     if part == "protection":
         for budget in PROTECTION[model.name]:
             yield _budget(model, budget, ", protected", continued=CONTINUED)
@@ -117,6 +136,50 @@ def settings(model: Model, part: str) -> Iterator[tuple[str, Setting]]:
             chosen = {"protect": random_experts(model, draw)}
             budget = RANDOM[model.name]
             yield _budget(model, budget, f", draw {draw}", chosen, continued=CONTINUED)
+
+
+def _mixed(model: Model, bits: int) -> dict[str, Any]:
+    """The policy of a mixture that has the size of one width for all."""
+    plan = make_plan(model.source, model.profile, recipe_for(model.name, Setting({"bits": bits})))
+    return {"bits": WIDTHS, "size": plan.size_bytes}
+
+
+def inverted(plan: CompressionPlan, profile: ExpertProfile) -> CompressionPlan:
+    """The same number of experts at each width, for gate and up and for down, but in the reverse
+    order of what they are predicted to lose; to the byte as large, for all experts are."""
+    turned = {decision.id: decision for decision in plan.experts}
+    free = [d for d in plan.experts if d.action == "quantize" and isinstance(d.expert, int)]
+    widths = {d.id: {group: d.bits_of(roles[0]) for group, roles in PROJECTION_GROUPS.items()}
+              for d in free}  # fmt: skip
+    for group in PROJECTION_GROUPS:
+        ranked = sorted(free, key=lambda d: (loss_of(profile, d.id, group), d.id))
+        most_first = sorted((widths[d.id][group] for d in free), reverse=True)
+        for decision, bits in zip(ranked, most_first, strict=True):
+            widths[decision.id][group] = bits
+    for decision in free:
+        bits, down = widths[decision.id]["gate_up"], widths[decision.id]["down"]
+        other = down if down != bits else None
+        turned[decision.id] = replace(
+            decision, bits=bits, down_bits=other, reason="inverted, as a control"
+        )
+    return replace(plan, experts=tuple(turned.values()))
+
+
+def loss_of(profile: ExpertProfile, identity: ExpertId, group: ProjectionGroup) -> float:
+    return profile.by_id[identity].loss_of(group, RANKED_AT)
+
+
+def rises_with_depth(profile: ExpertProfile) -> float:
+    """Spearman's correlation of a layer's predicted loss, its experts' sum, with its index.
+
+    A score that only rises with depth is that of the hidden states' norm.
+    """
+    totals: dict[int, float] = {}
+    for stats in profile.experts:
+        if stats.expert != "shared":
+            loss = sum(stats.loss_of(group, RANKED_AT) for group in PROJECTION_GROUPS)
+            totals[stats.layer] = totals.get(stats.layer, 0.0) + loss
+    return float(spearmanr(list(totals), list(totals.values()))[0])
 
 
 def _budget(
@@ -150,12 +213,16 @@ def measure(
         if setting.key not in measured:
             recipe = recipe_for(model.name, setting)
             plan = make_plan(model.source, model.profile, recipe)
+            if setting.inverted:
+                plan = inverted(plan, model.profile)
             tokens = model.calibration[:: len(model.calibration) // CALIBRATION]
             measured[setting.key] = judge(model, recipe, plan, tokens) | {
                 "bits": plan.bits_per_weight,
                 "predicted": predicted_loss(plan, model.profile),
                 "setting": setting.key,
             }
+            if part == "inverted":
+                measured[setting.key]["rises"] = rises_with_depth(model.profile)
             print(model.name, part, name, json.dumps(measured[setting.key]), flush=True)
         known[f"{part}: {name}"] = measured[setting.key]
         keep()
@@ -177,6 +244,7 @@ COLUMNS: Columns = {
 }
 TITLES = {
     "mixed": "widths mixed against one width",
+    "inverted": "a mixture against one width and its own inverse",
     "protection": "super experts protected, and not, at one budget",
     "random": "random experts of the same layers protected instead",
 }
@@ -204,6 +272,12 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             rows = {k.partition(": ")[2]: v for k, v in known.items() if k.startswith(f"{part}: ")}
             if rows:
                 lines += ["", f"### {name}: {TITLES[part]}", "", table(rows)]
+            rises = [row["rises"] for row in rows.values() if "rises" in row]
+            if rises:
+                lines += [
+                    "",
+                    f"The predicted loss of a layer and its depth: Spearman {rises[0]:+.2f}.",
+                ]
     return "\n".join(lines)
 
 

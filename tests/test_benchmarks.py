@@ -1,10 +1,12 @@
 """What the benchmarks say must be right: their own unpackers, and the file that they write."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from artefacts_example import example_profile, mixed_plan
 from packed import pack
 
 from se_compress.artifacts import Check
@@ -15,6 +17,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
 import evaluate  # noqa: E402
 import gates  # noqa: E402
+import policy  # noqa: E402
 import results  # noqa: E402
 
 
@@ -88,3 +91,28 @@ def test_the_table_of_gates_says_what_was_missed_and_what_refused_without_need()
     wrong = {sound: lost, broken: judged()}
     assert gates.table(wrong, limits).count("WRONG") == 2
     assert f"Not caught: {broken}. Refused without need: {sound}." in gates.summary(wrong, limits)
+
+
+def test_an_inverted_plan_gives_the_most_bits_to_what_loses_least() -> None:
+    plan, profile = mixed_plan(), example_profile()
+    turned = policy.inverted(plan, profile)
+    for group, roles in policy.PROJECTION_GROUPS.items():
+        before, after = (
+            {d.id: d.bits_of(roles[0]) for d in p.experts if d.expert != "shared"}
+            for p in (plan, turned)
+        )
+        assert sorted(before.values()) == sorted(after.values())
+        free = [d.id for d in plan.experts if d.action == "quantize" and d.expert != "shared"]
+        by_loss = sorted(free, key=lambda i: (policy.loss_of(profile, i, group), i))
+        widths = [after[identity] for identity in by_loss]
+        assert widths == sorted(widths, reverse=True)
+        assert len(set(widths)) > 1
+        assert all(before[i] == after[i] for i in before.keys() - set(free))
+
+
+def test_a_score_that_rises_with_depth_is_seen() -> None:
+    profile = example_profile()
+    experts = tuple(
+        replace(e, loss_gate_up={3: float(e.layer)}, loss_down={3: 0.0}) for e in profile.experts
+    )
+    assert policy.rises_with_depth(replace(profile, experts=experts)) == 1.0

@@ -135,6 +135,7 @@ def run(
     *,
     work: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    notice: Callable[[str], None] = lambda sentence: None,
     fill: int = 0,
     widths: Mapping[int, int | tuple[int, int]] | None = None,
     shard_bytes: int = 150_000,
@@ -164,7 +165,7 @@ def run(
     if fill:
         slots = draw_blueprint(source, plan).slots.values()
         overwrite_data(lay_out(slots, directory, shard_bytes), fill)
-    options = RunOptions(work=work, progress=progress)
+    options = RunOptions(work=work, progress=progress, notice=notice)
     records = compress(source, plan, TOKENS, settings, directory, options).layers
     return Made(source, plan, settings, read_headers(directory), directory, records)
 

@@ -154,6 +154,19 @@ def test_a_decoded_matrix_counts(
     assert needed[path] - needed[tiny_model("qwen3_moe")] == largest
 
 
+def test_what_refining_takes_is_counted(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = open_source(str(tiny_model("qwen3_moe")))
+    plain = tiny.recipe(source.path)
+    refined = tiny.recipe(source.path, quantization={"group_size": 32, "refine": {"steps": 1}})
+    enough = available_memory(*tree(tmp_path, "0::/box\n", {"box": v2(2_000_000)}))
+    monkeypatch.setattr("se_compress.running.preflight.available_memory", lambda: enough)
+    check_memory(source, plain, 256)
+    with pytest.raises(ResourceError, match=r"refine takes .* MB for the largest layer .* leave"):
+        check_memory(source, refined, 256)
+
+
 @pytest.fixture
 def source(tiny_model: Callable[[str], Path]) -> ModelSource:
     found = open_source(str(tiny_model("qwen3_moe")))

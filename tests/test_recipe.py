@@ -380,6 +380,24 @@ BITSANDBYTES = {"quantization.method": "bitsandbytes"}
             "quantization: group_size is not a key of method bitsandbytes",
         ),
         (
+            {**BITSANDBYTES, "quantization.refine": {"steps": 9}},
+            "quantization: refine is not a key of method bitsandbytes",
+        ),
+        (
+            {"quantization.method": "none", "quantization.refine": {"steps": 9}},
+            "quantization: refine is not a key of method none",
+        ),
+        ({"quantization.refine": {}}, "quantization.refine.steps is missing"),
+        (
+            {"quantization.refine": {"steps": 0}},
+            "quantization.refine.steps is 0: input should be greater than 0",
+        ),
+        (
+            {"quantization.refine": {"steps": 9}, "calibration.samples": 7},
+            "the recipe: quantization.refine sets some calibration samples apart: "
+            "calibration.samples is 7, 8 or more are needed",
+        ),
+        (
             {**BITSANDBYTES, "quantization.data_type": "int8", "quantization.block_size": 64},
             "quantization: block_size is not a key of data_type int8: it has a scale per row",
         ),
@@ -626,5 +644,5 @@ def test_all_sections_are_looked_at() -> None:
     names = {kind.__name__ for kind in sections(Recipe)}
     assert names == {
         "Recipe", "Calibration", "DataSource", "SuperExperts", "Policy", "ExpertName", "Prune",
-        "Merge", "Quantization", "Validation", "Generation", "Domain", "Reload", "Tasks",
+        "Merge", "Quantization", "Refine", "Validation", "Generation", "Domain", "Reload", "Tasks",
     }  # fmt: skip

@@ -27,6 +27,7 @@ from se_compress.artifacts import (
     Continuation,
     LinearRecord,
     OtherDecision,
+    RefineRecord,
     Scheme,
     ValidationReport,
 )
@@ -563,3 +564,20 @@ def test_card_keeps_foreign_text_as_text() -> None:
     assert "<script" not in body
     assert "a\\|b &lt;script&gt;" in body
     assert "# \\`a\\`" in body
+
+
+def test_refining_is_told_with_the_layers_where_it_was_undone() -> None:
+    validation = example_validation()
+    kept = RefineRecord(8, 0.05, 0.04, 0.06, 0.05, 0.03)
+    undone = RefineRecord(0, 0.05, 0.05, 0.04, 0.04, 0.0)
+    records = tuple(
+        replace(record, refined=undone if record.layer in (3, 7) else kept)
+        for record in validation.records
+    )
+    text = render(validation=replace(validation, records=records)).text
+    assert "30 layers refined" in text
+    assert "from 5.87 % to 4.93 %" in text
+    assert "Undone, for it did not help: layer 3, 7." in text
+    one = tuple(replace(record, refined=kept) for record in validation.records)
+    assert "Undone" not in render(validation=replace(validation, records=one)).text
+    assert "refined" not in render().text

@@ -1,5 +1,5 @@
-"""se-compress at its defaults: `compress` under a plan that needs no profile (one width, nothing
-protected)."""
+"""se-compress at its defaults, or refined: `compress` under a plan that needs no profile (one
+width, nothing protected)."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,9 @@ from se_compress.recipe import parse_recipe
 
 
 def quantize(job: Job) -> str:
+    quantization: dict[str, object] = {"group_size": job.group_size, "symmetric": job.symmetric}
+    if job.refine:
+        quantization["refine"] = {"steps": job.refine}
     recipe = parse_recipe(
         {
             "model": job.model,
@@ -20,7 +23,7 @@ def quantize(job: Job) -> str:
             "target": "gptqmodel",
             "calibration": {"data": "the tokens of the job"},
             "policy": {"protect": "none", "bits": job.bits},
-            "quantization": {"group_size": job.group_size, "symmetric": job.symmetric},
+            "quantization": quantization,
             "validation": {"data": "none"},
         },
         "the job",

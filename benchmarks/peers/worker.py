@@ -23,6 +23,7 @@ class Job:
     tokens  calibration sequences of equal length, ids
     skip    regular expressions of modules that stay as they are, beside router and head
     routed  llm-compressor only: tokens go to their own experts alone, not to all of them
+    refine  se-compress only: steps of refining, 0 for none
     """
 
     model: str
@@ -33,6 +34,7 @@ class Job:
     symmetric: bool
     skip: list[str]
     routed: bool = False
+    refine: int = 0
 
 
 def main(quantize: Callable[[Job], str | None]) -> None:

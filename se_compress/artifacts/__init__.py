@@ -31,8 +31,10 @@ from se_compress.artifacts.compression import (
     COMPRESSION_FILE,
     Compressed,
     ExpertRecord,
+    FoldRecord,
     LayerRecord,
     LinearRecord,
+    RefineRecord,
 )
 from se_compress.artifacts.expectation import (
     surprise,
@@ -140,6 +142,7 @@ __all__ = [
     "ExpertProfile",
     "ExpertRecord",
     "ExpertStats",
+    "FoldRecord",
     "Gate",
     "LayerComparison",
     "LayerRecord",
@@ -155,6 +158,7 @@ __all__ = [
     "PlanSummary",
     "ProfileSummary",
     "ProjectionGroup",
+    "RefineRecord",
     "Rescue",
     "Role",
     "RunOptions",

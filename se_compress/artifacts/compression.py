@@ -57,6 +57,40 @@ class LinearRecord:
 
 
 @dataclass(frozen=True)
+class RefineRecord:
+    """How refining the routed experts of a layer went, on calibration text behind this layer.
+
+    step               after which its state was kept; 0: refining did not help and was undone
+    selection_before   distance of the hidden states from the source's, relative, root mean square
+                       over the tokens by which a state is chosen, before refining
+    selection          the same with the state that was kept
+    report_before, report   the same of tokens that decided nothing
+    codes_changed      share of the codes that are others now
+    """
+
+    step: int
+    selection_before: float
+    selection: float
+    report_before: float
+    report: float
+    codes_changed: float
+
+
+@dataclass(frozen=True)
+class FoldRecord:
+    """A share of the calibration text, which refining uses for one purpose.
+
+    fold       tuning: gradients; selection: which state is kept; report: what is said of it
+    sequences  their number
+    digest     SHA-256 of their token ids, as a JSON list of lists
+    """
+
+    fold: str
+    sequences: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class LayerRecord:
     """What compressing one layer did.
 
@@ -67,6 +101,7 @@ class LayerRecord:
     hidden_error   relative distance between the hidden states of the compressed stream and those of
                    the source after the layer
     failed         the gate that the compressed stream failed here: compressing stopped
+    refined        how refining its routed experts went; their errors are those before it
     digests        hashes of the tensors that were made and not copied, see digests.py
     """
 
@@ -76,6 +111,7 @@ class LayerRecord:
     experts: tuple[ExpertRecord, ...]
     linears: tuple[LinearRecord, ...] = ()
     failed: Check | None = field(default=None, metadata=UNLESS_NONE)
+    refined: RefineRecord | None = field(default=None, metadata=UNLESS_NONE)
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -84,9 +120,11 @@ class Compressed:
     """compression.json: what `compress` says of each layer, in order.
 
     layers   up to the last; if compressing stopped early, to the one behind which it did
+    folds    of the calibration text, as refining used them; none without it
     """
 
     layers: tuple[LayerRecord, ...]
+    folds: tuple[FoldRecord, ...] | None = field(default=None, metadata=UNLESS_NONE)
 
     @property
     def stopped(self) -> Check | None:

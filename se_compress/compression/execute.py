@@ -32,6 +32,7 @@ from se_compress.artifacts import (
     write_atomically,
 )
 from se_compress.compression.layer import Models, Streams, compress_layer
+from se_compress.compression.refine import records_of_folds
 from se_compress.compression.stacks import Packed
 from se_compress.engines.accounting import change_since
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
@@ -81,7 +82,8 @@ def compress(
     directory.mkdir(parents=True, exist_ok=True)
     _forget_what_is_gone(reserve(files), options)
     layout = blueprint.found_in(files)
-    made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
+    folds = records_of_folds(tokens) if recipe.quantization.refine else None
+    made = Compressed(_fill(blueprint, tokens, recipe, layout, options), folds)
     if made.stopped is None:
         export_config(blueprint, settings, directory, options.keep_code)
     write_atomically(directory / COMPRESSION_FILE, to_json(made))
@@ -119,10 +121,17 @@ def _fill(
             record, streams = _make_layer(models, blueprint, layer, streams, recipe, layout)
             _save(options, record, streams)
             records.append(record)
+            _tell_undone(record, options)
         if records[layer].failed:
             return tuple(records)
     options.progress("compress", source.layer_count, source.layer_count)
     return tuple(records)
+
+
+def _tell_undone(record: LayerRecord, options: RunOptions) -> None:
+    if record.refined is not None and not record.refined.step:
+        error = f"{record.refined.selection_before:.2%}"
+        options.notice(f"layer {record.layer}: refining left the error at {error} and was undone")
 
 
 # ---------------------------------------------------------------------------------------- progress
@@ -230,6 +239,7 @@ def _make_layer(
         experts=tuple(_by_source_id(expert, origin) for expert in done.made.experts),
         linears=tuple(linear.record for linear in done.made.linears),
         failed=done.failed,
+        refined=done.made.refined,
         digests=by_owner(digests),
     )
     return record, done.streams

@@ -15,7 +15,8 @@ The live module's weights are replaced by what the codes stand for, so that the 
 layer is that of the compressed model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -26,11 +27,14 @@ from se_compress.artifacts import (
     ExpertDecision,
     ExpertId,
     ExpertRecord,
+    RefineRecord,
     Role,
     Scheme,
 )
+from se_compress.compression.refine import Aim, refine_experts
 from se_compress.compression.stacks import (
     Packed,
+    SolvedExperts,
     SolvedStack,
     StackInputs,
     check_moments,
@@ -60,6 +64,22 @@ _Quantized = tuple[int, ExpertRecord, Packed, Tensor]
 NameOf = Callable[[ExpertId, Role], str]
 
 
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """The routed experts of a layer, quantised.
+
+    tensors  packed matrices, by the names of their weights
+    records  by the experts' ids
+    output   [N, H] float32: of all routed experts, these and those that keep their precision
+    refined  how refining went; None if it was not asked for
+    """
+
+    tensors: Packed
+    records: list[ExpertRecord]
+    output: Tensor
+    refined: RefineRecord | None
+
+
 def quantize_experts(
     name_of: NameOf,
     experts: RoutedExperts,
@@ -67,20 +87,27 @@ def quantize_experts(
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
     recipe: Recipe,
-) -> tuple[Packed, list[ExpertRecord], Tensor]:
+    aim: Aim | None = None,
+) -> QuantizedExperts:
     """Quantise routed experts of one layer, given as the live fused module.
 
     name_of  expert and projection -> name of the weight
     capture  what the layer's experts see
-    Returns the packed matrices, by the names of their weights; the records; and the output [N, H]
-    float32 of all routed experts, these and those that keep their precision.
+    aim      what they are refined towards, if the recipe wants that
     """
     output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
-    made = (
-        _pack_experts(name_of, experts, capture, decisions, scheme)
-        if FORMATS[scheme.format].quantize
-        else _solve_experts(name_of, experts, capture, decisions, scheme, recipe)
-    )
+    refined: RefineRecord | None = None
+    if FORMATS[scheme.format].quantize:
+        made = _pack_experts(name_of, experts, capture, decisions, scheme)
+    else:
+        solved: Iterable[SolvedExperts] = _solve_experts(
+            experts, capture, decisions, scheme, recipe
+        )
+        if aim is not None and recipe.quantization.refine is not None:
+            before = experts.gate_up_proj.clone(), experts.down_proj.clone()
+            solved = list(solved)
+            refined = refine_experts(experts, before, solved, aim, recipe.quantization.refine)
+        made = _packed_experts(name_of, experts, capture, solved, scheme)
     tensors: Packed = {}
     records: list[ExpertRecord] = []
     left = set(range(len(experts)))
@@ -91,18 +118,18 @@ def quantize_experts(
         _add_output(output, capture, experts, expert, inner)
     for expert in sorted(left):
         _add_output(output, capture, experts, expert, _inner(capture, experts, expert))
-    return tensors, sorted(records, key=lambda record: record.id), output
+    records.sort(key=lambda record: record.id)
+    return QuantizedExperts(tensors, records, output, refined)
 
 
 def _solve_experts(
-    name_of: NameOf,
     experts: RoutedExperts,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
     recipe: Recipe,
-) -> Iterator[_Quantized]:
-    """Solve the experts, those of equal bits together."""
+) -> Iterator[SolvedExperts]:
+    """Solve the experts, those of equal bits together, in place."""
     rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
     for bits, members in _stacks(decisions, experts):
         identities = [ExpertId(decisions[0].layer, expert) for expert in members]
@@ -113,14 +140,30 @@ def _solve_experts(
         inner_inputs, inner = _down_inputs(capture, experts, members, everyone, rule.shrinkage)
         check_moments(inner_inputs.hessian, [f"down of expert {i}" for i in identities])
         down = replace_members(experts.down_proj, members, inner_inputs, bits[1], scheme, rule)
-        for i, (expert, identity) in enumerate(zip(members, identities, strict=True)):
+        records = [
+            _record(identity, bits, i, inputs, inner_inputs, gate_up, down)
+            for i, identity in enumerate(identities)
+        ]
+        yield SolvedExperts(members, records, gate_up, down, inner)
+
+
+def _packed_experts(
+    name_of: NameOf,
+    experts: RoutedExperts,
+    capture: RoutingCapture,
+    solved: Iterable[SolvedExperts],
+    scheme: Scheme,
+) -> Iterator[_Quantized]:
+    """Pack solved experts."""
+    for some in solved:
+        for i, (expert, record) in enumerate(zip(some.members, some.records, strict=True)):
             tensors: Packed = {}
-            for roles, solved in ((experts.roles, gate_up), (DOWN, down)):
-                if solved is not None:
-                    rows = {name_of(identity, role): part for role, part in roles.items()}
-                    tensors |= packed_members(rows, solved.stack, i, scheme.format)
-            record = _record(identity, bits, i, inputs, inner_inputs, gate_up, down)
-            yield expert, record, tensors, inner[i]
+            for roles, made in ((experts.roles, some.gate_up), (DOWN, some.down)):
+                if made is not None:
+                    rows = {name_of(record.id, role): part for role, part in roles.items()}
+                    tensors |= packed_members(rows, made.stack, i, scheme.format)
+            inner = some.inner[i] if some.inner else _inner(capture, experts, expert)
+            yield expert, record, tensors, inner
 
 
 def _stacks(

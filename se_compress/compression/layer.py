@@ -2,21 +2,30 @@
 
 Two models pass the layer: the source and the one that is being compressed. They are one and the
 same, and so are their hidden states, until something is changed. After that a few sequences of the
-source's are enough.
+source's are enough, unless the recipe refines: then every row has the source's to be held to.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
-from se_compress.artifacts import Check, ExpertDecision, ExpertId, ExpertRecord, Scheme
+from se_compress.artifacts import (
+    Check,
+    ExpertDecision,
+    ExpertId,
+    ExpertRecord,
+    RefineRecord,
+    Scheme,
+)
 from se_compress.compression.early_warning import Side, early_warning, overflow_warning
 from se_compress.compression.experts import quantize_experts
 from se_compress.compression.linears import SolvedLinear, quantize_linears, quantize_shared
+from se_compress.compression.refine import aim_of
 from se_compress.compression.stacks import Packed
 from se_compress.engines.blueprint import Blueprint
+from se_compress.errors import RecipeError
 from se_compress.model.measures import relative_distance
 from se_compress.model.observers import Observer, RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_states
@@ -33,8 +42,8 @@ WITNESS_TOKENS = 1024
 class Streams:
     """States after the last layer that is done, of each batch.
 
-    source   those of the source: of all sequences while nothing has been changed, of a few leading
-             ones after that
+    source   those of the source: of all sequences while nothing has been changed, or if the recipe
+             refines; otherwise of a few leading ones
     changed  those of the model compressed so far; None while nothing in it has been changed
     """
 
@@ -75,12 +84,14 @@ class Made:
     tensors  packed matrices, by the names of their weights
     experts  records of its experts, by the ids of the reduced model
     linears  its quantised linears of attention and dense MLP
+    refined  how refining its routed experts went
     """
 
     result: list[States]
     tensors: Packed = field(default_factory=dict)
     experts: list[ExpertRecord] = field(default_factory=list)
     linears: list[SolvedLinear] = field(default_factory=list)
+    refined: RefineRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,9 @@ def compress_layer(
         return _pass_unchanged(models.source, layer, streams)
     module = models.source.load_layer(layer)
     # first, for the weights are about to change
-    source = _source_side(models.source, layer, module, streams)
+    refines = recipe.quantization.refine is not None
+    before = streams.source if refines else leading(streams.source, WITNESS_TOKENS)
+    source, behind = _source_side(models.source, layer, module, before)
     if not models.are_one:
         del module  # one layer in memory
         module = models.reduced.load_layer(layer)
@@ -167,7 +180,8 @@ def compress_layer(
     compared = leading(streams.result, WITNESS_TOKENS) if limits.early_stop else []
     watch = _Watch(compared, runs_experts=not plan.experts)
     scheme = blueprint.plan.scheme
-    made = _quantize_layer(models.reduced, module, plan, streams.result, watch, scheme, recipe)
+    aim = behind if refines else None
+    made = _quantize_layer(models.reduced, module, plan, streams.result, watch, scheme, recipe, aim)
     after = leading(made.result, WITNESS_TOKENS)
     failed = overflow_warning(layer, hidden_of(made.result), limits)
     if limits.early_stop and not failed:
@@ -181,7 +195,7 @@ def compress_layer(
             source_expert=lambda expert: origin[ExpertId(layer, expert)][0].expert,
         )
         failed = early_warning(layer, source, result, limits)
-    now = Streams([*source.after], made.result)
+    now = Streams(behind, made.result)
     strayed = relative_distance(hidden_of(after), hidden_of(source.after))
     return CompressedLayer(made, now, strayed, failed)
 
@@ -193,25 +207,35 @@ def _pass_unchanged(model: StreamedModel, layer: int, streams: Streams) -> Compr
     return CompressedLayer(Made(states), Streams(states))
 
 
-def _source_side(model: StreamedModel, layer: int, module: nn.Module, streams: Streams) -> Side:
-    """What the source makes of a few leading sequences; its weights are read again if asked for."""
-    before = leading(streams.source, WITNESS_TOKENS)
-    sinks = SinkCapture()
+def _source_side(
+    model: StreamedModel, layer: int, module: nn.Module, before: list[States]
+) -> tuple[Side, list[States]]:
+    """The source around a layer, for a few leading sequences; its weights are read again if asked
+    for. Beside it, what it makes of all that it is given."""
+    compared = leading(before, WITNESS_TOKENS)
+    sinks = _LeadingSinks()
+    sinks.compared = compared
     after = model.run_layer(layer, module, before, sinks)
     check_states(model, layer, hidden_of(after))
-    return Side(model, before, after, sinks.sink_mass, partial(model.load_layer, layer))
+    some = leading(after, WITNESS_TOKENS)
+    return Side(model, compared, some, sinks.sink_mass, partial(model.load_layer, layer)), after
 
 
-class _Watch(RoutingCapture, SinkCapture):
-    """What a layer's experts see, and the sinks of the leading sequences of each batch that are
-    compared with the source's."""
+class _LeadingSinks(SinkCapture):
+    """The sinks of each batch's leading sequences, which are `compared` with the other model's."""
+
+    compared: Sequence[States] = ()
+
+    def watched(self, sequences: int) -> int:
+        return len(self.compared[self.batch]) if self.batch < len(self.compared) else 0
+
+
+class _Watch(RoutingCapture, _LeadingSinks):
+    """What a layer's experts see, and those sinks."""
 
     def __init__(self, compared: Sequence[States], *, runs_experts: bool) -> None:
         super().__init__(runs_experts=runs_experts)
-        self._compared = [len(states) for states in compared]
-
-    def watched(self, sequences: int) -> int:
-        return self._compared[self.batch] if self.batch < len(self._compared) else 0
+        self.compared = compared
 
 
 # -------------------------------------------------------------------------------------- quantising
@@ -225,20 +249,16 @@ def _quantize_layer(
     watch: _Watch,
     scheme: Scheme,
     recipe: Recipe,
+    wanted: Sequence[States] | None,
 ) -> Made:
     """Quantise what the plan wants of a loaded layer, in place.
 
     before  what comes into it, of each batch
     watch   sees it run once attention and dense MLP are quantised
+    wanted  what should come out of it, if the recipe refines
     """
     made = _quantize_plain(model, module, plan, before, watch, scheme, recipe)
-    output: Tensor | None = None
-    if plan.experts:
-        live = model.experts_module(module)
-        tensors, made.experts, output = quantize_experts(
-            model.source.weight_of, live, watch, plan.experts, scheme, recipe
-        )
-        made.tensors |= tensors
+    shared: list[ExpertRecord] = []
     if any(plan.shared):
         identity = ExpertId(plan.layer, "shared")
         tensors, record = quantize_shared(
@@ -246,13 +266,46 @@ def _quantize_layer(
             recipe.quantization,
         )  # fmt: skip
         made.tensors |= tensors
-        made.experts.append(record)
+        shared = [record]
         # the first run had the shared expert of the source
         again = _without_experts() if plan.experts else None
         made.result = model.run_layer(plan.layer, module, before, again)
-    if output is not None:  # so far the states are without what routed experts add
-        made.result = model.add_routed(plan.layer, module, before, made.result, output)
+    if plan.experts:
+        _quantize_routed(model, module, plan, before, watch, scheme, recipe, made, wanted)
+    made.experts += shared
     return made
+
+
+def _quantize_routed(
+    model: StreamedModel,
+    module: nn.Module,
+    plan: LayerPlan,
+    before: Sequence[States],
+    watch: _Watch,
+    scheme: Scheme,
+    recipe: Recipe,
+    made: Made,
+    wanted: Sequence[States] | None,
+) -> None:
+    """Quantise the routed experts, and add what they do to what is `made` of the layer so far,
+    without them.
+
+    Raises RecipeError if they are to be refined and what they put out is not added as it is.
+    """
+    live, aim = model.experts_module(module), None
+    if wanted is not None:
+        if not model.adds_routed(module, plan.layer, before):
+            raise RecipeError(
+                f"quantization.refine: layer {plan.layer} does not add what its routed experts put "
+                "out to its states as it is; leave it out for this model"
+            )
+        states = hidden_of(wanted), hidden_of(made.result)
+        aim = aim_of(watch.hidden, watch.experts, watch.weights, *states)
+    done = quantize_experts(model.source.weight_of, live, watch, plan.experts, scheme, recipe, aim)
+    made.tensors |= done.tensors
+    made.experts += done.records
+    made.refined = done.refined
+    made.result = model.add_routed(plan.layer, module, before, made.result, done.output)
 
 
 def _quantize_plain(

@@ -14,7 +14,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from se_compress.artifacts import SOURCE_BITS, Scheme
+from se_compress.artifacts import SOURCE_BITS, ExpertRecord, Scheme
 from se_compress.errors import SourceError
 from se_compress.formats import FORMATS
 from se_compress.quant.gptq import gptq
@@ -109,6 +109,24 @@ class SolvedStack:
     error: list[float]
     damping: list[float]
     fallback: list[str]
+
+
+@dataclass
+class SolvedExperts:
+    """Experts of equal bits, quantised together.
+
+    members  their indices in the live module
+    records  of each
+    gate_up, down   of all; None for what keeps its precision
+    inner    what each expert's down sees of the tokens routed to it, [n, I]; none if the weights
+             have changed since
+    """
+
+    members: list[int]
+    records: list[ExpertRecord]
+    gate_up: SolvedStack | None
+    down: SolvedStack | None
+    inner: list[Tensor]
 
 
 def replace_members(

@@ -72,15 +72,16 @@ class RoutedExperts:
         """The input [n, I] of an expert's down_proj, from the expert's inputs [n, H]."""
         return self.activated(expert, nn.functional.linear(inputs, self.gate_up_proj[expert]))
 
-    def activated(self, expert: int, product: Tensor) -> Tensor:
+    def activated(self, expert: int | list[int], product: Tensor) -> Tensor:
         """The input [n, I] of down_proj, from what gate and up make of the inputs, [n, R].
 
-        The product may have another dtype than the model, and is without biases.
+        The product may have another dtype than the model, and is without biases. That of several
+        experts is [experts, n, R].
         """
         module = self.module
         if module.has_bias:
             bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-            product = product + bias[expert].to(product.dtype)
+            product = product + bias[expert].to(product.dtype).unsqueeze(-2)
         return cast(
             Tensor, module._apply_gate(product) if module.has_gate else module.act_fn(product)
         )
@@ -94,6 +95,18 @@ class RoutedExperts:
         made = nn.functional.linear(inner, weight)
         if self.module.has_bias:
             made = made + self.module.down_proj_bias[expert].to(made.dtype)
+        return made
+
+    def stack(self, experts: list[int], gate_up: Tensor, down: Tensor, inputs: Tensor) -> Tensor:
+        """The outputs [experts, n, H] of several experts at once, not yet weighted.
+
+        gate_up, down  [experts, R, H] and [experts, H, I], stand in for their weights
+        inputs         of each, [experts, n, H]
+        """
+        inner = self.activated(experts, torch.bmm(inputs, gate_up.mT))
+        made = torch.bmm(inner, down.mT)
+        if self.module.has_bias:
+            made = made + self.module.down_proj_bias[experts].to(made.dtype).unsqueeze(-2)
         return made
 
 

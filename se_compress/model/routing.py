@@ -5,6 +5,7 @@ knows of models or observers: `engines.loading` imports this while transformers 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -68,3 +69,54 @@ def sum_routed(
             output = run(expert, rows, weights)
             total.index_add_(0, rows, output.float() * weights[:, None])
     return total.to(hidden.dtype)
+
+
+# ------------------------------------------------------------------------------- experts in stacks
+
+
+@dataclass(frozen=True)
+class Bunch:
+    """Experts with about as many rows each, to be run as one stack.
+
+    experts  some of them
+    rows     those of each, int64 [experts, n], filled up with row 0
+    """
+
+    experts: list[int]
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """All choices of some rows, in bunches.
+
+    places  int64 [N, k]: where the output of a choice lies if those of all bunches, [experts * n]
+            each, are put one behind the other
+    """
+
+    bunches: list[Bunch]
+    places: Tensor
+
+
+def bunched(top_k_index: Tensor, experts: int) -> Routing:
+    """The choices int64 [N, k] in bunches whose experts' rows differ by less than a factor of two.
+
+    They follow from the choices alone. No output lies at two places, and none is added up there.
+    Numbers that none of so many `experts` has are at place 0: their output has to count nothing.
+    """
+    chosen = top_k_index.reshape(-1)
+    counts = torch.bincount(chosen, minlength=experts).tolist()
+    choices = torch.split(torch.argsort(chosen, stable=True), counts)
+    counts = counts[:experts]
+    places, bunches, start = torch.zeros_like(chosen), [], 0
+    for octave in sorted({count.bit_length() for count in counts if count}):
+        some = [e for e, count in enumerate(counts) if count.bit_length() == octave]
+        most = max(counts[e] for e in some)
+        rows = chosen.new_zeros(len(some), most)
+        for i, e in enumerate(some):
+            rows[i, : counts[e]] = choices[e] // top_k_index.shape[-1]
+            first = start + i * most
+            places[choices[e]] = torch.arange(first, first + counts[e], device=chosen.device)
+        bunches.append(Bunch(some, rows))
+        start += rows.numel()
+    return Routing(bunches, places.view(top_k_index.shape))

@@ -236,14 +236,14 @@ class StreamedModel:
                  where outputs enter the stream as they are. Elsewhere the layer is run again
         output   [N, H] float32, rows of all batches in order
         """
-        if not self._adds_routed(module, layer, before):
+        if not self.adds_routed(module, layer, before):
             return self.run_layer(layer, module, before, GivenOutput(output))
         parts = torch.split(output, [states.tokens.numel() for states in without])
         for states, part in zip(without, parts, strict=True):
             states.hidden.add_(part.view_as(states.hidden).to(states.hidden.dtype))
         return list(without)
 
-    def _adds_routed(self, module: nn.Module, layer: int, before: Sequence[States]) -> bool:
+    def adds_routed(self, module: nn.Module, layer: int, before: Sequence[States]) -> bool:
         """Whether routed outputs enter the stream as they are; seen once for layers of one make."""
         make = tuple(type(child) for child in (module, *module.children()))
         if make not in self._adds:

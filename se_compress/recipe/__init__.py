@@ -23,6 +23,7 @@ from se_compress.recipe.sections import (
     Prune,
     Quantization,
     Recipe,
+    Refine,
     SuperExperts,
 )
 from se_compress.recipe.texts import (
@@ -52,6 +53,7 @@ __all__ = [
     "Prune",
     "Quantization",
     "Recipe",
+    "Refine",
     "Reload",
     "SuperExperts",
     "Target",

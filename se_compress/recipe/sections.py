@@ -18,11 +18,14 @@ from se_compress.recipe.kinds import (
     Natural,
     Output,
     Place,
+    Positive,
     Seed,
     Target,
     Width,
 )
 from se_compress.recipe.texts import Calibration, Section, Validation
+
+LEAST_TO_REFINE = 8  # sequences: one each to select and to report
 
 
 class ExpertName(Section):
@@ -177,8 +180,21 @@ class Policy(Section):
         return self
 
 
-_INTEGER = frozenset(("group_size", "symmetric", "act_order", "scales", "damping", "shrinkage"))
+_INTEGER = frozenset(
+    ("group_size", "symmetric", "act_order", "scales", "damping", "shrinkage", "refine")
+)
 _BLOCKS = frozenset(("block_size", "double_quant"))
+
+
+class Refine(Section):
+    """The routed experts of a layer, once quantised, are tuned together on what the layer puts out.
+
+    steps   of the optimiser, for each layer
+    tokens  of each step
+    """
+
+    steps: Positive
+    tokens: Positive = 512
 
 
 class Quantization(Section):
@@ -197,6 +213,7 @@ class Quantization(Section):
                   Hessian cannot be factorised): more trusts the calibration text less
     shrinkage     an expert that saw fewer tokens than this times its inputs' dimensions borrows the
                   missing share of its Hessian from its layer; 0: only one that saw none at all does
+    refine        tune codes and scales afterwards, so that the layer's output is the source's
 
     Method bitsandbytes has keys of its own:
 
@@ -213,6 +230,7 @@ class Quantization(Section):
     scales: Literal["activation", "minmax"] = "activation"
     damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     shrinkage: Annotated[float, Field(ge=0.0, le=64.0)] = 1.0
+    refine: Refine | None = None
     data_type: Literal["nf4", "fp4", "int8"] = "nf4"
     block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
     double_quant: bool = True
@@ -224,6 +242,8 @@ class Quantization(Section):
             if self.method == "bitsandbytes" and given[0] in _BLOCKS:
                 of = "data_type int8: it has a scale per row"
             raise ValueError(f"{given[0]} is not a key of {of}")
+        if self.method == "none" and self.refine is not None:
+            raise ValueError("refine is not a key of method none")
         return self
 
     @property
@@ -280,6 +300,16 @@ class Recipe(Section):
                 raise ValueError(f"{brief(name)} is not one of {', '.join(known)}")
         each = tuple(dict.fromkeys(names))
         return each if len(each) > 1 else each[0]
+
+    @model_validator(mode="after")
+    def _enough_to_refine(self) -> "Recipe":
+        samples = self.calibration.samples
+        if self.quantization.refine is not None and samples < LEAST_TO_REFINE:
+            raise ValueError(
+                f"quantization.refine sets some calibration samples apart: calibration.samples is "
+                f"{samples}, {LEAST_TO_REFINE} or more are needed"
+            )
+        return self
 
     @field_validator("require", mode="before")
     @classmethod

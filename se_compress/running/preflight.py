@@ -1,7 +1,9 @@
 """Whether it can be done here, asked before the hours and not after them."""
 
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,9 +11,13 @@ from se_compress.artifacts import CompressionPlan, ModelSource
 from se_compress.errors import RecipeError, ResourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.recipe import Recipe
-from se_compress.running.memory import MACHINE, available_memory
+from se_compress.running.memory import MACHINE, Available, available_memory
 from se_compress.running.places import check_apart, expand, output_of, partial, rejected
 from se_compress.running.run_directory import check_output
+
+# What refining keeps for each routed weight of a layer: position, gradient, two moments, the weight
+# it makes and that of each bunch, what autograd keeps of these, codes before and after.
+REFINING_BYTES = 48
 
 
 def check_place(directory: Path) -> None:
@@ -129,6 +135,8 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
     # Both streams before and after a layer, and the kept input of its experts.
     hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
     available = available_memory()
+    if recipe.quantization.refine is not None:
+        _check_refining(source, layer + hidden, available)
     if layer + hidden > available.size_bytes:
         advice = memory_advice(recipe, layer, hidden / tokens, available.size_bytes)
         if available.limit != MACHINE:
@@ -137,6 +145,22 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
             f"the largest layer takes {in_units(layer)} and the hidden states of {tokens} "
             f"calibration tokens {in_units(hidden)}, but {in_units(available.size_bytes)} of "
             f"memory {available.limit} are available; {advice}"
+        )
+
+
+def _check_refining(source: ModelSource, rest: int, available: Available) -> None:
+    """Refining the layer of most routed weights fits beside the `rest` in bytes, which is looked at
+    without it. Raises ResourceError."""
+    weights: Counter[int | None] = Counter()
+    for info in source.tensors.values():
+        if info.kind == "expert":
+            weights[info.layer] += math.prod(info.shape)
+    refining = REFINING_BYTES * max(weights.values(), default=0)
+    if rest <= available.size_bytes < rest + refining:
+        raise ResourceError(
+            f"quantization.refine takes {in_units(refining)} for the largest layer beside "
+            f"{in_units(rest)}, but {in_units(available.size_bytes)} of memory {available.limit} "
+            "are available; leave it out"
         )
 
 
