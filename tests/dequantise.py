@@ -68,7 +68,7 @@ def dequantised(directory: Path) -> dict[str, Tensor]:
         packed = re.fullmatch(rf"(.+){parts}", name)
         if packed is None:
             module = name.removesuffix(".weight")
-            if ".experts." in name and settings:
+            if ".experts." in name and settings and not name.endswith("bias"):
                 assert width(settings, module) == 16, f"{name} is packed according to the settings"
             weights[name] = tensor.float()
         elif packed[2] in ("qweight", "weight_packed"):

@@ -290,11 +290,11 @@ def drop_an_expert(directory: Path) -> None:
         ),
         (
             lambda path: (path / "config.json").write_text('{"model_type": "llama"}'),
-            "model_type 'llama' is no Mixture-of-Experts model; README.md lists what is read",
+            "model_type 'llama' is no Mixture-of-Experts model; recipes/MODELS.md lists .*",
         ),
         (
             lambda path: spoil_config(path, model_type="jambo"),
-            "model_type 'jambo' is not supported; README.md lists .* this name are jamba",
+            "model_type 'jambo' is not supported; recipes/MODELS.md lists .* this name are jamba",
         ),
         (
             lambda path: spoil_config(path, quantization_config={"quant_method": "awq"}),

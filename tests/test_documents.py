@@ -13,7 +13,7 @@ from se_compress.artifacts.targets import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md",
-             "recipes/RESULT.md", "recipes/TARGETS.md",
+             "recipes/RESULT.md", "recipes/TARGETS.md", "recipes/MODELS.md",
              "benchmarks/README.md", "benchmarks/FINDINGS.md",
              "tools/reference/README.md")  # fmt: skip
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")

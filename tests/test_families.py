@@ -107,9 +107,7 @@ def test_expert_layers(config: dict[str, object], layers: tuple[int, ...]) -> No
 
 
 def test_not_a_mixture_of_experts() -> None:
-    match = (
-        r"^here: model_type 'llama' is no Mixture-of-Experts model; README.md lists what is read"
-    )
+    match = r"^here: model_type 'llama' is no Mixture-of-Experts model; recipes/MODELS\.md lists"
     with pytest.raises(SourceError, match=match):
         families.family_of({"model_type": "llama", "hidden_size": 64}, "here")
 

@@ -208,7 +208,7 @@ def test_a_config_that_is_no_object(model: Path) -> None:
 
 def test_not_a_mixture_of_experts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
-    refusal(tmp_path, r"model_type 'llama' is no Mixture-of-Experts model; README.md lists")
+    refusal(tmp_path, r"model_type 'llama' is no Mixture-of-Experts model; recipes/MODELS.md lists")
 
 
 def test_an_unknown_family(tmp_path: Path) -> None:

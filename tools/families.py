@@ -269,7 +269,7 @@ class Layout:
     """
 
     def __init__(self, model_type: str) -> None:
-        self.outer = dict.fromkeys(ALSO.get(model_type, ()), "other")
+        self.outer = {name: _outer_kind(name) for name in ALSO.get(model_type, ())}
         self._seen: set[str] = set()
         self._found: dict[str, Found] = {}  # by the rest of the name on disk
         self._saved: dict[str, None] = {}  # of these, what save_pretrained writes
@@ -328,9 +328,10 @@ class Layout:
         leaves = {}
         for rest, found in sorted(self._found.items()):
             where = self._where(found.live) if found.renamed else "some"
-            live = found.live if found.renamed and found.live != rest else ""
-            fields = [found.kind, where, live, found.role, found.axis, found.more or None]
-            while fields[-1] in ("", None):
+            live = "" if found.live == rest else found.live
+            converted = None if found.renamed else True
+            fields = [found.kind, where, live, found.role, found.axis, found.more, converted]
+            while fields[-1] is None or fields[-1] == "" or fields[-1] is False:
                 fields.pop()
             leaves[rest] = fields
         return leaves

@@ -6,8 +6,10 @@ each engine that loads it; the rest of it is a file of formats/ and a view in
 engines/engine_view.py.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 Target = Literal["transformers", "gptqmodel", "vllm", "vllm-cpu", "sglang"]
@@ -86,6 +88,7 @@ class TargetRules:
     proven           what was run; "" where the engine's code was read only
     hidden_multiple  the model's hidden width is a multiple of this
     plain_routing    routers that choose by biased scores (DeepSeek-V3) have no kernel
+    model_types      model types whose files it was seen to load right, or read to do so; None: all
     one_spelling     the file serves engines that look for different names: only families whose
                      names are the same in all of them
     """
@@ -110,6 +113,7 @@ class TargetRules:
     hidden_multiple: int = 1
     plain_routing: bool = False
     one_spelling: bool = False
+    model_types: frozenset[str] | None = None
 
 
 _ANY = "any machine"
@@ -283,8 +287,11 @@ ENGINES: Mapping[str, Engine] = {
         serve="python -m sglang.launch_server --model-path {model}",
     ),
 }
-# For a target, method and symmetry the first row that holds them is taken.
-TARGETS: tuple[TargetRules, ...] = (
+# Written by tools/model_types.py: target -> format -> model types.
+_LOADED: Mapping[str, Mapping[str, Sequence[str]]] = json.loads(
+    Path(__file__).with_name("model_types.json").read_text(encoding="utf-8")
+)
+_ROWS: tuple[TargetRules, ...] = (
     _GPTQMODEL,
     replace(
         _GPTQMODEL,
@@ -397,6 +404,15 @@ TARGETS: tuple[TargetRules, ...] = (
         proven="",
     ),
 )
+
+
+def _with_types(rules: TargetRules) -> TargetRules:
+    types = _LOADED.get(rules.target, {}).get(rules.format)
+    return rules if types is None else replace(rules, model_types=frozenset(types))
+
+
+# For a target, method and symmetry the first row that holds them is taken.
+TARGETS: tuple[TargetRules, ...] = tuple(map(_with_types, _ROWS))
 
 
 def targets_of(target: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from se_compress.engines.adapting import adapted
 from se_compress.engines.targets import packed_parts, rules_of, stored_bytes
 from se_compress.formats import UNQUANTISED, Making, PlannedTensor
 from se_compress.model.surgery import Shrunk, is_made, shrink
-from se_compress.opening.families import FAMILIES, Family, unfused_name
+from se_compress.opening.families import FAMILIES, Family, live_name, unfused_name
 from se_compress.opening.fused import fused, unfused
 from se_compress.opening.headers import Slot
 
@@ -112,11 +112,13 @@ def list_tensors(source: ModelSource, plan: CompressionPlan) -> dict[str, Planne
     """Every tensor of a result, by its name in the source, of a plan without surgery."""
     source = adapted(source, plan.target)
     unfused = rules_of(plan).unfused_names
-    family = FAMILIES[source.family]
+    family = FAMILIES[source.family].at(source.prefix)
     tensors = {}
     for info in source.tensors.values():
         name = unfused_name(family, info.name) if unfused else info.name
-        tensors[info.name] = _planned(info, name, plan)
+        live = "" if family.exact else live_name(family, info.name)
+        planned = _planned(info, name, plan)
+        tensors[info.name] = replace(planned, live=live) if live not in ("", name) else planned
     return tensors
 
 

@@ -127,7 +127,7 @@ def _compressed_tensors(settings: Settings, layers: int) -> View:
     targets = _Targets(list(widths))
 
     def view(module: str) -> int:
-        if module == "model.embed_tokens" or ignored.find(module):
+        if module.rpartition(".")[2].startswith("embed") or ignored.find(module):
             return SOURCE_BITS
         return widths.get(targets.find(module) or "Linear", SOURCE_BITS)
 

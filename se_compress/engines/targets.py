@@ -93,11 +93,17 @@ def meet(rows: Sequence[TargetRules]) -> TargetRules:
         hidden_multiple=lcm(*(rules.hidden_multiple for rules in rows)),
         plain_routing=any(rules.plain_routing for rules in rows),
         one_spelling=len(spellings) > 1,
+        model_types=_types_of_all(rows),
         dense_mlp=all(rules.dense_mlp for rules in rows),
         fused=tuple(fused),
         falls_back="; ".join(filter(None, (rules.falls_back for rules in rows))),
         source="; ".join(rules.source for rules in rows),
     )
+
+
+def _types_of_all(rows: Sequence[TargetRules]) -> frozenset[str] | None:
+    known = [rules.model_types for rules in rows if rules.model_types is not None]
+    return frozenset.intersection(*known) if known else None
 
 
 def rows_of(plan: CompressionPlan) -> tuple[TargetRules, ...]:
@@ -138,7 +144,11 @@ def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
 def _not_served(source: ModelSource, rules: TargetRules) -> str:
     """Why the target loads no quantised experts of this model, whatever the grid; "" if it does."""
     family = FAMILIES[source.family]
-    hidden = source.config.get("hidden_size", 0)
+    hidden = source.text.get("hidden_size", 0)
+    if rules.model_types is not None and source.family not in rules.model_types:
+        return f"target {rules.target} is not known to load {rules.format} of {source.family}; " + (
+            _loaded_instead(source)
+        )
     if rules.one_spelling and any(unfused_name(family, name) != name for name in source.tensors):
         return (
             f"target {rules.target}: they look for the experts of {source.family} by different "
@@ -155,6 +165,16 @@ def _not_served(source: ModelSource, rules: TargetRules) -> str:
             f"{rules.hidden_multiple} only"
         )
     return ""
+
+
+def _loaded_instead(source: ModelSource) -> str:
+    """What loads quantised experts of a model."""
+    found: dict[str, list[str]] = {}
+    for rules in TARGETS:
+        if rules.model_types is not None and source.family in rules.model_types:
+            found.setdefault(rules.target, []).append(rules.format)
+    said = "; ".join(f"target {name} loads {', '.join(forms)}" for name, forms in found.items())
+    return f"{said or 'no target is'}; quantization.method none is loaded by transformers"
 
 
 def _size_key(scheme: Scheme) -> str:

@@ -57,9 +57,10 @@ def _settings(
     not the base has that key as well."""
     blocks = "model.layers"
     differing = {
-        tensor.module: {"bits": tensor.bits}
+        module: {"bits": tensor.bits}
         for tensor in linears
-        if tensor.name.startswith(f"{blocks}.") and tensor.bits != base
+        for module in tensor.modules
+        if module.startswith(f"{blocks}.") and tensor.bits != base
     }
     return {
         "quant_method": "auto-round",

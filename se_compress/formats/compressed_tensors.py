@@ -54,12 +54,12 @@ def _settings(linears: Sequence[PlannedTensor], scheme: Scheme, base: int) -> di
     """
     targets: dict[int, list[str]] = {base: ["Linear"]}
     layers: dict[int, dict[int, None]] = {}
-    ignore = [] if any(t.info.name == "lm_head.weight" for t in linears) else ["lm_head"]
+    ignore = [] if any("lm_head" in t.modules for t in linears) else ["lm_head"]
     for tensor in linears:
         if tensor.info.kind == "expert" and tensor.info.layer is not None:
             layers.setdefault(tensor.bits, {})[tensor.info.layer] = None
         elif tensor.bits == SOURCE_BITS:
-            ignore.append(tensor.module)
+            ignore += tensor.modules
         elif tensor.bits != base:
             targets.setdefault(tensor.bits, []).append(tensor.module)
     for bits, numbers in layers.items():

@@ -23,6 +23,8 @@ class PlannedTensor:
                 (decoding.py); made: by surgery, or a bias of zero (splice.py); packed: quantised
     size_bytes  of all that is stored of it
     parts       what a packed matrix is taken apart into; of any other nothing
+    live        its name in the live model, where engines may look settings up by that and not by
+                `name`; "" where they are the same
     """
 
     info: TensorInfo
@@ -31,6 +33,7 @@ class PlannedTensor:
     making: Making
     size_bytes: int
     parts: Sequence[StoredPart] = ()
+    live: str = ""
 
     @property
     def stored(self) -> tuple[Slot, ...]:
@@ -49,9 +52,19 @@ class PlannedTensor:
         return self.name.removesuffix(".weight")
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """All names of the module of a weight, for settings that list modules."""
+        return (self.module, self.live.removesuffix(".weight")) if self.live else (self.module,)
+
+    @property
     def is_linear(self) -> bool:
         """A matrix that some engine could take for quantised. Those of layers for multi-token
         prediction, behind the decoder's, are among them."""
         info = self.info
-        kind = info.kind not in ("norm", "embedding") or info.name == "lm_head.weight"
-        return kind and len(info.shape) == 2 and info.name.endswith(".weight")
+        table = info.kind == "embedding" and "head" not in info.name
+        return (
+            info.kind != "norm"
+            and not table
+            and len(info.shape) == 2
+            and info.name.endswith(".weight")
+        )

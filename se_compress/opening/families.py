@@ -26,6 +26,7 @@ class Leaf(NamedTuple):
     role   of the shared expert, which of its projections
     axis   the axis that runs over the routed experts, None if none does
     more   that axis is longer than there are experts; what is behind them is something else
+    converted   the live tensor is made of it, of several maybe, and not merely called otherwise
     """
 
     kind: TensorKind
@@ -34,6 +35,7 @@ class Leaf(NamedTuple):
     role: Role | Literal[""] = ""
     axis: int | None = None
     more: bool = False
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ _NOT_READ: Mapping[str, str] = {
     "no experts (zero_expert_num)",
     "doge": "its experts are embeddings, and transformers 5.17 cannot run it",
 }
+# Names of the output head.
+HEADS = ("lm_head.weight", "head.weight")
 # The keys of all families. An engine may look at any of them, whatever the family.
 COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 _QWEN, _DEEPSEEK = ("qwen2_moe", "qwen3_moe"), ("deepseek_v2", "deepseek_v3")
@@ -216,14 +220,16 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"composites, {', '.join(sorted(COMPOSITES))} are read; {_known(model_type)}"
         )
     if not _has_experts(config):
-        raise SourceError(f"{said} is no Mixture-of-Experts model; README.md lists what is read")
+        raise SourceError(
+            f"{said} is no Mixture-of-Experts model; recipes/MODELS.md lists what is read"
+        )
     raise SourceError(f"{said} is not supported; {_known(model_type)}")
 
 
 def _known(model_type: object) -> str:
     """How many types are known, and which of them are called nearly the same."""
     close = get_close_matches(str(model_type)[:40], FAMILIES, n=4, cutoff=0.5)
-    return f"README.md lists the {len(FAMILIES)} types that are" + (
+    return f"recipes/MODELS.md lists the {len(FAMILIES)} types that are" + (
         f"; close to this name are {', '.join(close)}" if close else ""
     )
 
@@ -235,6 +241,11 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
 def _type_of_text(config: Mapping[str, Any]) -> str:
     model_type = str(config.get("model_type"))
     return _TEXT_TYPES.get(model_type) or ALIASES.get(model_type, model_type)
+
+
+def text_family(model_type: str) -> str:
+    """The family of a composite's language model."""
+    return _TEXT_TYPES[model_type]
 
 
 def text_key(config: Mapping[str, Any]) -> str:
@@ -330,7 +341,7 @@ def unfused_name(family: Family, name: str) -> str:
         return name
     leaf = family.leaves.get(rest)
     if leaf is not None:
-        return f"{start}{number}.{leaf.live or rest}"
+        return name if leaf.converted else f"{start}{number}.{leaf.live or rest}"
     path = _experts_path(family)
     if rest.startswith(path):
         expert, _, projection = rest.removeprefix(path).partition(".")
@@ -338,6 +349,15 @@ def unfused_name(family: Family, name: str) -> str:
     for own, common in zip(family.projections, Family.projections, strict=True):
         rest = rest.replace(f".{own}.", f".{common}.") if own else rest
     return f"{start}{number}.{rest}"
+
+
+def live_name(family: Family, name: str) -> str:
+    """What transformers calls the tensor that `name` becomes, experts apart."""
+    _, number, rest = _split(family, name)
+    leaf = family.leaves.get(rest)
+    if number and leaf is not None:
+        return f"model.layers.{number}.{leaf.live or rest}"
+    return "lm_head.weight" if name in HEADS else name
 
 
 def _split(family: Family, name: str) -> tuple[str, str, str]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from se_compress.artifacts import ROLES, Role, TensorInfo, TensorKind
 from se_compress.errors import SourceError
-from se_compress.opening.families import Family, Leaf, count_key, layer_count, setting
+from se_compress.opening.config_rules import NEXT_TOKEN_KEYS
+from se_compress.opening.families import HEADS, Family, Leaf, count_key, layer_count, setting
 from se_compress.opening.modelfiles import shown
 
 WEIGHTS, IDS = ("BF16", "F16", "F32"), ("I64", "I32")
@@ -32,7 +33,6 @@ _UNUSED: Mapping[str, re.Pattern[str]] = {
     "rotary frequencies, which are computed": re.compile(r".*rotary_emb\.inv_freq"),
 }
 _LAYER_OF_MTP = re.compile(r".*?\bmtp\w*\.(?:layers\.)?\d+\.(?P<rest>.+)", re.ASCII)
-_HEADS = ("lm_head.weight", "head.weight")
 
 
 @dataclass
@@ -67,7 +67,8 @@ def place(
 
     Raises SourceError for the first one that has no place, is missing or does not fit.
     """
-    namer = _Namer(family, layer_count(config), family_count(family, config))
+    further = max((setting(config, key) or 0 for key in NEXT_TOKEN_KEYS), default=0)
+    namer = _Namer(family, layer_count(config), family_count(family, config), further)
     placed = {name: namer.place(info) for name, info in found.items()}
     _check_outer(found, family, config, path)
     for layer in range(namer.layer_count):
@@ -109,8 +110,9 @@ def unrun(info: TensorInfo, rest: str, family: Family, count: int) -> TensorInfo
 class _Namer:
     """Tells tensors by their names, and remembers what each layer has."""
 
-    def __init__(self, family: Family, layer_count: int, count: int) -> None:
+    def __init__(self, family: Family, layer_count: int, count: int, further: int) -> None:
         self.family, self.layer_count, self.count = family, layer_count, count
+        self.further = further  # layers behind the decoder's, for multi-token prediction
         self.layers: dict[int, _Layer] = defaultdict(_Layer)
         self._start = f"{family.prefix}layers."
         self._experts = family.expert.partition("{layer}.")[2].partition("{expert}")[0]
@@ -127,6 +129,7 @@ class _Namer:
             raise _no_place(info)
         layer = int(number)
         if layer >= self.layer_count:
+            self._check_further(info, layer)
             return unrun(info, rest, self.family, self.count)
         if rest.startswith(self._experts) and rest[len(self._experts)].isdigit():
             return self._expert(info, layer, rest.removeprefix(self._experts))
@@ -141,6 +144,15 @@ class _Namer:
         if leaf.role:
             return _as(info, leaf.kind, layer, "shared", leaf.role)
         return _as(info, leaf.kind, layer, axis=leaf.axis)
+
+    def _check_further(self, info: TensorInfo, layer: int) -> None:
+        last = self.layer_count + self.further - 1
+        if layer > last:
+            raise SourceError(
+                f"{info.file}: {shown(info.name)} is of a layer that config.json does not know: "
+                f"layers end at {self.layer_count - 1}"
+                + (f", and at {last} with multi-token prediction" if self.further else "")
+            )
 
     def _expert(self, info: TensorInfo, layer: int, rest: str) -> TensorInfo:
         """A tensor of one expert, `rest` being `{expert}.{projection}.weight`."""
@@ -163,8 +175,8 @@ class _Namer:
             return _as(info, kind)
         if match := _LAYER_OF_MTP.fullmatch(info.name):
             return unrun(info, match["rest"], self.family, self.count)
-        if why_unused(info.name) or info.name in _HEADS:
-            return _as(info, "embedding" if info.name in _HEADS else "other")
+        if why_unused(info.name) or info.name in HEADS:
+            return _as(info, "embedding" if info.name in HEADS else "other")
         raise _no_place(info)
 
     def _check_axis(self, info: TensorInfo, leaf: Leaf) -> None:

@@ -1,0 +1,65 @@
+"""What each target loads of each model type: the table is current, measured, and held to."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import engine_types
+import model_types
+import pytest
+import tiny
+import tiny_types
+
+from se_compress.artifacts.targets import TARGETS
+from se_compress.errors import RecipeError
+from se_compress.opening.families import FAMILIES
+from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
+
+TinyType = Callable[[str], Path]
+NIGHTLY = pytest.mark.skipif(
+    "SE_COMPRESS_NIGHTLY" not in os.environ, reason="takes minutes; SE_COMPRESS_NIGHTLY=1 runs it"
+)
+
+
+def test_the_page_of_models_is_current() -> None:
+    assert model_types.PAGE.read_text(encoding="utf-8") == model_types.page()
+
+
+def test_every_row_that_packs_says_of_which_types() -> None:
+    for rules in TARGETS:
+        assert (rules.model_types is None) == (not rules.widths), rules.format
+        assert (rules.model_types or frozenset()) <= set(FAMILIES)
+    exact = {name for name, family in FAMILIES.items() if family.exact}
+    assert all(rules.model_types >= exact for rules in TARGETS if rules.model_types is not None)
+
+
+@pytest.mark.parametrize("model_type", ["afmoe", "granitemoe", "mimo_v2_flash", "nemotron_h"])
+def test_a_type_that_a_target_is_not_known_to_load(tiny_type: TinyType, model_type: str) -> None:
+    """It is refused by the plan, with what loads it."""
+    settings = tiny.recipe(
+        tiny_type(model_type),
+        target="gptqmodel",
+        quantization={"method": "rtn", "group_size": 32},
+        policy={"bits": 4, "protect": "none"},
+    )
+    match = (
+        rf"^target gptqmodel is not known to load gptq of {model_type}; target transformers loads "
+        r".*; quantization\.method none is loaded by transformers$"
+    )
+    with pytest.raises(RecipeError, match=match):
+        make_plan(open_source(str(tiny_type(model_type))), None, settings)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "compressed-tensors",
+        *(pytest.param(c, marks=NIGHTLY) for c in engine_types.CASES if c != "compressed-tensors"),
+    ],
+)
+def test_the_engine_loads_the_types_of_the_table_and_no_other(tmp_path: Path, case: str) -> None:
+    target, _, form = engine_types.CASES[case]
+    rules = next(r for r in TARGETS if (r.target, r.format) == (target, form))
+    assert sorted(engine_types.right_types(tmp_path, case)) == sorted(rules.model_types or ())
+    assert len(list(tmp_path.glob(f"*-{case}"))) >= len(tiny_types.CONFIGS) - 5

@@ -1,0 +1,218 @@
+"""Tiny models of every type under the names of published checkpoints: prefixes, composites with
+towers, multi-token prediction, and names that save_pretrained would not write."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_types import TOKENS, kept_of, logits, plan_of
+from torch import Tensor
+
+from se_compress.errors import SourceError
+from se_compress.model.binding import check_bound
+from se_compress.opening.source import open_source
+
+TinyType = Callable[[str], Path]
+Tensors = dict[str, Tensor]
+H = tiny.HIDDEN
+
+
+def renamed(tensors: Mapping[str, Tensor], *pairs: tuple[str, str]) -> Tensors:
+    found = {}
+    for name, tensor in tensors.items():
+        for pattern, other in pairs:
+            name = re.sub(pattern, other, name)
+        found[name] = tensor
+    return found
+
+
+def of_layer(tensors: Mapping[str, Tensor], layer: int, start: str) -> Tensors:
+    """Copies of the tensors of a layer under other names, as multi-token prediction has them."""
+    old = f"model.layers.{layer}."
+    return {start + n.removeprefix(old): t.clone() for n, t in tensors.items() if n.startswith(old)}
+
+
+def behind_the_decoder(tensors: Mapping[str, Tensor]) -> Tensors:
+    """As DeepSeek and GLM have it: layer 4 of a decoder of 0 to 3."""
+    ones = torch.ones(H)
+    return {
+        **of_layer(tensors, 3, "model.layers.4."),
+        "model.layers.4.eh_proj.weight": torch.ones(H, 2 * H),
+        "model.layers.4.enorm.weight": ones,
+        "model.layers.4.hnorm.weight": ones.clone(),
+        "model.layers.4.shared_head.norm.weight": ones.clone(),
+    }
+
+
+def fused(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Experts of a layer in two tensors."""
+    found: Tensors = {}
+    parts: dict[str, dict[str, dict[int, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
+        if match:
+            parts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = tensor
+        else:
+            found[name] = tensor
+    for path, roles in parts.items():
+        gate, up, down = (
+            torch.stack([roles[role][e] for e in sorted(roles[role])])
+            for role in ("gate_proj", "up_proj", "down_proj")
+        )
+        found[f"{path}.gate_up_proj"], found[f"{path}.down_proj"] = torch.cat([gate, up], 1), down
+    return found
+
+
+MTP = {"mtp.fc.weight": torch.ones(H, 2 * H), "mtp.norm.weight": torch.ones(H)}
+MODEL = (r"^model\.", "model.language_model.")
+
+
+def composite(model_type: str, text: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    return {"model_type": model_type, "text_config": inner, **more}
+
+
+def layout(name: str, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and config as they are published."""
+    if name == "qwen3_next":
+        return {**tensors, **of_layer(tensors, 3, "mtp.layers.0."), **MTP}, config
+    if name in ("glm4_moe", "glm_moe_dsa", "deepseek_v32", "dots1"):
+        more = behind_the_decoder(tensors)
+        return {**tensors, **more}, {**config, "num_nextn_predict_layers": 1}
+    if name == "exaone_moe":
+        return {**tensors, **of_layer(tensors, 3, "mtp.layers.0."), **MTP}, config
+    if name == "ernie4_5_moe":
+        more = of_layer(tensors, 3, "model.mtp_block.0.")
+        more = {n: t for n, t in more.items() if ".experts." not in n and "gate." not in n}
+        return {**tensors, **more, "model.mtp_emb_norm.0.weight": torch.ones(H)}, config
+    if name == "mimo_v2_flash":
+        return {**tensors, "model.mtp.layers.0.eh_proj.weight": torch.ones(H, 2 * H)}, config
+    if name == "kimi_linear":
+        return renamed(tensors, (r"layers\.0\.block_sparse_moe", "layers.0.mlp")), config
+    if name == "deepseek_v4":
+        plain = renamed(tensors, (r"^model\.", ""), ("^embed_tokens", "embed"))
+        plain = renamed(plain, (r"^hc_head\.hc_", "hc_head_"))
+        return {**plain, "mtp.0.e_proj.weight": torch.ones(H, H)}, config
+    if name == "qwen3_5_moe_text":
+        more = renamed(of_layer(fused(tensors), 3, "mtp.layers.0."))
+        tower = {"model.visual.blocks.0.attn.qkv.weight": torch.ones(4, 4)}
+        vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32,
+                  "out_hidden_size": H}  # fmt: skip
+        return (
+            {**renamed(fused(tensors), MODEL), **more, **MTP, **tower},
+            composite("qwen3_5_moe", config, vision_config=vision, tie_word_embeddings=False),
+        )
+    assert name == "gemma4_text"
+    tower = {"model.vision_tower.patch_embedder.input_proj.weight": torch.ones(4, 4)}
+    text = {**config, "pad_token_id": 0}  # to put in the place of pictures
+    whole = composite("gemma4", text, vision_config=None, audio_config=None)
+    return {**renamed(tensors, MODEL), **tower}, {**whole, "tie_word_embeddings": True}
+
+
+LAYOUTS = (
+    "qwen3_next", "glm4_moe", "glm_moe_dsa", "deepseek_v32", "dots1", "exaone_moe", "ernie4_5_moe",
+    "mimo_v2_flash", "kimi_linear", "deepseek_v4", "qwen3_5_moe_text", "gemma4_text",
+)  # fmt: skip
+
+
+@pytest.fixture
+def published(tiny_type: TinyType, tmp_path: Path) -> Callable[[str], Path]:
+    """A tiny model of a type under the names of its published checkpoints."""
+
+    def make(name: str) -> Path:
+        path = tmp_path / "published"
+        path.mkdir()
+        config = json.loads((tiny_type(name) / "config.json").read_text(encoding="utf-8"))
+        tensors, config = layout(name, load_file(tiny_type(name) / "model.safetensors"), config)
+        whole = {n: tensor.contiguous() for n, tensor in tensors.items()}
+        save_file(whole, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_published_layout_opens_as_the_model_that_it_is(
+    published: Callable[[str], Path], tiny_type: TinyType, name: str
+) -> None:
+    source, plain = open_source(str(published(name))), open_source(str(tiny_type(name)))
+    assert source.family == plain.family == name
+    assert (source.moe_layers, source.expert_count) == (plain.moe_layers, plain.expert_count)
+    assert list(source.experts) == list(plain.experts)
+    for identity, roles in source.experts.items():
+        shapes = {role: info.shape for role, info in roles.items()}
+        assert shapes == {r: info.shape for r, info in plain.experts[identity].items()}
+    check_bound(source)
+    torch.testing.assert_close(logits(source.path), logits(plain.path), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_published_layout_is_pruned_as_the_plain_one(
+    published: Callable[[str], Path], tiny_type: TinyType, tmp_path: Path, name: str
+) -> None:
+    source, plain = open_source(str(published(name))), open_source(str(tiny_type(name)))
+    kept = kept_of(plain)
+    for one, directory in ((source, "a"), (plain, "b")):
+        tiny.write_result(one, plan_of(one, kept), tmp_path / directory)
+    found, expected = (logits(tmp_path / directory) for directory in "ab")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    again = open_source(str(tmp_path / "a"))
+    unrun = [info for info in again.tensors.values() if info.layer is None and info.kind == "other"]
+    before = [i for i in source.tensors.values() if i.layer is None and i.kind == "other"]
+    assert len(TOKENS) > 0
+    assert bool(unrun) == bool(before)
+    numbers = {info.expert for info in unrun if info.expert is not None}
+    assert numbers in (set(), set(range(again.expert_count)))
+    had = {info.expert for info in before if info.expert is not None}
+    assert bool(numbers) == bool(had)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "match"),
+    [
+        ("model.layers.1.self_attn.sinks", "sinks .* does not belong to the model of config.json"),
+        ("model.layers.1.mlp.experts.8.up_proj.weight", "experts.8.up_proj.weight .* not belong"),
+        ("model.layers.1.mlp.experts.1.up_proj.bias", "experts.1.up_proj.bias .* does not belong"),
+        ("model.layers.9.mlp.router.x", None),
+        ("score.weight", "score.weight .* does not belong"),
+    ],
+)
+def test_a_tensor_without_a_place(
+    tiny_type: TinyType, tmp_path: Path, tensor: str, match: str | None
+) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    for file in tiny_type("afmoe").iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    tiny.edit_weights(path, {tensor: torch.ones(4)})
+    if match is None:
+        match = "layers.9.mlp.router.x is of a layer that config.json does not know"
+    with pytest.raises(SourceError, match=match):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.1.mlp.experts.3.up_proj.weight",
+        "model.layers.2.mlp.router.gate.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_tensor_that_is_missing(tiny_type: TinyType, tmp_path: Path, tensor: str) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    for file in tiny_type("afmoe").iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    tiny.edit_weights(path, {tensor: None})
+    with pytest.raises(SourceError, match=rf"{re.escape(tensor)} is missing"):
+        open_source(str(path))
