@@ -260,6 +260,18 @@ def test_packed_words_that_do_not_fit(
     refusal(path, told)
 
 
+@pytest.mark.parametrize("shape", [[64, 63], [64, 128], [63, 64], [64, 0], [-64, 64]])
+def test_a_shape_that_is_another_than_that_of_the_words(
+    coded: Callable[..., Path], shape: list[int]
+) -> None:
+    """Its values are weights, as far as opening goes: they are seen when the matrix is read."""
+    path = coded("mixtral", "int4")
+    edit_weights(path, {f"{W}_shape": torch.tensor(shape)})
+    read = open_tensors(open_source(str(path)).tensors)
+    with pytest.raises(SourceError, match=rf"int4/model\.safetensors: {W} (cannot be )?decode"):
+        read(W)
+
+
 def test_a_config_that_promises_codes_of_plain_weights(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:

@@ -55,11 +55,20 @@ def open_tensors(tensors: Mapping[str, TensorInfo]) -> Reader:
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """One tensor, as `open_tensors` reads it."""
+    """One tensor, as `open_tensors` reads it. Raises SourceError for parts that contradict what
+    their headers say."""
     if info.stored is None:
         return _map(info)
     parts = {part: _map(where) for part, where in info.stored.parts.items()}
-    return decode(info.stored, parts, TORCH_DTYPES[info.dtype])
+    try:
+        decoded = decode(info.stored, parts, TORCH_DTYPES[info.dtype])
+    except ValueError as error:
+        raise SourceError(f"{info.file}: {info.name} cannot be decoded ({error})") from None
+    if tuple(decoded.shape) != info.shape:
+        raise SourceError(
+            f"{info.file}: {info.name} decodes to {list(decoded.shape)}, not {list(info.shape)}"
+        )
+    return decoded
 
 
 def _map(info: TensorInfo) -> Tensor:

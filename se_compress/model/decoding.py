@@ -71,7 +71,9 @@ def _runs(count: int) -> Iterator[slice]:
 def _packed(parts: Parts, stored: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
     """What `quant.packing.pack_rows` packs: weight_packed, weight_scale, weight_shape and, where
     zeros differ, weight_zero_point, whose words run down the rows."""
-    count, columns = parts["weight_shape"].tolist()
+    count, columns = len(parts["weight_packed"]), parts["weight_shape"].tolist()[-1]
+    if parts["weight_shape"].tolist() != [count, columns] or columns < 1:
+        raise ValueError(f"weight_shape is {parts['weight_shape'].tolist()} of {count} rows")
     decoded = torch.empty(count, columns, dtype=dtype)
     for some in _runs(count):
         run = {"weight_shape": torch.tensor([some.stop - some.start, columns])}
