@@ -19,6 +19,7 @@ import evaluate  # noqa: E402
 import gates  # noqa: E402
 import policy  # noqa: E402
 import results  # noqa: E402
+import source_formats  # noqa: E402
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -116,3 +117,20 @@ def test_a_score_that_rises_with_depth_is_seen() -> None:
         replace(e, loss_gate_up={3: float(e.layer)}, loss_down={3: 0.0}) for e in profile.experts
     )
     assert policy.rises_with_depth(replace(profile, experts=experts)) == 1.0
+
+
+def test_the_table_of_published_forms_takes_their_own_rounding_off() -> None:
+    def row(form: str, kl: float, *tensors: str) -> dict[str, object]:
+        results_of = {
+            method: {
+                "own": 0.04,
+                "plain": kl + (0.05 if method == "4 bit" else 0.0),
+                "tensors": one,
+            }
+            for method, one in zip(source_formats.METHODS, tensors, strict=True)
+        }
+        return {"form": form, "size": 5 * 10**6, "super_experts": ["(11, 3)"], **results_of}
+
+    text = source_formats.section([row("plain", 0.0, "a", "b"), row("fp8", 0.01, "c", "b")])
+    assert "| plain | 5.0 | (11, 3) | 0.00000 | 0.04000 | 0.05000 | 0.05000 | none, 4 bit |" in text
+    assert "| fp8 | 5.0 | (11, 3) | 0.01000 | 0.04000 | 0.06000 | 0.05000 | 4 bit |" in text
