@@ -18,13 +18,14 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from se_compress.artifacts import to_json
 from se_compress.reporting.comparison_page import render_comparison
+from se_compress.reporting.profile_page import render_profile
 from se_compress.reporting.report import render_report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-CHARTS, COMPARISON_CHARTS = 9, 6
+CHARTS, COMPARISON_CHARTS, PROFILE_CHARTS = 9, 6, 4
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium on the PATH")
 
@@ -92,6 +93,15 @@ def test_comparison_draws_silently_and_fits(
 ) -> None:
     found = visit(browser, comparison, width, scheme, COMPARISON_CHARTS)
     check_drawing(found, width, COMPARISON_CHARTS)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "dark"), (400, "light")])
+def test_profile_draws_silently_and_fits(
+    browser: Browser, tmp_path: Path, width: int, scheme: str
+) -> None:
+    path = tmp_path / "profile.html"
+    path.write_text(render_profile(example_recipe(), example_profile()), encoding="utf-8")
+    check_drawing(visit(browser, path, width, scheme, PROFILE_CHARTS), width, PROFILE_CHARTS)
 
 
 def check_drawing(found: Visit, width: int, charts: int) -> None:
