@@ -18,6 +18,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 import evaluate  # noqa: E402
 import gates  # noqa: E402
 import policy  # noqa: E402
+import protection  # noqa: E402
 import results  # noqa: E402
 import source_formats  # noqa: E402
 
@@ -92,6 +93,18 @@ def test_the_table_of_gates_says_what_was_missed_and_what_refused_without_need()
     wrong = {sound: lost, broken: judged()}
     assert gates.table(wrong, limits).count("WRONG") == 2
     assert f"Not caught: {broken}. Refused without need: {sound}." in gates.summary(wrong, limits)
+
+
+def test_the_table_of_protection_has_a_row_for_each_checkpoint() -> None:
+    row = {"part": "nf4", "protected": "none", "found": "(11, 3)", "size": 191_230_000}
+    row |= {"kl_divergence": 0.12345, "perplexity": 50.0, "massive_activation_ratio": None}
+    text = protection.table({"nf4": [row], "gptq": [{**row, "protected": "super experts"}]})
+    first, second = text.splitlines()[2:]
+    assert first.startswith(
+        "| GPTQ, 3 bits | super experts | 191.23 | (11, 3) | 0.1235 | 50.00 | -"
+    )
+    assert second.startswith("| bitsandbytes nf4 | none |")
+    assert set(protection.TITLES) == set(protection.PARTS)
 
 
 def test_an_inverted_plan_gives_the_most_bits_to_what_loses_least() -> None:

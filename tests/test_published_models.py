@@ -1,5 +1,5 @@
-"""recipes/models: a recipe for each published model with known super experts, opened and planned on headers of
-its real shapes. The files are sparse: nothing of their data is read."""
+"""recipes/models: a recipe for each published model with known super experts, opened and planned on
+headers of its real shapes. The files are sparse: nothing of their data is read."""
 
 import json
 from collections.abc import Iterator, Mapping
