@@ -12,7 +12,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from se_compress.artifacts import ExpertProfile, surprise
+from se_compress.artifacts import ExpertProfile, ModelSource, surprise
+from se_compress.engines.serving import beyond_float16
 from se_compress.errors import RecipeError
 from se_compress.opening.source import open_source
 from se_compress.reporting.files import write_profile, write_study
@@ -30,18 +31,25 @@ def profile_only(request: Request, place: Path) -> Profiled:
     check_place(place)
     request = replace(request, profiles_in=place)
     requests = request.by_variant() if request.recipe.variants else {"": request}
+    sources: dict[str, ModelSource] = {}
+    for name, one in requests.items():
+        with naming(name):
+            sources[name] = open_source(one.recipe.model, request.keep_code, one.notice)
+            check_positions(sources[name], one.recipe)
+            _check_alike(sources)
     profiles: dict[str, ExpertProfile] = {}
     for name, one in requests.items():
         with naming(name):
-            profiles[name] = _profile(one, place / name, profiles)
-            _check_alike(profiles)
+            profiles[name] = _profile(one, sources[name], place / name, profiles)
     if len(profiles) > 1:
         write_study(place, study_of(profiles))
     expected = {name: one.recipe.super_experts.expected_ids for name, one in requests.items()}
     return Profiled(place, profiles, expected)
 
 
-def _profile(request: Request, place: Path, measured: Mapping[str, ExpertProfile]) -> ExpertProfile:
+def _profile(
+    request: Request, source: ModelSource, place: Path, measured: Mapping[str, ExpertProfile]
+) -> ExpertProfile:
     """One profile, in its place.
 
     measured   what this run has measured already
@@ -50,8 +58,6 @@ def _profile(request: Request, place: Path, measured: Mapping[str, ExpertProfile
     from se_compress.text.calibrate import draw_tokens
 
     recipe = request.recipe
-    source = open_source(recipe.model, request.keep_code, request.notice)
-    check_positions(source, recipe)
     with telling_whose(source.path, place):
         tokens = draw_tokens(recipe.calibration, source)
         check_memory(source, recipe, len(tokens) * len(tokens[0]))
@@ -70,17 +76,18 @@ def _profile(request: Request, place: Path, measured: Mapping[str, ExpertProfile
                 discard(work)
         else:
             write_profile(place, recipe, profile)
-    if said := surprise(profile, recipe.super_experts.expected_ids):
-        request.notice(said)
+    said = surprise(profile, recipe.super_experts.expected_ids), beyond_float16(profile)
+    for sentence in filter(None, said):
+        request.notice(sentence)
     return profile
 
 
-def _check_alike(profiles: Mapping[str, ExpertProfile]) -> None:
+def _check_alike(sources: Mapping[str, ModelSource]) -> None:
     """Only experts of one shape of model have names in common. Raises RecipeError."""
-    (first, base), *rest = profiles.items()
+    (first, base), *rest = sources.items()
     for _, other in rest:
-        if other.by_id.keys() != base.by_id.keys():
+        if other.experts.keys() != base.experts.keys():
             raise RecipeError(
-                f"its model ({other.model}) has other layers or experts than that of variant "
-                f"{first} ({base.model}), so their super experts cannot be compared"
+                f"its model ({other.name}) has other layers or experts than that of variant "
+                f"{first} ({base.name}), so their super experts cannot be compared"
             )

@@ -158,6 +158,26 @@ def test_several_models_are_for_profiles_alone(
         )
 
 
+def test_what_float16_cannot_hold_is_told(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny.build(model, "qwen3_moe")
+    tiny.plant(model, 1, 3, size=4e5)
+    tiny.save_tokenizer(model, bos=True)
+    said: list[str] = []
+    request = request_of(write(tmp_path, model), said)
+    found = profile_only(request, profiled(request.output))
+    (one,) = found.profiles[""].super_experts
+    assert one.peak > 65504
+    (sentence,) = [line for line in said if "float16 ends at 65,504" in line]
+    peak = max(one.peak, max(layer.peak for layer in found.profiles[""].layers))
+    assert sentence.startswith(f"activations reach {peak:,.0f} (")
+    page = parse(found.file("").with_suffix(".html").read_text("utf-8"))
+    assert (
+        "float16 ends at 65,504: serve the model in bfloat16" in page.first(id="super-experts").text
+    )
+
+
 def test_the_command(planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write(tmp_path, planted, super_experts={"expected": [{"layer": 0, "expert": 3}]})
     runner = CliRunner()

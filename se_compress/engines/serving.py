@@ -81,6 +81,17 @@ FLOAT16_LARGEST = 65504.0
 HEADROOM = 2.0
 
 
+def beyond_float16(profile: ExpertProfile) -> str:
+    """A warning if the model cannot be served in float16 at all; "" if nothing was seen beyond."""
+    size, where = max(_peaks(profile), default=(0.0, ""))
+    if size <= FLOAT16_LARGEST:
+        return ""
+    return (
+        f"activations reach {size:,.0f} ({where}), and float16 ends at 65,504: serve the model in "
+        "bfloat16 or float32"
+    )
+
+
 def float16_notes(
     source: ModelSource, plan: CompressionPlan, profile: ExpertProfile | None
 ) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from se_compress.artifacts import (
     StabilityStudy,
     surprise,
 )
+from se_compress.engines.serving import beyond_float16
 from se_compress.recipe import Recipe, resolved
 from se_compress.reporting.experts_section import experts_context
 from se_compress.reporting.page import template
@@ -40,6 +41,7 @@ def render_profile(recipe: Recipe, profile: ExpertProfile) -> str:
         experts_context(profile, None),
         recipe=recipe,
         surprise=surprise(profile, recipe.super_experts.expected_ids),
+        overflow=beyond_float16(profile),
         forming=list(_forming(profile)),
         figures=profile_figures(profile),
         thresholds=_by_percentile(stability.thresholds) if stability else {},
