@@ -1,20 +1,28 @@
 """What the benchmarks say must be right: their own unpackers, and the file that they write."""
 
+import random
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from artefacts_example import example_profile, mixed_plan
 from packed import pack
 
-from se_compress.artifacts import Check
+from se_compress.artifacts import Check, ExpertId
+from se_compress.model.checkpoint import open_tensors
+from se_compress.model.streaming import StreamedModel
+from se_compress.opening.source import open_source
 from se_compress.recipe import Validation
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
+import damages  # noqa: E402
 import evaluate  # noqa: E402
 import gates  # noqa: E402
 import policy  # noqa: E402
@@ -147,3 +155,59 @@ def test_the_table_of_published_forms_takes_their_own_rounding_off() -> None:
     text = source_formats.section([row("plain", 0.0, "a", "b"), row("fp8", 0.01, "c", "b")])
     assert "| plain | 5.0 | (11, 3) | 0.00000 | 0.04000 | 0.05000 | 0.05000 | none, 4 bit |" in text
     assert "| fp8 | 5.0 | (11, 3) | 0.01000 | 0.04000 | 0.06000 | 0.05000 | 4 bit |" in text
+
+
+def test_every_damage_by_accident_changes_what_it_says(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen3_moe"), path)
+    source = open_source(str(path))
+    read = open_tensors(source.tensors)
+    model = damages.Model(
+        source=source,
+        read=read,
+        recipe=tiny.recipe(path),
+        super_expert=ExpertId(1, 2),
+        favours=dict.fromkeys(source.experts, 1.0),
+        by_domain=None,  # type: ignore[arg-type]
+        alone=None,  # type: ignore[arg-type]
+    )
+    protected = set(model.names(model.super_expert))
+    for damage in damages.DAMAGES:
+        if damage.made is damages.memorised:
+            continue  # which trains a model for it
+        changed = damage.made(model, random.Random(1))
+        assert changed is not None, damage.name
+        changes = [n for n, weight in changed.items() if not torch.equal(weight, read(n).float())]
+        config = damage.config(source)
+        assert bool(changes or config) is (damage.name != "an equal copy"), damage.name
+        assert all(weight.shape == read(n).shape for n, weight in changed.items())
+        if damage.name != "a shard of another revision":
+            assert not protected & set(changes), damage.name
+    base = damages.other_base(source)
+    assert base != source.config
+    assert StreamedModel(replace(source, config=base), read).model.config.rope_parameters[
+        "rope_theta"
+    ] == pytest.approx(10 * StreamedModel(source, read).model.config.rope_parameters["rope_theta"])
+
+
+def test_rates_count_what_the_gates_got_wrong() -> None:
+    def version(damage: str, failed: list[str]) -> dict[str, object]:
+        return {"damage": damage, "seed": 0, "domains": failed, "alone": []}
+
+    kept = [
+        version("an equal copy", []),
+        version("an equal copy", ["kl_divergence"]),
+        version("a domain lost", ["kl_divergence"]),
+        version("a domain lost", []),
+        version("a shard of another revision", ["tensors_accounted"]),
+    ]
+    assert damages.summary(kept) == (
+        "False rejections: 1 of 2 sound versions; misses: 1 of 3 broken ones. "
+        "What rejected sound ones: kl_divergence."
+    )
+    table = list(damages.rows(kept))
+    assert "| an equal copy | sound | 2 | **1** | 1 | 0 |" in table
+    assert "| a domain lost | broken | 2 | **1** | 1 | 0 |" in table
+    assert "| a shard of another revision | broken | 1 | 1 | 0 | 0 |" in table

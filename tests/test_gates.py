@@ -58,7 +58,7 @@ def test_an_added_row_is_known_everywhere() -> None:
 
 
 def test_the_keys_of_a_recipe_are_the_rows_in_their_order() -> None:
-    keys = [name for name in Validation.model_fields if name in GATES]
+    keys = [name for name in Validation.model_fields if name in GATES and GATES[name].in_recipe]
     assert keys == [gate.name for gate in GATES.values() if gate.in_recipe]
     for name in keys:
         default = None if GATES[name].optional else GATES[name].limit

@@ -296,7 +296,7 @@ class Validation(_Limits):
 
     def limit(self, gate: str) -> float:
         """Of a gate by its name: this recipe's, or the only one where a recipe sets none."""
-        found = getattr(self, gate, None)
+        found = getattr(self, gate, None) if GATES[gate].in_recipe else None
         return GATES[gate].limit if found is None else float(found)
 
     def asks(self, gate: str) -> bool:

@@ -160,12 +160,13 @@ def judge(
     recipe: Recipe,
     options: RunOptions,
     intended: Reader | None = None,
+    run_as: ModelSource | None = None,
 ) -> tuple[Check, ...]:
     """Every gate that behaviour and weights of a model decide. `read` gives its tensors by the
-    names of the source, `intended` what they were made from, if that is not the source; nothing has
-    to be on disk."""
+    names of the source, `intended` what they were made from, if that is not the source; `run_as` is
+    the source with another config, if the model has one. Nothing has to be on disk."""
     source = original.model.source
-    result = stream(source, read, recipe, options)
+    result = stream(run_as or source, read, recipe, options)
     judged = _judge_behaviour(original, result, None, recipe.validation, options).checks
     intended = intended or original.model.read
     weights = weight_checks(source.tensors.values(), intended, read, recipe.validation)
