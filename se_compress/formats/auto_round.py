@@ -78,9 +78,9 @@ def _holders(linears: Sequence[PlannedTensor], base: int) -> dict[str, dict[str,
     """The width of what holds the experts of a layer, where it is one and not the base."""
     layers: dict[str, set[int]] = {}
     for tensor in linears:
-        if tensor.info.kind == "expert":
-            holder = tensor.module.rpartition(".experts.")[0] + ".experts"
-            layers.setdefault(holder, set()).add(tensor.bits)
+        stem, experts, _ = tensor.module.rpartition(".experts.")
+        if experts:  # those of layers for multi-token prediction too
+            layers.setdefault(f"{stem}.experts", set()).add(tensor.bits)
     alike = {holder: next(iter(bits)) for holder, bits in layers.items() if len(bits) == 1}
     return {holder: {"bits": bits} for holder, bits in alike.items() if bits != base}
 
