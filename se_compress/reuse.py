@@ -18,6 +18,7 @@ from se_compress.artifacts import (
     digest_of,
 )
 from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.tasks import digest_of_files
 from se_compress.recipe import flatten
 from se_compress.reporting.files import write_reports
 from se_compress.request import Outcome, Request
@@ -55,6 +56,8 @@ def settings_of(
         "the validation text": digest_of(held_out),
         "the plan file": digest_of(request.plan_text),
     }
+    if (tasks := request.recipe.validation.tasks) and tasks.include:
+        unspoken["the files of the tasks"] = digest_of_files(tasks.include)
     by_name = {**recipe, **unspoken, "--keep-remote-code": request.keep_code}
     return RunSettings(by_name, frozenset(unspoken))
 

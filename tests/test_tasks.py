@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from se_compress.artifacts import GATES, ValidationReport
-from se_compress.engines.tasks import answers_of_source, why_no_task
+from se_compress.engines.tasks import answers_of_source, digest_of_files, why_no_task
 from se_compress.errors import RecipeError
 from se_compress.opening.source import open_source
 from se_compress.pipeline import Request, run
@@ -156,3 +156,12 @@ def test_a_report_tells_the_tasks(tiny_model: TinyModel, tmp_path: Path) -> None
     assert report.check("task_flips").passed
     (task,) = report.tasks
     assert (task.samples, task.gained, task.lost, task.source) == (2, 0, 0, task.result)
+
+
+def test_other_questions_are_another_setting(tmp_path: Path) -> None:
+    shutil.copytree(CLOZE, tmp_path / "tasks")
+    before = digest_of_files(str(tmp_path / "tasks"))
+    assert before == digest_of_files(CLOZE)
+    with (tmp_path / "tasks" / "cloze.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{}\n")
+    assert digest_of_files(str(tmp_path / "tasks")) != before

@@ -1,5 +1,6 @@
 """Tasks of lm_eval in a process of their own (evaluate.py), without the network."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from se_compress.artifacts import TensorInfo
+from se_compress.artifacts import TensorInfo, digest_of
 from se_compress.engines.bare import lay_bare
 from se_compress.recipe import Tasks
 from se_compress.running.places import expand
@@ -26,6 +27,12 @@ def why_no_task(tasks: Tasks) -> str:
     """Why the tasks cannot be run on any model here; "" if they can: lm_eval knows them."""
     found = _ask(tasks, {"model": None})
     return found if isinstance(found, str) else ""
+
+
+def digest_of_files(include: str) -> str:
+    """Of the tasks in a directory and of what lies beside them."""
+    files = sorted(path for path in Path(expand(include)).rglob("*") if path.is_file())
+    return digest_of([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
 
 
 def answers_of_source(tasks: Tasks, model: Path) -> Answers | str:
