@@ -17,6 +17,7 @@ from torch import Tensor
 from se_compress.errors import SourceError
 from se_compress.model.binding import check_bound
 from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 
 TinyType = Callable[[str], Path]
 Tensors = dict[str, Tensor]
@@ -216,3 +217,25 @@ def test_a_tensor_that_is_missing(tiny_type: TinyType, tmp_path: Path, tensor: s
     tiny.edit_weights(path, {tensor: None})
     with pytest.raises(SourceError, match=rf"{re.escape(tensor)} is missing"):
         open_source(str(path))
+
+
+def test_a_dry_run_says_what_it_does_not_look_at(tiny_type: TinyType) -> None:
+    told = []
+    for name in ("afmoe", "qwen3_moe"):
+        source = open_source(str(tiny_type(name)))
+        chosen = tiny.recipe(source.path, target="transformers", quantization={"method": "none"})
+        told.append(make_plan(source, None, chosen).notes)
+    note = (
+        "of afmoe, a dry run looks at names, experts, routers and counts; other shapes are looked "
+        "at when a run starts"
+    )
+    assert set(told[0]) - set(told[1]) == {note}
+
+
+def test_the_config_of_a_composite_is_that_of_its_language_model(
+    published: Callable[[str], Path],
+) -> None:
+    source = open_source(str(published("qwen3_5_moe_text")))
+    assert source.text["hidden_size"] == H
+    assert source.config["text_config"] == source.text
+    assert "vision_config" in source.config

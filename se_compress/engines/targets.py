@@ -220,6 +220,15 @@ def _accepted_instead(packed: Sequence[TensorInfo], rules: TargetRules, scheme: 
 
 
 def cautions(source: ModelSource) -> tuple[str, ...]:
+    """What becomes of coded weights, and what of the model was not looked at yet."""
+    told = _coded(source)
+    if FAMILIES[source.family].exact:
+        return told
+    looked_at = f"of {source.family}, a dry run looks at names, experts, routers and counts"
+    return (*told, f"{looked_at}; other shapes are looked at when a run starts")
+
+
+def _coded(source: ModelSource) -> tuple[str, ...]:
     """What becomes of coded weights."""
     coded = [info.stored for info in source.tensors.values() if info.stored is not None]
     encodings = sorted({stored.encoding for stored in coded} - {"plain"})

@@ -57,7 +57,7 @@ def check_positions(source: ModelSource, recipe: Recipe) -> None:
 
     Raises RecipeError.
     """
-    most = source.config.get("max_position_embeddings")
+    most = source.text.get("max_position_embeddings")
     if not isinstance(most, int):
         return
     generation = recipe.validation.generation
@@ -100,7 +100,7 @@ def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe:
         )
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length
     # Two streams of hidden states, the last ones and those that are being written.
-    states = 4 * tokens * int(source.config["hidden_size"]) * _item_bytes(recipe)
+    states = 4 * tokens * int(source.text["hidden_size"]) * _item_bytes(recipe)
     copied = find_auxiliary(source.path, source.config).size_bytes
     results = sum(plan.size_bytes + copied for plan in plans)
     ours = output if recipe.variants else partial(output)
@@ -133,7 +133,7 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
     # A coded matrix is decoded beside its place in the layer.
     layer += max((info.size_bytes for info in source.tensors.values() if info.stored), default=0)
     # Both streams before and after a layer, and the kept input of its experts.
-    hidden = 6 * tokens * int(source.config["hidden_size"]) * item_bytes
+    hidden = 6 * tokens * int(source.text["hidden_size"]) * item_bytes
     available = available_memory()
     if recipe.quantization.refine is not None:
         _check_refining(source, layer + hidden, available)

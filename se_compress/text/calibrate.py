@@ -113,7 +113,7 @@ def vocabulary_of(source: ModelSource) -> int:
         for info in source.tensors.values()
         if info.kind == "embedding" and info.name.endswith("embed_tokens.weight")
     ]
-    return min(rows) if rows else int(source.config["vocab_size"])
+    return min(rows) if rows else int(source.text["vocab_size"])
 
 
 @dataclass(frozen=True)

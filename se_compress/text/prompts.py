@@ -96,6 +96,6 @@ def end_tokens(source: ModelSource) -> frozenset[int]:
     except (OSError, ValueError):
         settings = None
     ours = settings if isinstance(settings, dict) else {}
-    found = ours.get("eos_token_id", source.config.get("eos_token_id"))
+    found = ours.get("eos_token_id", source.text.get("eos_token_id"))
     items = found if isinstance(found, list) else [found]
     return frozenset(item for item in items if isinstance(item, int))
