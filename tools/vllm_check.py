@@ -110,9 +110,9 @@ def check_settings(work: Path, python: Path | None, model: str) -> Lines:
     if python is None:
         return [NOT_MADE]
     files = build_files(work / "settings", True, model)
-    return [line for name, directory in files.items()
-            for line in inside(python, LOOKUPS, name, str(directory)).splitlines()
-            if line.startswith(name)]  # fmt: skip
+    pairs = [word for name, directory in files.items() for word in (name, str(directory))]
+    lines = inside(python, LOOKUPS, *pairs).splitlines()
+    return [line for line in lines if line.startswith(tuple(files))]
 
 
 def check_served(work: Path, python: Path | None, model: str) -> Lines:
@@ -181,11 +181,13 @@ def check_written(work: Path, python: Path | None, model: str) -> Lines:
 
 
 PARSER = """
-import sys
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
-print("PARSED", parsed.model_tag or parsed.model, parsed.quantization)
+for words in json.loads(sys.argv[1]):
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    model = getattr(parsed, "model_tag", None) or parsed.model
+    print("PARSED", " ".join(words), "->", model, parsed.quantization)
 """
 
 
@@ -194,17 +196,14 @@ def check_parser(work: Path, python: Path | None, model: str) -> Lines:
 
     if python is None:
         return [NOT_MADE]
-    lines = []
-    flags = {need.flag for rules in TARGETS for need in rules.needs}
+    commands = []
     for target in (name for name, engine in ENGINES.items() if engine.itself):
-        for flag in sorted(flags):
-            words = ENGINES[target].serve.format(model="out/x").split()
-            start = words.index("serve") + 1 if "serve" in words else words.index("--model")
-            said = inside(python, PARSER, *words[start:], *flag.split())
-            lines.append(
-                f"{' '.join([*words, flag]).strip()}: {said.rpartition('PARSED')[2].strip()}"
-            )
-    return lines
+        words = ENGINES[target].serve.format(model="out/x").split()
+        start = words.index("serve") + 1 if "serve" in words else words.index("--model")
+        flags = {need.flag for rules in TARGETS if rules.target == target for need in rules.needs}
+        commands += [[*words[start:], *flag.split()] for flag in sorted(flags)]
+    said = inside(python, PARSER, json.dumps(commands)).splitlines()
+    return [line.removeprefix("PARSED ") for line in said if line.startswith("PARSED")]
 
 
 PARTS: Mapping[str, Callable[[Path, Path | None, str], Lines]] = {

@@ -1,4 +1,4 @@
-"""Run by tools/vllm_check.py in an environment that has vLLM: `NAME DIRECTORY`.
+"""Run by tools/vllm_check.py in an environment that has vLLM: `NAME DIRECTORY NAME DIRECTORY ...`.
 
 vLLM's own classes read the settings of a checkpoint; what they give to each matrix is compared with
 its width in the file. No model is loaded.
@@ -127,7 +127,12 @@ READERS = {
 
 
 def main():
-    name, directory = sys.argv[1], Path(sys.argv[2])
+    """All files in one process: importing vLLM takes longer than all the rest."""
+    for name, directory in zip(sys.argv[1::2], map(Path, sys.argv[2::2]), strict=True):
+        look_up(name, directory)
+
+
+def look_up(name, directory):
     settings = json.loads((directory / "config.json").read_text())["quantization_config"]
     held = widths(directory, settings.get("group_size"))
     for reader in READERS[settings["quant_method"]]:
