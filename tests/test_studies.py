@@ -1,17 +1,22 @@
 """recipes/studies: the experiments can be planned, and what their pages add up is right."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
+import tuned_model
 from artefacts_example import example_comparison, example_validation
 from pages import parse
+from safetensors.torch import load_file
 from scipy.stats import t
 from test_protection import PLANTED, made, noted, planted
 
 from se_compress.artifacts import ComparedVariant, ExpertId, ExpertProfile, ModelSource
+from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 from se_compress.recipe import load_recipe
 from se_compress.reporting.comparison_charts import decay_rate
@@ -61,6 +66,32 @@ def test_the_super_experts_alone_are_treated(planted: Planted) -> None:
         quantization={"method": "rtn", "group_size": 32},
     )
     assert make_plan(source, None, recipe).protected == ()
+
+
+def test_a_tuned_model_opens_and_differs_but_in_its_routers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tiny.build(base, "qwen2_moe")
+    monkeypatch.setattr(tuned_model, "STEPS", 2)
+    results = []
+    for name in ("one", "two"):
+        monkeypatch.setattr(sys, "argv", ["tuned_model.py", str(base), str(tmp_path / name)])
+        tuned_model.main()
+        results.append(load_file(tmp_path / name / "model.safetensors"))
+    first, second = results
+    before = load_file(base / "model.safetensors")
+    source = open_source(str(tmp_path / "one"))
+    assert source.experts.keys() == open_source(str(base)).experts.keys()
+    assert first.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], first[name])}
+    routers = {name for name in before if name.endswith("mlp.gate.weight")}
+    assert routers
+    assert not routers & changed
+    assert any(name.endswith("down_proj.weight") for name in changed)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "one" / "tokenizer.json").exists()
 
 
 # ------------------------------------------------------------------------------------- the pages

@@ -41,7 +41,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step + 1} of {STEPS}: loss {float(loss):.3f}", flush=True)
+        print(f"step {step + 1} of {STEPS}: loss {loss.item():.3f}", flush=True)
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     for file in arguments.model.iterdir():
         if file.name.startswith(("tokenizer", "chat_template")):
