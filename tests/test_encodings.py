@@ -53,7 +53,7 @@ def slow(path: Path, block: int = 16) -> dict[str, torch.Tensor]:
             codes = (tensor.long().unsqueeze(-1) >> shifts & 15).flatten(-2) - 8
             scale = tensors[f"{stem}_scale"].float().repeat_interleave(32, 1)
             found[stem] = (codes * scale).bfloat16()
-        elif not name.endswith(("_scale_inv", "_scale", "_shape")):
+        elif not name.endswith(("_scale_inv", "_scale", "_shape", "_zero_point")):
             found[name] = tensor
     return found
 
@@ -250,6 +250,10 @@ W = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
         ({f"{W}_packed": torch.ones(64, 8)}, r"is F32; read are I32"),
         ({W: torch.ones(64, 64)}, r"a weight is there twice, coded and as it is"),
         ({f"{W}_g_idx": torch.ones(64).int()}, r"g_idx is I32, a part of a coded weight"),
+        (
+            {f"{W}_zero_point": torch.ones(8, 2).int()},
+            r"config.json has .*symmetric\) \[\(4, 32, T",
+        ),
     ],
 )
 def test_packed_words_that_do_not_fit(
@@ -258,6 +262,37 @@ def test_packed_words_that_do_not_fit(
     path = coded("mixtral", "int4")
     edit_weights(path, changes)
     refusal(path, told)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "told"),
+    [
+        (None, r"config\.json has \(bits, group size, symmetric\) \[\(4, 32, False\)"),
+        (torch.ones(8, 3).int(), r"does not go with .* \[8, 3\]: zeros are packed down the rows"),
+        (torch.ones(8, 2), r"zero_point is F32; read are I32"),
+        (torch.full((8, 2), 0x11111111).int(), ""),
+    ],
+)
+def test_packed_words_with_zeros(
+    coded: Callable[..., Path], zeros: torch.Tensor | None, told: str
+) -> None:
+    path = coded("mixtral", "int4")
+    settings = source_formats.settings_of("int4")
+    assert settings is not None
+    settings["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    settings["sparsity_config"] = None
+    edit_config(path, quantization_config=settings)
+    names = [n.removesuffix("_packed") for n in load_file(path / "model.safetensors")
+             if n.endswith("_packed")]  # fmt: skip
+    ones = torch.full((8, 2), 0x11111111).int()
+    edit_weights(path, {f"{n}_zero_point": zeros if n == W else ones.clone() for n in names})
+    if told:
+        refusal(path, told)
+        return
+    centred = slow(path)[W].float()  # by a zero of 8, where each is 1
+    scale = load_file(path / "model.safetensors")[f"{W}_scale"].float().repeat_interleave(32, 1)
+    expected = ((centred / scale).round() + 7) * scale
+    assert torch.equal(open_tensors(open_source(str(path)).tensors)(W), expected.bfloat16())
 
 
 @pytest.mark.parametrize("shape", [[64, 63], [64, 128], [63, 64], [64, 0], [-64, 64]])
@@ -296,6 +331,9 @@ GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group
         ({"quant_method": "compressed-tensors"}, "of compressed-tensors cannot be read"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
           "config_groups": {}}, "format is 'nvfp4-pack-quantized'; read are pack-quantized"),
+        *(({"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"a": {"weights": {"num_bits": bits, "type": "int"}}}},
+           "num_bits is .*; read are 1 to 8") for bits in (0, 9, "4", True)),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": [1]},
          "of compressed-tensors cannot be read"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized",

@@ -138,6 +138,20 @@ def test_layouts(tmp_path: Path, transposed: bool, interleaved: bool, dtype: tor
         assert len(whole) == len(found)
 
 
+def test_fp8_is_turned_where_the_family_is(tmp_path: Path) -> None:
+    """Blocks of 16, over matrices [C, R]."""
+    family = replace(FAMILIES["qwen3_moe"], transposed=True, interleaved=True)
+    stored = source_formats.fused_fp8(as_fused(matrices(), family), 16)
+    save_file(stored, tmp_path / "model.safetensors")
+    found = unfused(decoded(read_headers(tmp_path), Packing((16, 16)), "config.json"), family)
+    read = open_tensors(found)
+    stem = "model.layers.5.mlp.experts."
+    for expert in range(E):
+        gate_up = one_expert(stored, f"{stem}gate_up_proj", expert).T
+        assert torch.equal(read(f"{stem}{expert}.gate_proj.weight"), gate_up[0::2])
+        assert torch.equal(read(f"{stem}{expert}.up_proj.weight"), gate_up[1::2])
+
+
 def test_mxfp4_has_rows_whatever_the_plain_layout(tmp_path: Path) -> None:
     """gpt-oss: the blocks are [E, rows, ...] though its plain matrices are transposed."""
     family = replace(FAMILIES["qwen3_moe"], transposed=True, interleaved=True)
@@ -240,7 +254,7 @@ def test_results_of_families_that_are_published_fused(
         assert torch.equal(logits, plain_model(single)(tokens).logits)
 
 
-@pytest.mark.parametrize("shape", [(8, 64), (8, 63, 64), (8, 64, 64, 1)])
+@pytest.mark.parametrize("shape", [(8, 64), (8, 63, 64), (8, 0, 64), (8, 64, 64, 1)])
 def test_extents_that_are_none_of_experts(
     tiny_model: TinyModel, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:

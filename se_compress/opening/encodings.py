@@ -46,11 +46,12 @@ class Packing:
     """What a config says of coded weights.
 
     block   rows and columns that share a scale of FP8; None if that is the whole tensor or a row
-    grids   (bits, columns that share a scale, -1 for a whole row) of packed words
+    grids   of packed words: bits, columns that share a scale (-1 for a whole row), and whether
+            the codes have one zero, in the middle
     """
 
     block: tuple[int, int] | None = None
-    grids: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, int, bool], ...] = ()
 
 
 def packing_of(config: Mapping[str, Any], where: str) -> Packing | None:
@@ -89,7 +90,7 @@ def _of_compressed_tensors(settings: Mapping[str, Any]) -> Packing:
     form, groups = settings.get("format"), settings["config_groups"].values()
     if form not in _FORMATS:
         raise ValueError(f"format is {quoted(form)}; read are {', '.join(_FORMATS)}")
-    if settings.get("sparsity_config", {}).get("format", "dense") != "dense":
+    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise ValueError("sparsity_config: sparse weights are not read")
     if settings.get("transform_config"):
         raise ValueError("transform_config: transformed weights are not read")
@@ -101,8 +102,11 @@ def _of_compressed_tensors(settings: Mapping[str, Any]) -> Packing:
     for one in (w for w in weights if w["type"] == "int"):
         if one.get("actorder") == "group":
             raise ValueError("actorder group: columns out of order are not read")
-        size = one.get("group_size")
-        grids.append((one["num_bits"], size if type(size) is int and size > 0 else -1))
+        bits, size = one["num_bits"], one.get("group_size")
+        if type(bits) is not int or not 1 <= bits <= 8:
+            raise ValueError(f"num_bits is {quoted(bits)}; read are 1 to 8")
+        size = size if type(size) is int and size > 0 else -1
+        grids.append((bits, size, one.get("symmetric", True) is not False))
     return Packing(next(iter(blocks), None), tuple(dict.fromkeys(grids)))
 
 
@@ -238,23 +242,29 @@ def _packed_words(
     parts = {_PACKED: info}
     for part in ("weight_scale", "weight_shape"):
         parts[part] = _beside(info, stem + part, found)
-    if stem + "weight_zero_point" in found:
-        parts["weight_zero_point"] = found[stem + "weight_zero_point"]
-    scale = parts["weight_scale"]
+    scale, zero = parts["weight_scale"], found.get(stem + "weight_zero_point")
     _check_dtype(info, ("I32",))
     _check_dtype(scale, _FLOATS)
     if len(info.shape) != 2 or len(scale.shape) != 2 or info.shape[0] != scale.shape[0]:
         raise _misfit(info, scale, "each row has its scales")
     rows, words = info.shape
-    columns = {
-        words * _WORD // bits
-        for bits, size in packing.grids
-        if words * _WORD % bits == 0 and scale.shape[1] == _groups(words * _WORD // bits, size)
+    fitting = {
+        (bits, words * _WORD // bits)
+        for bits, size, symmetric in packing.grids
+        if symmetric is (zero is None)
+        and words * _WORD % bits == 0
+        and scale.shape[1] == _groups(words * _WORD // bits, size)
     }
-    if len(columns) != 1:
-        raise _misfit(info, scale, f"config.json has (bits, group size) {list(packing.grids)}")
-    shape = (rows, columns.pop())
-    return _weight(stem + "weight", shape, scale.dtype, "pack-quantized", parts)
+    if len(fitting) != 1:
+        told = f"config.json has (bits, group size, symmetric) {list(packing.grids)}"
+        raise _misfit(info, scale, told)
+    ((bits, columns),) = fitting
+    if zero is not None:
+        _check_dtype(zero, ("I32",))
+        if rows * bits % _WORD or zero.shape != (rows * bits // _WORD, scale.shape[1]):
+            raise _misfit(info, zero, "zeros are packed down the rows")
+        parts["weight_zero_point"] = zero
+    return _weight(stem + "weight", (rows, columns), scale.dtype, "pack-quantized", parts)
 
 
 def _groups(columns: int, size: int) -> int:

@@ -75,10 +75,12 @@ def _taken_apart(info: TensorInfo, family: Family, start: str, live: str) -> Ite
     """
     stem = live.removesuffix("_bias")
     bias, roles = stem != live, _ROLES[stem]
-    transposed = family.transposed and not bias and info.stored is None
+    # MXFP4 has its rows as rows in any family.
+    mxfp4 = info.stored is not None and info.stored.encoding == "mxfp4"
+    transposed = family.transposed and not bias and not mxfp4
     dimensions = 2 if bias else 3
     axis = 2 if transposed else 1
-    if len(info.shape) != dimensions or info.shape[axis] % len(roles):
+    if len(info.shape) != dimensions or 0 in info.shape or info.shape[axis] % len(roles):
         raise SourceError(
             f"{info.file}: {shown(info.name)} is {shown(list(info.shape))}; the experts of a layer "
             f"are {dimensions} extents, with {' and '.join(roles)} in the "
