@@ -15,6 +15,7 @@ from se_compress.artifacts import ModelSource
 from se_compress.errors import SourceError
 from se_compress.model.binding import (
     bind,
+    bind_source,
     check_bound,
     experts_modules,
     layer_of,
@@ -105,6 +106,11 @@ def test_why_a_tensor_is_not_used(name: str, why: str | None) -> None:
 # -------------------------------------------------------------------------- at the start of a run
 
 
+def check(source: ModelSource) -> None:
+    model = meta_model(source.config)
+    check_bound(model, bind_source(model, source), source)
+
+
 def source(path: Path, **changes: object) -> ModelSource:
     """Opened, and then changed: what opening refuses by itself has to come past it here."""
     return dataclasses.replace(open_source(str(path)), **changes)  # type: ignore[arg-type]
@@ -112,11 +118,11 @@ def source(path: Path, **changes: object) -> ModelSource:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_opens_is_bound(tiny_type: TinyModel, name: str) -> None:
-    check_bound(source(tiny_type(name)))
+    check(source(tiny_type(name)))
 
 
 def test_layers_for_multi_token_prediction_are_no_strays(tiny_model: TinyModel) -> None:
-    check_bound(source(tiny_model("deepseek_v3-next-token")))
+    check(source(tiny_model("deepseek_v3-next-token")))
 
 
 def test_a_missing_tensor_is_named(tiny_model: TinyModel) -> None:
@@ -127,21 +133,21 @@ def test_a_missing_tensor_is_named(tiny_model: TinyModel) -> None:
     with pytest.raises(
         SourceError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight is missing"
     ):
-        check_bound(source(tiny_model("mixtral"), tensors=rest))
+        check(source(tiny_model("mixtral"), tensors=rest))
 
 
 def test_missing_experts_are_named(tiny_model: TinyModel) -> None:
     opened = source(tiny_model("mixtral"))
     rest = {n: i for n, i in opened.tensors.items() if ".1.block_sparse_moe.experts.3." not in n}
     with pytest.raises(SourceError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is \[3, 128, 64"):
-        check_bound(source(tiny_model("mixtral"), tensors=rest))
+        check(source(tiny_model("mixtral"), tensors=rest))
 
 
 def test_another_shape_is_named(tiny_model: TinyModel) -> None:
     opened = source(tiny_model("mixtral"))
     config = {**opened.config, "num_key_value_heads": 4}
     with pytest.raises(SourceError, match=r"k_proj\.weight is \[32, 64\], but .* has \[64, 64\]$"):
-        check_bound(source(tiny_model("mixtral"), config=config))
+        check(source(tiny_model("mixtral"), config=config))
 
 
 def test_a_tensor_without_a_place_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -159,4 +165,4 @@ def test_a_tensor_without_a_place_is_named(tiny_model: TinyModel, tmp_path: Path
     with pytest.raises(
         SourceError, match=r"extra\.safetensors: .*k_proj\.bias \[32\] does not bel"
     ):
-        check_bound(source(tiny_model("mixtral"), tensors={**opened.tensors, name: info}))
+        check(source(tiny_model("mixtral"), tensors={**opened.tensors, name: info}))

@@ -98,7 +98,7 @@ def gone(file: Path) -> None:
 def not_finite(file: Path) -> None:
     """A file that is whole, but holds NaN."""
     tensors = load_file(file)
-    next(iter(tensors.values()))[0] = float("nan")
+    next(t for t in tensors.values() if t.is_floating_point())[0] = float("nan")
     save_file(tensors, file, metadata={"layer": "1"})
 
 

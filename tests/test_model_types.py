@@ -16,7 +16,7 @@ from tiny import plain_model, random_tokens
 from tiny_types import CONFIGS, NAMES
 from torch import Tensor, nn
 
-from se_compress.artifacts import ExpertIndex
+from se_compress.artifacts import ExpertId, ExpertIndex
 from se_compress.model.checkpoint import open_tensors
 from se_compress.model.experts import experts_forward
 from se_compress.model.observers import Observer, RoutingCapture
@@ -211,3 +211,23 @@ def test_every_expert_reports_what_it_adds(run: Callable[[str], Run], name: str)
         assert bool(seen.outputs) == (layer in source.moe_layers)
         assert ("shared" in ids) == ("shared" in seen.outputs)
         assert all(torch.isfinite(o).all() for parts in seen.outputs.values() for o in parts)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "nemotron_h-published"])
+def test_a_capture_knows_what_the_shared_expert_is_given(
+    run: Callable[[str], Run], name: str
+) -> None:
+    """The routed experts of Nemotron-H are given a projection of it."""
+    it = run(name)
+    source = it.model.source
+    for layer in {i.layer for i in source.experts if i.expert == "shared"}:
+        module, given = it.model.load_layer(layer), list[Tensor]()
+        up = it.model.linear_path(source.experts[ExpertId(layer, "shared")]["up"].name)
+        module.get_submodule(up).register_forward_pre_hook(
+            lambda _, inputs, given=given: given.append(inputs[0].flatten(0, -2))
+        )
+        capture = RoutingCapture(runs_experts=False)
+        it.model.run_layer(layer, module, it.states[layer], capture)
+        assert torch.equal(capture.shared_hidden, torch.cat(given))
+        same = capture.shared_hidden is capture.hidden
+        assert same == (name != "nemotron_h-published")

@@ -262,7 +262,7 @@ def _quantize_layer(
     if any(plan.shared):
         identity = ExpertId(plan.layer, "shared")
         tensors, record = quantize_shared(
-            module, model.linear_path, identity, plan.shared, watch.hidden, scheme,
+            module, model.linear_path, identity, plan.shared, watch.shared_hidden, scheme,
             recipe.quantization,
         )  # fmt: skip
         made.tensors |= tensors

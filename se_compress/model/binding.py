@@ -207,15 +207,21 @@ def layer_of(name: str) -> int | None:
 # -------------------------------------------------------------------------- at the start of a run
 
 
-def check_bound(source: ModelSource) -> None:
+def bind_source(model: Any, source: ModelSource) -> Binding:
+    """What of a source fills what, its routed experts left out: `ModelSource.experts` has those."""
+    return bind(model, (name for name, info in source.tensors.items() if not is_experts(info)))
+
+
+def check_bound(model: Any, binding: Binding, source: ModelSource) -> None:
     """Every tensor of the model is filled, with its shape, and every tensor of the source is used.
 
     Raises SourceError, naming it, for the first one that is not, unless it is known to be no part
     of the running model: multi-token prediction, towers of a composite, computed frequencies.
+
+    model    of `meta_model`
+    binding  of `bind_source`
     """
-    model = meta_model(source.config, where=str(source.path / "config.json"))
     plain = {name: info.shape for name, info in source.tensors.items() if not is_experts(info)}
-    binding = bind(model, plain)
     live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     filled = dict(_expert_shapes(model, source))
     for name in binding.missing:

@@ -158,6 +158,7 @@ def shared_hooks(
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen[:] = [inputs[0].flatten(0, -2)]
+        cast(Observer, module.observer).shared_input(seen[0])
 
     def report(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         observer = cast(Observer, module.observer)

@@ -58,6 +58,9 @@ class Observer:
         weights  factor of the output in the layer's sum, [n]; a shared expert's gate, or 1
         """
 
+    def shared_input(self, hidden: Tensor) -> None:
+        """Input of the shared expert, [N, H]; in most families that of the routed experts too."""
+
     def dense(self, inner: Tensor, output: Tensor) -> None:
         """Input [N, I] and output [N, H] of a dense layer's down_proj."""
 
@@ -82,20 +85,25 @@ class RoutingCapture(Observer):
 
     Available after the run, rows in the order of the batches, N of all batches together.
 
-    hidden   [N, H]
-    experts  int64 [N, k]
-    weights  [N, k]
+    hidden         [N, H]
+    experts        int64 [N, k]
+    weights        [N, k]
+    shared_hidden  input of the shared expert, [N, H]: `hidden` itself where both are given the same
     """
 
     def __init__(self, *, runs_experts: bool = True) -> None:
         super().__init__()
         self.runs_experts = runs_experts
         self._hidden: list[Tensor] = []
+        self._shared: list[Tensor] = []
         self._routings: list[tuple[Tensor, Tensor]] = []
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
         self._hidden.append(hidden.detach())
         self._routings.append((experts, weights))
+
+    def shared_input(self, hidden: Tensor) -> None:
+        self._shared.append(hidden.detach())
 
     @property
     def saw_experts(self) -> bool:
@@ -105,8 +113,16 @@ class RoutingCapture(Observer):
     @cached_property
     def hidden(self) -> Tensor:
         whole = torch.cat(self._hidden)
+        alike = zip(self._hidden, self._shared, strict=False)
+        if all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in alike):
+            self._shared.clear()
         self._hidden.clear()  # not twice in memory
         return whole
+
+    @cached_property
+    def shared_hidden(self) -> Tensor:
+        routed = self.hidden  # says whether `_shared` is anything else
+        return torch.cat(self._shared) if self._shared else routed
 
     @cached_property
     def experts(self) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from se_compress.artifacts import ExpertId, ModelSource
 from se_compress.model.attention import watched_attention
-from se_compress.model.binding import bind, experts_modules, is_experts, meta_model
+from se_compress.model.binding import bind_source, check_bound, experts_modules, meta_model
 from se_compress.model.checkpoint import Reader
 from se_compress.model.experts import RoutedExperts, dense_hook, experts_forward, shared_hooks
 from se_compress.model.live import Lookup, Weights
@@ -47,7 +47,8 @@ PROBE_POSITIONS, PROBE_ERROR = 16, 0.02
 class StreamedModel:
     """A model whose weights come from `read`, a layer at a time.
 
-    Raises SourceError if transformers builds no model from the source's config.
+    Raises SourceError if transformers builds no model from the source's config, or if the source's
+    tensors are not exactly those of that model.
 
     source  config and tensors of the checkpoint
     read    reads a tensor by its name in the source; its values may be those of a compressed model
@@ -73,8 +74,9 @@ class StreamedModel:
         where = str(self.source.path / "config.json")
         model = meta_model(self.source.config, where=where, dtype=self.dtype)
         model.set_experts_implementation(IMPLEMENTATION)
-        names = [name for name, info in self.source.tensors.items() if not is_experts(info)]
-        self.weights = Weights(self.source, self.read, model, bind(model, names), self.device)
+        binding = bind_source(model, self.source)
+        check_bound(model, binding, self.source)
+        self.weights = Weights(self.source, self.read, model, binding, self.device)
         self.model = model
         # "model.layers" of "model.layers.0.mlp.experts"
         self._path = experts_modules(model)[0][0].partition("layers.")[0] + "layers"
