@@ -101,7 +101,8 @@ def _answer(directory: str, scratch: str, request: Mapping[str, Any]) -> int:
             f"{available.size_bytes / 1e9:.1f} GB {available.limit} are available"
         )
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    loader, form = request["loader"], FORMATS.get(request["format"])
+    loader = request.get("loader", ENGINES[request["target"]].loader)
+    form = FORMATS.get(request["format"])
     if reason := _missing_package(loader, form):
         return _not_run(reason)
     if loader == "vllm":
