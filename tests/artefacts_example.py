@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 
 from se_compress.artifacts import (
+    GATES,
     Ablation,
     Check,
     CheckpointSummary,
@@ -18,6 +19,8 @@ from se_compress.artifacts import (
     Comparison,
     CompressionPlan,
     Continuation,
+    Departure,
+    DomainReport,
     ExpertDecision,
     ExpertId,
     ExpertIndex,
@@ -32,6 +35,9 @@ from se_compress.artifacts import (
     Scheme,
     SinkPosition,
     SuperExpert,
+    Tail,
+    TaskReport,
+    TextRecord,
     ValidationReport,
 )
 from se_compress.recipe import Recipe, parse_recipe
@@ -160,7 +166,25 @@ def example_validation(layers: int = 30, experts: int = 16, heads: int = 9) -> V
         continuations=_continuations(),
         records=tuple(_record(layer, experts, dice) for layer in range(layers)),
         versions={"se-compress": "0.1.0", "torch": "2.13.0", "transformers": "5.17.0"},
+        tail=_tail(),
+        domains=tuple(_domain(name, checks) for name in ("prose", "a-domain-with-a-long-name")),
+        texts=(
+            TextRecord("calibration", "prose", ("text/calibration.txt",), 64, "93aa64c0de5b1f07"),
+            TextRecord("held-out", "prose", ("p.txt",), 8, "0f3c9d2e11ab7784", 0, 0.002, True),
+        ),
+        tasks=(TaskReport("cloze", "acc", 200, 0.61, 0.595, 6, 9, 0.304),),
     )
+
+
+def _tail() -> Tail:
+    worst = Departure(3, 17, 2.25, "It is a truth", " universally", " acknowledged", " of", 0.4,
+                      "\n", 0.6)  # fmt: skip
+    return Tail(0.0113, 0.0921, 0.4312, 2.25, 0.931, (worst,))
+
+
+def _domain(name: str, checks: tuple[Check, ...]) -> DomainReport:
+    on_text = tuple(check for check in checks if GATES[check.name].on_text)
+    return DomainReport(name, on_text, 44.37, 44.9157, 4096, _tail())
 
 
 def failed_validation() -> ValidationReport:
@@ -186,7 +210,8 @@ def unproven_validation() -> ValidationReport:
         replace(check, value=None, passed=None, detail="no held-out text")
         for check in report.checks
     )
-    return replace(report, checks=checks, not_run=tuple(check.name for check in checks))
+    not_run = tuple(check.name for check in checks)
+    return replace(report, checks=checks, not_run=not_run, tail=None, domains=(), tasks=())
 
 
 def _identities(layers: int, experts: int) -> list[ExpertId]:

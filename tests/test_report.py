@@ -467,6 +467,8 @@ def card(
 
 def test_front_matter() -> None:
     matter, _ = card()
+    index = matter.pop("model-index")
+    assert [one["name"] for one in index] == ["quickstart"]
     assert matter == {
         "base_model": "smollm2-moe",
         "base_model_relation": "quantized",
