@@ -118,6 +118,23 @@ def test_bfloat16(tiny_model: TinyModel) -> None:
     assert 0 < float(divergence) < 0.05
 
 
+def test_two_may_ask_for_logits_at_once(tiny_model: TinyModel) -> None:
+    model = open_streamed(tiny_model("mixtral"))
+    batches = batches_of(TOKENS, BATCH_TOKENS)
+    expected = stream(model, batches)
+    states = model.embed(batches)
+    for layer in range(model.source.layer_count):
+        states = model.run_layer(layer, model.load_layer(layer), states)
+    for both, one in zip(
+        zip(model.logits(states), model.logits(states), strict=True), expected, strict=True
+    ):
+        assert all(torch.equal(found, one) for found in both)
+        assert not model.model.lm_head.weight.is_meta
+    assert model.model.lm_head.weight.is_meta
+    next(model.logits(states))  # and left
+    assert model.model.lm_head.weight.is_meta
+
+
 def test_tied_embeddings_have_no_head_of_their_own(tiny_model: TinyModel) -> None:
     model = open_streamed(tiny_model("qwen3_moe-tied"))
     assert "lm_head.weight" not in model.source.tensors

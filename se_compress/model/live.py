@@ -84,7 +84,8 @@ class Weights:
             raise SourceError(
                 f"{self.source.path}: {live} is missing; the model of config.json has it"
             )
-        return entry.values(self.model, self._read)[live if live == entry.live else entry.live]
+        made = entry.values(self.model, self._read)
+        return made[live if live in made else entry.live]  # tied: the other one's
 
     def _read(self, name: str) -> Tensor:
         return check_finite(name, self.read(name))

@@ -65,6 +65,7 @@ class StreamedModel:
     dtype: torch.dtype = torch.float32
     _running: Pass = field(default_factory=Pass)
     _adds: dict[object, bool] = field(default_factory=dict)
+    _heads: list[nn.Module] = field(default_factory=list)  # the meta head, and once for each user
 
     def __post_init__(self) -> None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -269,15 +270,19 @@ class StreamedModel:
 
     @contextmanager
     def _head(self) -> Iterator[None]:
-        """While this is entered, the head has its weights."""
+        """While this is entered, by one or by several at once, the head has its weights."""
         path = self._head_path
-        owner, _, leaf = path.rpartition(".")
-        meta = self.model.get_submodule(path)
-        setattr(self.model.get_submodule(owner), leaf, self.weights.loaded(meta, path))
+        if not self._heads:
+            self._heads.append(self.model.get_output_embeddings())
+            self.model.set_submodule(path, self.weights.loaded(self._heads[0], path))
+        self._heads.append(self._heads[0])
         try:
             yield
         finally:
-            setattr(self.model.get_submodule(owner), leaf, meta)
+            meta = self._heads.pop()
+            if len(self._heads) == 1:
+                self._heads.clear()
+                self.model.set_submodule(path, meta)
 
     @torch.no_grad()
     def logits(self, batches: Sequence[States]) -> Iterator[Tensor]:
