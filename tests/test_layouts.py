@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_types import TOKENS, kept_of, logits, plan_of
+from test_types import kept_of, logits, plan_of
 from torch import Tensor
 
 from se_compress.errors import SourceError
@@ -101,7 +101,7 @@ def layout(name: str, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors
         plain = renamed(plain, (r"^hc_head\.hc_", "hc_head_"))
         return {**plain, "mtp.0.e_proj.weight": torch.ones(H, H)}, config
     if name == "qwen3_5_moe_text":
-        more = renamed(of_layer(fused(tensors), 3, "mtp.layers.0."))
+        more = of_layer(fused(tensors), 3, "mtp.layers.0.")
         tower = {"model.visual.blocks.0.attn.qkv.weight": torch.ones(4, 4)}
         vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32,
                   "out_hidden_size": H}  # fmt: skip
@@ -167,7 +167,6 @@ def test_a_published_layout_is_pruned_as_the_plain_one(
     again = open_source(str(tmp_path / "a"))
     unrun = [info for info in again.tensors.values() if info.layer is None and info.kind == "other"]
     before = [i for i in source.tensors.values() if i.layer is None and i.kind == "other"]
-    assert len(TOKENS) > 0
     assert bool(unrun) == bool(before)
     numbers = {info.expert for info in unrun if info.expert is not None}
     assert numbers in (set(), set(range(again.expert_count)))
