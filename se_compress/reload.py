@@ -10,7 +10,8 @@ vLLM is loaded where the request says so (`validation.reload`), SGLang is not. t
 their unquantised files, and those of one width, and stands in for them: what it says is no proof of
 the engine, but a file that it cannot load, or loads otherwise, is broken.
 
-SCRATCH holds request.json ({"tokens": [...], "target": ..., "format": ..., "parent": process id});
+SCRATCH holds request.json ({"tokens": [...], "target": ..., "format": ..., "parent": process id},
+and a "loader" where it is not the target's own);
 logits.safetensors is written beside it. When the parent ends, however it does, this process ends
 too, and takes SCRATCH with it.
 """
