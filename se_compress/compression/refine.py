@@ -35,7 +35,7 @@ from se_compress.recipe import Refine
 FOLDS = ("tuning", "selection", "report")
 SELECTION, REPORT = 8, 16  # of so many sequences one
 # Adam's step sizes at the start, falling to nothing: of positions, in steps of the grid; of scales,
-# relative. Four times as much brings a layer nearer to the source and the logits farther away.
+# relative. Four times as much brought layers nearer to the source, but, in one run, not the logits.
 CODE_RATE, SCALE_RATE = 2e-3, 5e-4
 BETAS = (0.9, 0.99)
 EPSILON = 1e-20  # errors are relative, and a gradient is of one weight of millions
