@@ -294,7 +294,7 @@ def drop_an_expert(directory: Path) -> None:
         ),
         (
             lambda path: spoil_config(path, model_type="jambo"),
-            "model_type 'jambo' is not supported; recipes/MODELS.md lists .* this name are jamba, .*",
+            "model_type 'jambo' is not supported; recipes/MODELS.md lists .* name are jamba, .*",
         ),
         (
             lambda path: spoil_config(path, quantization_config={"quant_method": "awq"}),

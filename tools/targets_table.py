@@ -5,7 +5,8 @@ them.
 
 from collections.abc import Iterator, Sequence
 
-from se_compress.artifacts.targets import ENGINES, TARGETS, Need, TargetRules
+from se_compress.artifacts.target_rules import Need, TargetRules
+from se_compress.artifacts.targets import ENGINES, TARGETS
 
 METHODS = {"gptq", "rtn"}
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from se_compress.artifacts import CompressionPlan, ExpertProfile, ModelSource
-from se_compress.artifacts.targets import ENGINES, Need, TargetRules, targets_of
+from se_compress.artifacts.target_rules import Need, TargetRules
+from se_compress.artifacts.targets import ENGINES, targets_of
 from se_compress.engines.targets import rows_of, rules_of
 
 

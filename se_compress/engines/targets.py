@@ -18,9 +18,10 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
-from se_compress.artifacts.targets import GRANULARITIES, spoken, targets_of
+from se_compress.artifacts.target_rules import GRANULARITIES
+from se_compress.artifacts.target_rules import TargetRules as TargetRules
 from se_compress.artifacts.targets import TARGETS as TARGETS
-from se_compress.artifacts.targets import TargetRules as TargetRules
+from se_compress.artifacts.targets import spoken, targets_of
 from se_compress.errors import RecipeError
 from se_compress.formats import FORMATS, StoredPart
 from se_compress.opening.encodings import ACTIVATION_PARTS
