@@ -194,7 +194,7 @@ def test_the_module_refuses_like_the_command(settings: dict[str, Any], tmp_path:
     [
         ("calibration.sample=3", r"r\.yaml: calibration\.sample is not .* did you mean samples\?"),
         ("calibration.samples=many", r"r\.yaml: calibration\.samples is 'many': input should .*"),
-        ("target=onnx", r"r\.yaml: target is 'onnx': input should be 'transformers', .*"),
+        ("target=onnx", r"r\.yaml: target: 'onnx' is not one of transformers, gptqmodel, .*"),
         ("target=gptqmodel", r"target gptqmodel does not load experts of method none; .*"),
         (
             "policy.size=1kB",

@@ -15,7 +15,7 @@ from test_types import kept_of, logits, plan_of
 from torch import Tensor
 
 from se_compress.errors import SourceError
-from se_compress.model.binding import check_bound
+from se_compress.model.binding import bind_source, check_bound, meta_model
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 
@@ -150,7 +150,8 @@ def test_a_published_layout_opens_as_the_model_that_it_is(
     for identity, roles in source.experts.items():
         shapes = {role: info.shape for role, info in roles.items()}
         assert shapes == {r: info.shape for r, info in plain.experts[identity].items()}
-    check_bound(source)
+    model = meta_model(source.config)
+    check_bound(model, bind_source(model, source), source)
     torch.testing.assert_close(logits(source.path), logits(plain.path), atol=1e-5, rtol=1e-5)
 
 

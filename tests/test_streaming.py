@@ -3,6 +3,7 @@
 The twin is always the plain model: float32, eager attention, eager experts, all layers in memory.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,22 @@ def test_logits_equal_the_plain_model(tiny_model: TinyModel, name: str) -> None:
         assert ours.dtype == torch.float32
         assert_close(ours, theirs)
         assert float(theirs.std()) > 0.5  # else equality would say little
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_what_a_config_wants_returned_or_run_by_changes_nothing(
+    tiny_model: TinyModel, tmp_path: Path, name: str
+) -> None:
+    directory = Path(shutil.copytree(tiny_model(name), tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    wanted = ("output_router_logits", "output_hidden_states", "output_attentions")
+    config |= dict.fromkeys(wanted, True)
+    config |= {"_attn_implementation": "flash_attention_2", "return_dict": False}
+    (directory / "config.json").write_text(json.dumps(config))
+    batches = batches_of(TOKENS, BATCH_TOKENS)
+    found = stream(open_streamed(directory), batches)
+    expected = stream(open_streamed(tiny_model(name)), batches)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_a_batch_is_its_sequences(tiny_model: TinyModel) -> None:

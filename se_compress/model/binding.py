@@ -33,6 +33,13 @@ _UNUSED: Mapping[str, re.Pattern[str]] = {
     ),
     "rotary frequencies, which are computed": re.compile(r".*rotary_emb\.inv_freq"),
 }
+# Config keys that change no weight and no logit: how the weights are coded, which kernels are
+# wanted (maybe those of another machine), and what is returned beside the logits.
+_OF_STORAGE_AND_CALLS = (
+    "quantization_config", "attn_implementation", "_attn_implementation",
+    "_experts_implementation", "return_dict", "output_attentions", "output_hidden_states",
+    "output_router_logits",
+)  # fmt: skip
 _LAYER = re.compile(r"(?P<path>.*?\b(?:layers|blocks|h)\.(?P<layer>\d+))\.")
 
 
@@ -48,7 +55,7 @@ def meta_model(
 
     Of a composite model, its language model. Raises SourceError if transformers builds none.
 
-    config     config.json; what it says of quantisation is left out
+    config     config.json; how its weights are coded, and what a call returns, is left out
     where      what an error calls it
     attention  transformers' name of the attention implementation; None: its own choice
     changes    keys of the (language model's) config that get another value
@@ -56,10 +63,9 @@ def meta_model(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         kind = CONFIG_MAPPING[str(config.get("model_type"))]
-        built = kind.from_dict(kind._decode_special_floats(copy.deepcopy(plain)))
+        built = kind.from_dict(kind._decode_special_floats(_of_the_model(config)))
         text = built.get_text_config()
         for key, value in changes.items():
             setattr(text, key, value)
@@ -77,6 +83,15 @@ def meta_model(
             f"{where}: transformers builds no model from it ({shown(str(error), 200)})"
         ) from error
     return model.eval()
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config without what it says of how the model is stored or called."""
+    return {
+        key: _of_the_model(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in config.items()
+        if key not in _OF_STORAGE_AND_CALLS
+    }
 
 
 @dataclass(frozen=True)
