@@ -110,6 +110,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     """
     from se_compress.compression.execute import compress
     from se_compress.engines.generation import why_not_saved
+    from se_compress.model.binding import check_source
     from se_compress.profiling.profiler import STATES_FILE, profile_digest, profile_experts
     from se_compress.text.calibrate import draw_domains, draw_tokens
     from se_compress.validation.validator import Original, validate
@@ -125,6 +126,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     if not request.fresh and (finished := find_finished(request, source, settings)):
         return try_again(finished, source, held_out, request)
 
+    check_source(source)
     doubts = cautions(calibration, held_out)
     _tell(doubts, request.notice)
     beside = [file.name for file in source.path.iterdir()]

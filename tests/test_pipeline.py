@@ -22,7 +22,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from se_compress.artifacts import (
     Check,
@@ -141,6 +141,22 @@ class Workplace:
 
     def listing(self) -> set[str]:
         return {entry.name for entry in self.directory.iterdir()} - {"r.yaml", "text.txt"}
+
+
+def test_a_shape_that_only_transformers_knows_is_refused_before_the_work(
+    tiny_type: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_type("dots1"), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.self_attn.q_norm.weight"
+    tensors[name] = torch.ones(len(tensors[name]) + 1)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    place = Workplace(tmp_path, model)
+    place.settings |= {"target": "transformers", "quantization": {"method": "none"}}
+    del place.settings["policy"]
+    with pytest.raises(SourceError, match=rf"{re.escape(name)} is \[17\], but .* has \[16\]"):
+        place.run()
+    assert place.listing() == {"model"}
 
 
 @pytest.fixture

@@ -222,6 +222,12 @@ def layer_of(name: str) -> int | None:
 # -------------------------------------------------------------------------- at the start of a run
 
 
+def check_source(source: ModelSource) -> None:
+    """The same as `check_bound`, of the model of the source's own config."""
+    model = meta_model(source.config, where=str(source.path / "config.json"))
+    check_bound(model, bind_source(model, source), source)
+
+
 def bind_source(model: Any, source: ModelSource) -> Binding:
     """What of a source fills what, its routed experts left out: `ModelSource.experts` has those."""
     return bind(model, (name for name, info in source.tensors.items() if not is_experts(info)))
