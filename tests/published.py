@@ -42,10 +42,12 @@ class Published:
     more: tuple[Slot, ...] = ()
 
 
-def write_sparse(directory: Path, config: Mapping[str, Any], slots: Slots) -> Path:
+def write_sparse(
+    directory: Path, config: Mapping[str, Any], slots: Slots, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """A model directory whose weights are holes."""
     directory.mkdir(exist_ok=True)
-    layout = lay_out(slots, directory, SHARD_BYTES)
+    layout = lay_out(slots, directory, shard_bytes)
     shards: dict[str, list[TensorInfo]] = {}
     for info in layout.values():
         shards.setdefault(info.file, []).append(info)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import write_sparse
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, VARIANTS, edit_config, edit_weights
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,7 +27,7 @@ from se_compress.opening.families import (
     per_expert_tensors,
     router_tensors,
 )
-from se_compress.opening.headers import INDEX_FILE, Slot, header_bytes, lay_out
+from se_compress.opening.headers import Slot
 from se_compress.opening.source import open_source
 
 TinyModel = Callable[[str], Path]
@@ -422,17 +423,7 @@ def test_ten_thousand_tensors_within_a_second(tmp_path: Path) -> None:
         "moe_intermediate_size": 768,
     }  # fmt: skip
     slots = [Slot(place[0], "BF16", place[1]) for place in places(FAMILIES["qwen3_moe"], config)]
-    layout = lay_out(slots, tmp_path, 5 * 10**9)
-    shards: dict[str, list[TensorInfo]] = {}
-    for info in layout.values():
-        shards.setdefault(info.file, []).append(info)
-    for file, infos in shards.items():
-        with Path(file).open("wb") as stream:
-            stream.write(header_bytes(infos, min(info.begin for info in infos)))
-            stream.truncate(max(info.end for info in infos))
-    weight_map = {name: Path(info.file).name for name, info in layout.items()}
-    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_sparse(tmp_path, config, slots)
     start = time.process_time()
     source = open_source(str(tmp_path))
     assert len(source.digest) == 16

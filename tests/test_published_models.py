@@ -1,17 +1,17 @@
 """recipes/models: a recipe for each published model with known super experts, opened and planned on
 headers of its real shapes. The files are sparse: nothing of their data is read."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from published import write_sparse
 
-from se_compress.artifacts import ExpertId, ExpertIndex, TensorInfo
+from se_compress.artifacts import ExpertId, ExpertIndex
 from se_compress.opening.account import places
 from se_compress.opening.families import FAMILIES
-from se_compress.opening.headers import INDEX_FILE, Slot, header_bytes, lay_out
+from se_compress.opening.headers import Slot
 from se_compress.opening.source import open_source
 from se_compress.pipeline import preview
 from se_compress.planning.policy import task_of
@@ -159,18 +159,7 @@ def gpt_oss_slots(config: Mapping[str, Any]) -> Iterator[Slot]:
 
 
 def write_headers(directory: Path, config: Mapping[str, Any]) -> None:
-    """A checkpoint of these shapes; its files are holes."""
-    layout = lay_out(list(slots_of(config)), directory, 50 * 10**9)
-    shards: dict[str, list[TensorInfo]] = {}
-    for info in layout.values():
-        shards.setdefault(info.file, []).append(info)
-    for file, infos in shards.items():
-        with Path(file).open("wb") as stream:
-            stream.write(header_bytes(infos, min(info.begin for info in infos)))
-            stream.truncate(max(info.end for info in infos))
-    weight_map = {name: Path(info.file).name for name, info in layout.items()}
-    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_sparse(directory, config, list(slots_of(config)), 50 * 10**9)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -35,6 +35,15 @@ def parse_size(text: str) -> int:
     if match is None or len(match[1]) > 30:
         raise ValueError(f"{brief(text)} is not a size; write for instance 9GB or 4.5GiB")
     return round(float(match[1]) * _UNITS[match[2]])
+
+
+def one_or_more(value: object, wanted: str) -> list[Any]:
+    """The items of a list, or of the one that stands for it. Raises ValueError for none, with what
+    is `wanted`."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise ValueError(f"at least one {wanted}")
+    return items
 
 
 def _bytes(value: object) -> object:

@@ -22,6 +22,7 @@ from se_compress.recipe.kinds import (
     Seed,
     Target,
     Width,
+    one_or_more,
 )
 from se_compress.recipe.texts import Calibration, Section, Validation
 
@@ -155,10 +156,7 @@ class Policy(Section):
     @field_validator("bits", mode="before")
     @classmethod
     def _widths(cls, value: object) -> object:
-        widths = list(value) if isinstance(value, list | tuple) else [value]
-        if not widths:
-            raise ValueError("at least one width is needed, for instance [4]")
-        return tuple(widths)
+        return tuple(one_or_more(value, "width is needed, for instance [4]"))
 
     @field_validator("bits", mode="after")
     @classmethod
@@ -291,10 +289,8 @@ class Recipe(Section):
     @field_validator("target", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
-        names = list(value) if isinstance(value, list | tuple) else [value]
         known = get_args(Target)
-        if not names:
-            raise ValueError(f"at least one engine is needed: {', '.join(known)}")
+        names = one_or_more(value, f"engine is needed: {', '.join(known)}")
         for name in names:
             if name not in known:
                 raise ValueError(f"{brief(name)} is not one of {', '.join(known)}")

@@ -28,6 +28,7 @@ from se_compress.recipe.kinds import (
     Reloader,
     Seed,
     SequenceLength,
+    one_or_more,
 )
 
 _DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -90,11 +91,8 @@ class TextSection(Section):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         if names_domains(value):
-            items = [one for name, text in value.items() for one in _sources_of(name, text)]
-        else:
-            items = list(value) if isinstance(value, list | tuple) else [value]
-        if not items:
-            raise ValueError("at least one source of text is needed")
+            value = [one for name, text in value.items() for one in _sources_of(name, text)]
+        items = one_or_more(value, "source of text is needed")
         return tuple({"data": item} if isinstance(item, str) else item for item in items)
 
     @field_validator("data")
@@ -180,10 +178,7 @@ class Tasks(Section):
     @field_validator("names", mode="before")
     @classmethod
     def _one_or_more(cls, value: object) -> object:
-        names = list(value) if isinstance(value, list | tuple) else [value]
-        if not names:
-            raise ValueError("at least one task is needed")
-        return tuple(names)
+        return tuple(one_or_more(value, "task is needed"))
 
 
 def _limits(name: str, base: type[BaseModel], own: bool) -> type[BaseModel]:
