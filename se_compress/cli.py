@@ -228,7 +228,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # names need not be of the terminal's encoding
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signals.listen()
+    signals.listen(_tell_failure)
     # Spinning OpenMP threads waste most of their time when cores are shared with other work; this
     # has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -265,11 +265,15 @@ def _usage_error(error: Exception) -> RecipeError | None:
 def _fail(message: str, code: int) -> NoReturn:
     """End the process without a result."""
     signals.ignore()
+    _tell_failure(message, code)
+    sys.exit(code)
+
+
+def _tell_failure(message: str, code: int) -> None:
     message = _print_message(message)
     if _wants_json(sys.argv[1:]):
         line = to_json_line(RunResult("failed", code, message))
         surviving(sys.stdout, lambda: print(line))
-    sys.exit(code)
 
 
 def _print_message(message: str) -> str:

@@ -816,7 +816,13 @@ def test_the_progress_of_a_changed_model_is_dropped(place: Workplace) -> None:
     assert place.said == ["the model's files changed"]
 
 
-def test_ctrl_c_ends_with_130_and_what_can_be_continued(place: Workplace, published: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_leaves_what_can_be_continued(
+    place: Workplace, published: Path, number: signal.Signals, code: int, word: str
+) -> None:
     place.request()
     started = subprocess.Popen(
         [COMMAND, str(place.recipe), "--device", "cpu", "--quiet"],
@@ -829,10 +835,10 @@ def test_ctrl_c_ends_with_130_and_what_can_be_continued(place: Workplace, publis
         assert time.monotonic() < deadline
         assert started.poll() is None
         time.sleep(0.005)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(number)
     out, err = started.communicate(timeout=60)
-    message = "se-compress: interrupted; the same command continues where it stopped\n"
-    assert (started.returncode, out, err) == (130, "", message)
+    message = f"se-compress: {word}; the same command continues where it stopped\n"
+    assert (started.returncode, out, err) == (code, "", message)
     assert place.listing() == {"out.partial"}
     assert place.run().published
     assert_as_uninterrupted(place, published)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from se_compress import signals
+
 # A command that waits in the middle, as main() runs it: `sleep` stands for the work, with a child
 # and a scratch directory as the loading of a result has them.
 WORKS = """
-import os, signal, subprocess, sys, tempfile, time
+import hashlib, os, signal, subprocess, sys, tempfile, threading, time
 from se_compress import cli, pipeline
 # Whoever runs these tests may ignore SIGHUP, and children inherit that.
 nohup = sys.argv.pop(1) == "nohup"
@@ -28,7 +30,21 @@ def work(*arguments):
             except BaseException: raise RuntimeError("something from C") from None
         elif how == "cleans slowly":
             try: time.sleep(1000)
-            finally: time.sleep(1)
+            finally: time.sleep(0.6)
+        elif how == "never ends":
+            try: time.sleep(1000)
+            finally: threading.Event().wait()  # as a thread of a library may be waited for
+        elif how == "forks":
+            for _ in range(2):
+                if not (child := os.fork()):
+                    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+                    while True: signal.pause()
+                time.sleep(0.1)
+                os.kill(child, signal.SIGTERM)
+                os.waitpid(child, 0)
+                time.sleep(1.2)
+        elif how == "in C":
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # a call that gives way to no handler
         time.sleep(2)
 cli.run = work
 cli.main()
@@ -98,6 +114,28 @@ def test_several_signals_are_one_request(tmp_path: Path, numbers: list[signal.Si
     assert started.returncode == 128 + numbers[0]
     assert len(err.splitlines()) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("how", ["never ends", "in C"])
+def test_a_second_request_ends_it_at_once(tmp_path: Path, how: str) -> None:
+    """Whatever it is doing: the first has it clean up, or waits for what gives way to no signal."""
+    started = start(tmp_path, how, "--json")
+    started.terminate()
+    time.sleep(signals.ONE_REQUEST_SECONDS + 0.2)
+    assert started.poll() is None
+    started.terminate()
+    out, err = started.communicate(timeout=10)
+    message = "terminated; the same command continues where it stopped"
+    assert (started.returncode, err) == (143, f"se-compress: {message}\n")
+    assert f'"exit_code": 143, "message": "{message}"' in out
+
+
+def test_what_ends_a_child_is_no_request_to_this_process(tmp_path: Path) -> None:
+    """A fork of it, as the chat template's is, has its pipe too."""
+    started = start(tmp_path, "forks")
+    _, err = started.communicate(timeout=30)
+    assert started.returncode == 1, err  # it came to the end of what stands for the work
+    assert "terminated" not in err
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
