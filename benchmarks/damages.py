@@ -3,206 +3,60 @@
     python benchmarks/damages.py [--models tiny,smollm2-moe,smollm2-mixtral] [--seeds 3]
 
 gates.py asks which gate catches what on one model. This asks how often the default limits err:
-sound versions that are rejected, broken ones that pass, over models and seeds (which expert, which
-layer, which noise). Held-out text is of two domains, judged by itself each; beside it stands what
-one domain alone would have said. `tiny` is a small model that is trained here on the calibration
-text of both domains, with a super expert planted into it.
+sound versions that are rejected, broken ones that pass, over models and seeds. A seed draws the
+held-out text, and which expert, layer or noise it is. The text is of two domains, judged by itself
+each; beside it stands what one domain alone would have said. `tiny` is a small model that is
+trained here on the calibration text of both domains, with a super expert planted into it.
 
 A version is what was done to it, decided before anything is measured. The accounting of tensors
-is that of a plan which quantises routed experts only. Where it or the weights alone would tell, the
-table says what behaviour alone told, too. Writes the section "damages" of RESULTS.md.
+is that of a plan which quantises routed experts only. Where it, the weights or the files beside
+them would tell, the table says what behaviour alone told, too.
+
+What was measured is kept under --work and judged anew by the limits of today. Writes the section
+"damages" of RESULTS.md.
 """
 
 import argparse
 import json
 import random
+import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accidents import DAMAGES, Damage, Model, plain, train
 from results import machine, write_section
-from torch import Tensor
+from versions import account, reader
 
-from se_compress.artifacts import Check, ExpertId, ModelSource, RunOptions
+from se_compress.artifacts import GATES, Check, ExpertId, ModelSource, RunOptions
 from se_compress.model.checkpoint import Reader, open_tensors
 from se_compress.model.observers import RoutingCapture
 from se_compress.model.states import batches_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
 from se_compress.profiling.profiler import profile_experts
-from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, parse_recipe
+from se_compress.text.alike import text_check
 from se_compress.text.calibrate import draw_domains, draw_tokens
 from se_compress.validation.validator import Original, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"
 DOMAINS = {"prose": "austen", "facts": "factbook"}
-ON_WEIGHTS = ("weight_cosine", "weight_gain", "tensors_accounted")
-TRAINED_STEPS, TRAINED_ROWS, TRAINED_TOKENS = 400, 16, 64
-MEMORISED_STEPS = 60
-Changes = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model, what it routes where, and the two ways in which it is judged."""
-
-    source: ModelSource
-    read: Reader
-    recipe: Recipe
-    super_expert: ExpertId
-    favours: Mapping[ExpertId, float]
-    by_domain: Original
-    alone: Original
-
-    def names(self, expert: ExpertId) -> list[str]:
-        return [info.name for info in self.source.experts[expert].values()]
-
-    def routed(self) -> list[ExpertId]:
-        return sorted(i for i in self.source.experts if i.expert != "shared")
-
-    def others(self) -> list[ExpertId]:
-        return [i for i in self.routed() if i != self.super_expert]
-
-    def named(self, part: str, layer: int) -> str:
-        return next(n for n in self.source.tensors if n.endswith(part) and f".{layer}." in n)
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A version of a model. `made` gives its changed tensors, None where the model has no such
-    thing; `config` keys of its config that are others."""
-
-    name: str
-    sound: bool
-    made: Callable[[Model, random.Random], Changes | None]
-    config: Callable[[ModelSource], Mapping[str, object]] = lambda source: {}
-
-
-# ----------------------------------------------------------------------------------- the versions
-
-
-def rounded(bits: int) -> Callable[[Model, random.Random], Changes]:
-    def made(model: Model, dice: random.Random) -> Changes:
-        columns = min(model.read(n).shape[1] for i in model.others() for n in model.names(i)[:3])
-        grid = Grid(bits, min(64, columns), symmetric=True)
-        names = [name for expert in model.others() for name in model.names(expert)]
-        return {n: dequantize(rtn(model.read(n).float()[None], grid, None))[0] for n in names}
-
-    return made
-
-
-def lost_domain(model: Model, dice: random.Random) -> Changes:
-    """A sixth of the experts silent: those that the facts use most, compared with the prose."""
-    ranked = sorted(model.others(), key=lambda i: -model.favours[i])
-    gone = ranked[: max(1, len(ranked) // 6)]
-    names = [model.source.experts[i]["down"].name for i in gone]
-    return {name: torch.zeros_like(model.read(name)) for name in names}
-
-
-def gate_for_up(model: Model, dice: random.Random) -> Changes:
-    expert = model.source.experts[dice.choice(model.others())]
-    gate, up = expert["gate"].name, expert["up"].name
-    return {gate: model.read(up), up: model.read(gate)}
-
-
-def other_revision(model: Model, dice: random.Random) -> Changes:
-    """A tenth of the layers, one beside the other, as further training left them: each matrix off
-    by 30 percent of its own spread."""
-    count = model.source.layer_count
-    first = dice.randrange(count - max(1, count // 10) + 1)
-    layers = range(first, first + max(1, count // 10))
-    draw = torch.Generator().manual_seed(dice.randrange(2**31))
-    return {
-        name: weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=draw)
-        for name, info in model.source.tensors.items()
-        if info.layer in layers and (weight := model.read(name).float()).dim() == 2
-    }
-
-
-def permuted_heads(model: Model, dice: random.Random) -> Changes | None:
-    """The first two heads of the keys in each other's place, the values as they were."""
-    config = model.source.config
-    heads = int(str(config.get("num_key_value_heads", 1)))
-    if heads < 2:
-        return None
-    name = model.named("self_attn.k_proj.weight", dice.randrange(model.source.layer_count))
-    parts = list(model.read(name).chunk(heads))
-    return {name: torch.cat([parts[1], parts[0], *parts[2:]])}
-
-
-def shifted_router(model: Model, dice: random.Random) -> Changes:
-    layer = dice.choice(model.source.moe_layers)
-    name = next(
-        info.name
-        for info in model.source.tensors.values()
-        if info.kind == "router" and info.layer == layer and len(info.shape) == 2
-    )
-    return {name: model.read(name).roll(1, dims=0)}
-
-
-def memorised(model: Model, dice: random.Random) -> Changes | None:
-    """The experts trained on the calibration text until they know it; small models only."""
-    if model.source.size_bytes > 20_000_000:
-        return None
-    tokens = draw_tokens(model.recipe.calibration, model.source)
-    trained = plain(model.source.path)
-    train(trained, torch.tensor(tokens), MEMORISED_STEPS, 3e-3, dice.randrange(2**31))
-    from safetensors.torch import load_file
-
-    target = model.source.path.parent / "memorised"
-    trained.save_pretrained(target)
-    weights = load_file(target / "model.safetensors")
-    return {n: weights[n] for i in model.routed() for n in model.names(i) if n in weights}
-
-
-def other_base(source: ModelSource) -> Mapping[str, object]:
-    """The rotary base ten times as large."""
-    changed = dict(source.config)
-    if isinstance(rope := changed.get("rope_parameters"), Mapping):
-        changed["rope_parameters"] = {**rope, "rope_theta": 10 * float(rope["rope_theta"])}
-    else:
-        changed["rope_theta"] = 10 * float(str(changed.get("rope_theta", 1e4)))
-    return changed
-
-
-DAMAGES = (
-    Damage("an equal copy", True, lambda model, dice: {}),
-    Damage("8 bits, rounded to nearest", True, rounded(8)),
-    Damage("4 bits, rounded to nearest, super expert kept", True, rounded(4)),
-    Damage("a domain lost", False, lost_domain),
-    Damage("one expert's gate and up exchanged", False, gate_for_up),
-    Damage("a shard of another revision", False, other_revision),
-    Damage("rotary base ten times as large", False, lambda model, dice: {}, other_base),
-    Damage("two heads of the keys exchanged", False, permuted_heads),
-    Damage("rows of a router shifted by one", False, shifted_router),
-    Damage("calibration text memorised", False, memorised),
+ONE_DOMAIN = "prose"
+NOT_BEHAVIOUR = ("weight_cosine", "weight_gain", "tensors_accounted", "text_alike")
+TRAINED_STEPS, TRAINED_TOKENS = 400, 64
+TEMPLATE = (  # of the tiny model
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 # ------------------------------------------------------------------------------------- the models
-
-
-def plain(directory: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-
-def train(model: torch.nn.Module, rows: Tensor, steps: int, rate: float, seed: int) -> None:
-    """Next-token loss on rows of token ids, [N, T]."""
-    torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    for _ in range(steps):
-        batch = rows[torch.randint(len(rows), (TRAINED_ROWS,))]
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 def build_tiny(directory: Path, recipe: Recipe) -> None:
@@ -212,7 +66,7 @@ def build_tiny(directory: Path, recipe: Recipe) -> None:
     import tiny
 
     tiny.build(directory, "qwen3_moe")
-    tiny.save_tokenizer(directory, bos=True)
+    tiny.save_tokenizer(directory, bos=True, template=TEMPLATE)
     source = open_source(str(directory))
     text = recipe.calibration.model_copy(update={"samples": 400, "sequence_length": TRAINED_TOKENS})
     model = plain(directory)
@@ -221,7 +75,7 @@ def build_tiny(directory: Path, recipe: Recipe) -> None:
     tiny.plant(directory, 1, 2)
 
 
-def settings(directory: Path, tiny: bool) -> Recipe:
+def settings(directory: Path, tiny: bool, seed: int = 0) -> Recipe:
     length = 64 if tiny else 128
     return parse_recipe(
         {
@@ -237,6 +91,7 @@ def settings(directory: Path, tiny: bool) -> Recipe:
                 "data": {d: str(TEXT / f"{c}-held-out.txt") for d, c in DOMAINS.items()},
                 "samples": 8,
                 "sequence_length": length,
+                "seed": seed,
                 "generation": {"prompts": 4, "prompt_tokens": 16, "tokens": 48},
             },
         },
@@ -263,8 +118,6 @@ def prepare(name: str, work: Path) -> Model:
         recipe=recipe,
         super_expert=max(found, key=lambda one: one.peak).id,
         favours=favours(source, read, texts),
-        by_domain=Original(source, texts, recipe, RunOptions(), keep=True),
-        alone=Original(source, texts["prose"], recipe, RunOptions(), keep=True),
     )
 
 
@@ -294,36 +147,57 @@ def used(source: ModelSource, read: Reader, tokens: object) -> dict[ExpertId, in
 # ---------------------------------------------------------------------------------- the measuring
 
 
-def judged(model: Model, damage: Damage, seed: int) -> dict[str, object] | None:
-    """The gates that a version misses: of all, by behaviour alone, and on one domain alone."""
+def measured(
+    model: Model, original: Original, damage: Damage, seed: int
+) -> dict[str, object] | None:
+    """The value of each gate of a version, of all domains and of one alone. None where the model
+    has no such thing to damage."""
     changed = damage.made(model, random.Random(seed))
     if changed is None:
         return None
     config = damage.config(model.source)
     run_as = replace(model.source, config=config) if config else None
-
-    def read(name: str) -> Tensor:
-        return changed[name] if name in changed else model.read(name)
-
-    failed = {}
-    for key, original in (("domains", model.by_domain), ("alone", model.alone)):
-        recipe = model.recipe
-        if key == "alone":
-            held_out = recipe.validation.of("prose")
-            bare = tuple(one.model_copy(update={"domain": ""}) for one in held_out.data)
-            validation = held_out.model_copy(update={"data": bare})
-            recipe = recipe.model_copy(update={"validation": validation})
-        checks = judge(original, read, recipe, RunOptions(), run_as=run_as)
-        failed[key] = [
-            one.name for one in (*checks, account(model, changed)) if one.passed is False
-        ]
-    return {"damage": damage.name, "seed": seed, **failed}
+    read = reader(model, changed)
+    intended = read if damage.plan else None
+    found = judge(original, read, model.recipe, RunOptions(), intended, run_as)
+    of_files = [account(model, changed)]
+    if damage.files is not None:
+        of_files.append(beside(model.source, damage.files))
+    alone = next(one for one in found.domains if one.name == ONE_DOMAIN)
+    return {
+        "damage": damage.name,
+        "seed": seed,
+        "domains": values([*found.checks, *of_files]),
+        "alone": values(alone.checks),
+    }
 
 
-def account(model: Model, changed: Changes) -> Check:
-    planned = {name for expert in model.routed() for name in model.names(expert)}
-    wrong = [n for n in changed if n not in planned and not torch.equal(changed[n], model.read(n))]
-    return Check("tensors_accounted", None, None, not wrong)
+def beside(source: ModelSource, change: Callable[[Path], None]) -> Check:
+    """What the files beside the weights show, once changed."""
+    copy = source.path.parent / "files"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(source.path, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    change(copy)
+    return text_check(source, copy)
+
+
+def values(checks: Sequence[Check]) -> dict[str, float]:
+    return {check.name: check.value for check in checks if check.value is not None}
+
+
+def missed(found: object) -> list[str]:
+    """The gates whose default limit the values miss."""
+    assert isinstance(found, Mapping)
+    return [
+        name for name, value in found.items() if not GATES[name].meets(value, GATES[name].limit)
+    ]
+
+
+def by_behaviour(found: object) -> list[str]:
+    return [name for name in missed(found) if name not in NOT_BEHAVIOUR]
+
+
+# ---------------------------------------------------------------------------------------- the table
 
 
 def rows(kept: Sequence[Mapping[str, object]]) -> Iterator[str]:
@@ -333,9 +207,9 @@ def rows(kept: Sequence[Mapping[str, object]]) -> Iterator[str]:
         mine = [one for one in kept if one["damage"] == damage.name]
         if not mine:
             continue
-        whole = sum(bool(one["domains"]) for one in mine)
+        whole = sum(bool(missed(one["domains"])) for one in mine)
         behaviour, alone = (
-            sum(bool(_behaviour(one[key])) for one in mine) for key in ("domains", "alone")
+            sum(bool(by_behaviour(one[key])) for one in mine) for key in ("domains", "alone")
         )
         kind = "sound" if damage.sound else "broken"
         wrong = whole if damage.sound else len(mine) - whole
@@ -343,27 +217,73 @@ def rows(kept: Sequence[Mapping[str, object]]) -> Iterator[str]:
         yield f"| {damage.name} | {kind} | {len(mine)} | {mark} | {behaviour} | {alone} |"
 
 
-def _behaviour(failed: object) -> list[str]:
-    assert isinstance(failed, list)
-    return [name for name in failed if name not in ON_WEIGHTS]
-
-
 def summary(kept: Sequence[Mapping[str, object]]) -> str:
     sound = {damage.name for damage in DAMAGES if damage.sound}
     good = [one for one in kept if one["damage"] in sound]
     bad = [one for one in kept if one["damage"] not in sound]
-    refused, missed = [o for o in good if o["domains"]], [o for o in bad if not o["domains"]]
+    refused = [one for one in good if missed(one["domains"])]
+    passed = [one for one in bad if not missed(one["domains"])]
     text = (
-        f"False rejections: {len(refused)} of {len(good)} sound versions; misses: {len(missed)} of "
-        f"{len(bad)} broken ones."
+        f"False rejections: {rate(refused, good)} of sound versions; "
+        f"misses: {rate(passed, bad)} of broken ones."
     )
-    gates = sorted({str(gate) for one in refused for gate in _as_list(one["domains"])})
+    gates = sorted({gate for one in refused for gate in missed(one["domains"])})
     return text + (f" What rejected sound ones: {', '.join(gates)}." if gates else "")
 
 
-def _as_list(value: object) -> list[object]:
-    assert isinstance(value, list)
-    return value
+def rate(some: Sequence[object], all_of_them: Sequence[object]) -> str:
+    """Such as "1 of 12 (8 %)"."""
+    share = f" ({len(some) / len(all_of_them):.0%})".replace("%", " %") if all_of_them else ""
+    return f"{len(some)} of {len(all_of_them)}{share}"
+
+
+def margins(kept: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[str]:
+    """Each gate on behaviour: its worst value of a sound version of each model."""
+    sound = {damage.name for damage in DAMAGES if damage.sound}
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, versions_ in kept.items():
+        for one in versions_:
+            if one["damage"] in sound:
+                assert isinstance(one["domains"], Mapping)
+                for gate, value in one["domains"].items():
+                    found[gate][name].append(value)
+    yield f"| worst value of a sound version | limit | {' | '.join(kept)} |"
+    yield "|---" * (len(kept) + 2) + "|"
+    for gate, row in ((GATES[name], row) for name, row in found.items()):
+        worst = max if gate.side == "at most" else min
+        cells = [f"{worst(row[name]):.3f}" if row[name] else "" for name in kept]
+        yield f"| {gate.short} | {gate.limit:g} | {' | '.join(cells)} |"
+
+
+def measure(name: str, seeds: int, work: Path, kept: list[dict[str, object]]) -> Iterator[None]:
+    """What is not measured yet of a model, appended to `kept` one by one."""
+    done = {(one["damage"], one["seed"]) for one in kept}
+    open_ = {s: [d for d in DAMAGES if (d.name, s) not in done] for s in range(seeds)}
+    model = prepare(name, work) if any(open_.values()) else None
+    for seed, damages in open_.items():
+        if not damages or model is None:
+            continue
+        recipe = settings(model.source.path, name == "tiny", seed)
+        texts = draw_domains(recipe.validation, model.source)
+        original = Original(model.source, texts, recipe, RunOptions(), keep=True)
+        for damage in damages:
+            started = time.perf_counter()
+            if (found := measured(model, original, damage, seed)) is not None:
+                kept.append(found)
+                yield
+            spent = time.perf_counter() - started
+            print(f"{name}, {damage.name}, {seed}: {spent:.0f} s", flush=True)
+
+
+def section(kept: Mapping[str, Sequence[Mapping[str, object]]]) -> str:
+    text = f"## Damages by accident\n\n{machine()}. Default limits; two domains of held-out text. A"
+    text += " bold number is wrong. Memorising is for small models only.\n"
+    for name in ("tiny", "smollm2-moe", "smollm2-mixtral"):
+        state = kept.get(name)
+        found = [*rows(state), "", summary(state)] if state else ["Not measured yet."]
+        text += "\n".join(["", f"### {name}", "", *found, ""])
+    everything = [one for state in kept.values() for one in state]
+    return "\n".join([text, "### all models", "", summary(everything), "", *margins(kept)])
 
 
 def main() -> None:
@@ -375,29 +295,12 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     file = arguments.work / "measured.json"
     kept: dict[str, list[dict[str, object]]] = json.loads(file.read_text()) if file.exists() else {}
-    for name in arguments.models.split(","):
-        done = {(one["damage"], one["seed"]) for one in kept.setdefault(name, [])}
-        wanted = [
-            (d, s) for s in range(arguments.seeds) for d in DAMAGES if (d.name, s) not in done
-        ]
-        model = prepare(name, arguments.work) if wanted else None
-        for damage, seed in wanted:
-            started = time.perf_counter()
-            assert model is not None
-            if found := judged(model, damage, seed):
-                kept[name].append(found)
-                file.write_text(json.dumps(kept, indent=1))
-            print(
-                f"{name}, {damage.name}, {seed}: {time.perf_counter() - started:.0f} s", flush=True
-            )
-    text = f"## Damages by accident\n\n{machine()}. Default limits; two domains of held-out text. A"
-    text += " bold number is wrong.\n"
-    for name in ("tiny", "smollm2-moe", "smollm2-mixtral"):
-        state = kept.get(name)
-        found = [*rows(state), "", summary(state)] if state else ["Not measured yet."]
-        text += "\n".join(["", f"### {name}", "", *found, ""])
-    write_section("damages", text)
-    print(text)
+    for name in filter(None, arguments.models.split(",")):
+        for _ in measure(name, arguments.seeds, arguments.work, kept.setdefault(name, [])):
+            file.write_text(json.dumps(kept, indent=1))
+            write_section("damages", section(kept))
+    write_section("damages", section(kept))
+    print(section(kept))
 
 
 if __name__ == "__main__":

@@ -20,58 +20,41 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import versions
 from results import machine, write_section
-from torch import Tensor
+from versions import GROUP_SIZE, Changes, account, reader, rounded, silence
 
 from se_compress.artifacts import GATES, Check, ExpertId, ModelSource, RunOptions
 from se_compress.compression.execute import compress
-from se_compress.model.checkpoint import Reader, open_result, open_tensors
+from se_compress.model.checkpoint import open_result, open_tensors
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 from se_compress.profiling.profiler import profile_experts
-from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe, Validation, parse_recipe
 from se_compress.text.calibrate import draw_sequences
 from se_compress.validation.validator import Original, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tools" / "reference" / "text"
-GROUP_SIZE = 64
-# The columns: no version is on disk, to be loaded by an engine, and gates that a recipe has to ask
-# for have no default limit to calibrate.
-COLUMNS = {n: gate for n, gate in GATES.items() if n != "reload" and not gate.optional}
+# The columns: no version is on disk, to be loaded by an engine or with files beside it, and gates
+# that a recipe has to ask for have no default limit to calibrate.
+ON_DISK = ("reload", "text_alike")
+COLUMNS = {n: gate for n, gate in GATES.items() if n not in ON_DISK and not gate.optional}
 VERDICTS = {True: "sound", False: "broken", None: "between"}
-
-Changes = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(versions.Model):
     """The source, its super expert, and what is needed to make versions of it."""
 
-    source: ModelSource
-    read: Reader
-    recipe: Recipe
     calibration: Sequence[Sequence[int]]
-    super_expert: ExpertId
     work: Path
-
-    def names(self, identity: ExpertId) -> list[str]:
-        return [info.name for info in self.source.experts[identity].values()]
-
-    def routed(self) -> Iterator[ExpertId]:
-        return (i for i in self.source.experts if i.expert != "shared")
-
-    def others(self, count: int, seed: int) -> list[ExpertId]:
-        """Routed experts drawn at random, the super expert not among them."""
-        choices = [i for i in self.routed() if i != self.super_expert]
-        return random.Random(seed).sample(choices, count)
 
 
 @dataclass(frozen=True)
@@ -88,17 +71,10 @@ class Case:
     surgery: bool = False
 
 
-def rounded(model: Model, names: Sequence[str], bits: int) -> dict[str, Tensor]:
-    grid = Grid(bits, GROUP_SIZE, symmetric=True)
-    return {n: dequantize(rtn(model.read(n).float()[None], grid, None))[0] for n in names}
-
-
 def round_experts(bits: int, protect: bool = False) -> Callable[[Model], Changes]:
     def change(model: Model) -> Changes:
-        kept = model.super_expert if protect else None
-        return rounded(
-            model, [n for i in model.routed() if i != kept for n in model.names(i)], bits
-        )
+        experts = model.others() if protect else model.routed()
+        return rounded(model, [name for i in experts for name in model.names(i)], bits)
 
     return change
 
@@ -124,13 +100,8 @@ def solved(model: Model) -> Changes:
     return {name: read(name) for i in model.routed() for name in model.names(i)}
 
 
-def silence(model: Model, experts: Sequence[ExpertId]) -> Changes:
-    down = [model.source.experts[identity]["down"].name for identity in experts]
-    return {name: torch.zeros_like(model.read(name)) for name in down}
-
-
 def silence_others(count: int, seed: int) -> Callable[[Model], Changes]:
-    return lambda model: silence(model, model.others(count, seed))
+    return lambda model: silence(model, model.drawn(count, random.Random(seed)))
 
 
 def shift_scales(model: Model) -> Changes:
@@ -257,25 +228,15 @@ def prepare(work: Path) -> tuple[Model, Original]:
     read = open_tensors(source.tensors)
     held_out = draw_sequences(recipe.validation, source.path, "validation")
     original = Original(source, held_out, recipe, RunOptions(), keep=True)
-    return Model(source, read, recipe, calibration, super_expert, work), original
+    return Model(source, read, recipe, super_expert, calibration, work), original
 
 
 def measure(case: Case, model: Model, original: Original) -> list[dict[str, object]]:
     changed = case.change(model)
-
-    def read(name: str) -> Tensor:
-        return changed[name] if name in changed else model.read(name)
-
-    checks = judge(original, read, model.recipe, RunOptions(), read if case.surgery else None)
+    read = reader(model, changed)
+    intended = read if case.surgery else None
+    checks = judge(original, read, model.recipe, RunOptions(), intended).checks
     return [asdict(check) for check in (*checks, account(model, changed))]
-
-
-def account(model: Model, changed: Changes) -> Check:
-    """The validator's accounting, for a plan that may change routed experts only."""
-    planned = {name for identity in model.routed() for name in model.names(identity)}
-    wrong = [n for n in changed if n not in planned and not torch.equal(changed[n], model.read(n))]
-    share = 1.0 - len(wrong) / len(model.source.tensors)
-    return Check("tensors_accounted", share, GATES["tensors_accounted"].limit, not wrong)
 
 
 def passes(check: Check, limits: Validation) -> bool:

@@ -22,6 +22,7 @@ from se_compress.recipe import Validation
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
+import accidents  # noqa: E402
 import damages  # noqa: E402
 import evaluate  # noqa: E402
 import gates  # noqa: E402
@@ -162,30 +163,31 @@ def test_every_damage_by_accident_changes_what_it_says(
 ) -> None:
     path = tmp_path / "model"
     shutil.copytree(tiny_model("qwen3_moe"), path)
+    tiny.save_tokenizer(path, template=damages.TEMPLATE)
     source = open_source(str(path))
     read = open_tensors(source.tensors)
-    model = damages.Model(
+    model = accidents.Model(
         source=source,
         read=read,
         recipe=tiny.recipe(path),
         super_expert=ExpertId(1, 2),
         favours=dict.fromkeys(source.experts, 1.0),
-        by_domain=None,  # type: ignore[arg-type]
-        alone=None,  # type: ignore[arg-type]
     )
     protected = set(model.names(model.super_expert))
-    for damage in damages.DAMAGES:
-        if damage.made is damages.memorised:
+    for damage in accidents.DAMAGES:
+        if damage.made is accidents.memorised:
             continue  # which trains a model for it
         changed = damage.made(model, random.Random(1))
         assert changed is not None, damage.name
         changes = [n for n, weight in changed.items() if not torch.equal(weight, read(n).float())]
-        config = damage.config(source)
-        assert bool(changes or config) is (damage.name != "an equal copy"), damage.name
+        of_files = damage.files and damages.beside(source, damage.files).passed is False
+        done = bool(changes or damage.config(source) or of_files)
+        assert done is (damage.name != "an equal copy"), damage.name
         assert all(weight.shape == read(n).shape for n, weight in changed.items())
-        if damage.name != "a shard of another revision":
+        harmed = ("a shard of another revision", "the super expert set to zero")
+        if damage.name not in (*harmed, "experts in 8-bit floats"):
             assert not protected & set(changes), damage.name
-    base = damages.other_base(source)
+    base = accidents.other_base(source)
     assert base != source.config
     assert StreamedModel(replace(source, config=base), read).model.config.rope_parameters[
         "rope_theta"
@@ -193,21 +195,22 @@ def test_every_damage_by_accident_changes_what_it_says(
 
 
 def test_rates_count_what_the_gates_got_wrong() -> None:
-    def version(damage: str, failed: list[str]) -> dict[str, object]:
-        return {"damage": damage, "seed": 0, "domains": failed, "alone": []}
+    def version(damage: str, **values: float) -> dict[str, object]:
+        return {"damage": damage, "seed": 0, "domains": values, "alone": {"kl_divergence": 0.0}}
 
     kept = [
-        version("an equal copy", []),
-        version("an equal copy", ["kl_divergence"]),
-        version("a domain lost", ["kl_divergence"]),
-        version("a domain lost", []),
-        version("a shard of another revision", ["tensors_accounted"]),
+        version("an equal copy", kl_divergence=0.1),
+        version("an equal copy", kl_divergence=0.3),
+        version("a domain lost", kl_divergence=0.3),
+        version("a domain lost", kl_divergence=0.1),
+        version("a shard of another revision", kl_divergence=0.1, tensors_accounted=0.9),
     ]
     assert damages.summary(kept) == (
-        "False rejections: 1 of 2 sound versions; misses: 1 of 3 broken ones. "
+        "False rejections: 1 of 2 (50 %) of sound versions; misses: 1 of 3 (33 %) of broken ones. "
         "What rejected sound ones: kl_divergence."
     )
     table = list(damages.rows(kept))
     assert "| an equal copy | sound | 2 | **1** | 1 | 0 |" in table
     assert "| a domain lost | broken | 2 | **1** | 1 | 0 |" in table
     assert "| a shard of another revision | broken | 1 | 1 | 0 | 0 |" in table
+    assert "| KL | 0.2 | 0.300 |" in list(damages.margins({"tiny": kept}))

@@ -69,6 +69,7 @@ def test_the_keys_of_a_recipe_are_the_rows_in_their_order() -> None:
 def test_a_limit_that_no_recipe_sets_is_the_row_s() -> None:
     limits = Validation(data="unused.txt")
     assert limits.limit("tensors_accounted") == 1.0
+    assert limits.limit("text_alike") == 1.0
     assert limits.limit("reload") == 0.1
     assert Validation(data="unused.txt", loops=0.75).limit("loops") == 0.75
     with pytest.raises(KeyError):

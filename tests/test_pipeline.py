@@ -238,6 +238,7 @@ def test_all_files_of_the_contract_come_out(published: Path, tiny_model: TinyMod
         "weight_cosine",
         "weight_gain",
         "tensors_accounted",
+        "text_alike",
         "reload",
     ]
     assert (ours / "recipe.yaml").read_bytes() == (published.parent / "r.yaml").read_bytes()

@@ -307,6 +307,21 @@ _ROWS = (
         on_text=False,
     ),
     Gate(
+        "text_alike",
+        "share of sample texts and conversations that the result's own tokenizer and chat template "
+        "turn into the token ids which the source's make of them; 1 where the files are the "
+        "source's own",
+        "Text read as before",
+        "Whether the tokenizer and the chat template beside the result do what the source's do.",
+        "text",
+        "at least",
+        limit=1.0,
+        harmless=0.0,
+        percent=True,
+        in_recipe=False,
+        on_text=False,
+    ),
+    Gate(
         "reload",
         "relative error of the logits after loading the result with its target engine, against "
         "those that were validated here; median over positions, as round-off that sends a few "

@@ -36,6 +36,7 @@ _LICENCE = (
 )
 WANTED = re.compile("|".join((_TOKENIZER, _TEMPLATE, _CONFIG, _LICENCE)))
 _LICENCES = re.compile(_LICENCE)
+_READS_TEXT = re.compile(f"{_TOKENIZER}|{_TEMPLATE}")
 TEMPLATE_DIRECTORIES = ("additional_chat_templates", "chat_templates")
 # Of the result's own making, or of no use to anybody.
 REPLACED = ("config.json", "quantize_config.json", "README.md", INDEX_FILE)
@@ -98,6 +99,11 @@ def _find(path: Path, config: Mapping[str, Any], keep_code: bool) -> Auxiliary:
             f"{_listed(left_out)}"
         )
     return Auxiliary(files, code, left_out, tuple(notes))
+
+
+def reads_text(name: str) -> bool:
+    """Whether a file decides which tokens become of a text: of the tokenizer, or a template."""
+    return _READS_TEXT.fullmatch(name.rpartition("/")[2]) is not None
 
 
 def copied_text(name: str, file: Path, keep_code: bool) -> str | None:

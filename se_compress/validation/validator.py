@@ -29,6 +29,7 @@ from se_compress.model.checkpoint import Reader
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.recipe import Recipe, Validation
+from se_compress.text.alike import text_check
 from se_compress.text.tokenizer import decoder_of
 from se_compress.validation.checks import (
     massive_checks,
@@ -106,8 +107,9 @@ def _judge_stored(
         reloaded = _reload(result, stored, original.tokens, options, engine)
     weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     tasks, answers = _tasks(original, stored, recipe.validation, options)
-    checks = [*judged.checks, *answers, *weights, stored.accounted, reloaded]
     source = original.model.source
+    text = text_check(source, stored.on_disk.directory)
+    checks = [*judged.checks, *answers, *weights, stored.accounted, text, reloaded]
     return report_on(source, checks, replace(judged, tasks=tasks), stored.on_disk)
 
 
@@ -161,16 +163,17 @@ def judge(
     options: RunOptions,
     intended: Reader | None = None,
     run_as: ModelSource | None = None,
-) -> tuple[Check, ...]:
-    """Every gate that behaviour and weights of a model decide. `read` gives its tensors by the
-    names of the source, `intended` what they were made from, if that is not the source; `run_as` is
-    the source with another config, if the model has one. Nothing has to be on disk."""
+) -> Judged:
+    """Every gate that behaviour and weights of a model decide, and the former by domain. `read`
+    gives its tensors by the names of the source, `intended` what they were made from, if that is
+    not the source; `run_as` is the source with another config, if the model has one. Nothing has to
+    be on disk."""
     source = original.model.source
     result = stream(run_as or source, read, recipe, options)
-    judged = _judge_behaviour(original, result, None, recipe.validation, options).checks
+    judged = _judge_behaviour(original, result, None, recipe.validation, options)
     intended = intended or original.model.read
     weights = weight_checks(source.tensors.values(), intended, read, recipe.validation)
-    return (*judged, *weights)
+    return replace(judged, checks=(*judged.checks, *weights))
 
 
 def _judge_behaviour(
