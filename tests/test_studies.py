@@ -47,6 +47,8 @@ def test_random_experts_of_its_layer_and_of_any(planted: Planted) -> None:
         assert PLANTED not in chosen
     assert {i.layer for chosen in same for i in chosen} == {PLANTED.layer}
     assert {i.layer for chosen in anywhere for i in chosen} == {0, 1, 2}
+    assert len(set().union(*same)) == 6, "no expert twice"
+    assert len(set().union(*anywhere)) == 12
     assert anywhere == [
         zeroed(planted, zero="random-anywhere", zero_seed=seed) for seed in range(12)
     ]

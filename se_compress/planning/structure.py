@@ -186,26 +186,34 @@ def listed(source: ModelSource, names: Sequence[ExpertName], key: str) -> list[E
 def _others(source: ModelSource, experts: Iterable[ExpertId], seed: int) -> list[ExpertId]:
     """As many routed experts of the same layers, none of `experts`; an expert takes another's place
     once."""
-    experts = sorted(experts)
+    experts = set(experts)
     chosen: list[ExpertId] = []
-    for identity in experts:
-        free = [
-            other
-            for other in (ExpertId(identity.layer, e) for e in range(source.expert_count))
-            if other not in experts and other not in chosen
-        ]
-        if not free:
+    for layer in sorted({identity.layer for identity in experts}):
+        there = (ExpertId(layer, expert) for expert in range(source.expert_count))
+        free = [identity for identity in there if identity not in experts]
+        wanted = sum(identity.layer == layer for identity in experts)
+        if len(free) < wanted:
             raise RecipeError(
-                f"policy.zero is random, but layer {identity.layer} has no other expert left"
+                f"policy.zero is random, but layer {layer} has no other expert left"
             )
-        chosen.append(random.Random(f"{seed} {identity}").choice(free))
+        chosen += _draw(free, wanted, seed, f"layer {layer}")
     return chosen
 
 
 def _anywhere(source: ModelSource, experts: Sequence[ExpertId], seed: int) -> list[ExpertId]:
     """As many routed experts of any layers, none of `experts`."""
     free = [i for i in source.experts if i.expert != "shared" and i not in experts]
-    return random.Random(f"{seed} anywhere").sample(free, min(len(experts), len(free)))
+    return _draw(sorted(free), min(len(experts), len(free)), seed, "anywhere")
+
+
+def _draw(free: Sequence[ExpertId], count: int, seed: int, purpose: str) -> list[ExpertId]:
+    """The experts lie in one random order, which the purpose alone decides. A seed takes `count` of
+    them, the next seed the `count` that follow; behind the last one comes the first. So no two
+    seeds have an expert in common until all were drawn."""
+    dice = random.Random(purpose)
+    place = {identity: dice.random() for identity in free}  # the same on every machine
+    order = sorted(free, key=lambda identity: place[identity])
+    return [order[(seed * count + i) % len(order)] for i in range(count)]
 
 
 def notes(source: ModelSource, count: int, verb: str) -> tuple[str, ...]:

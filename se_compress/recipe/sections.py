@@ -117,7 +117,8 @@ class Policy(Section):
     zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
                      nothing renumbered; super-experts, a list of experts, random: as many others
                      of the same layers, or random-anywhere: of any layer, by `zero_seed`
-    zero_seed        of the draw of random experts
+    zero_seed        of the draw of random experts: seeds that follow each other draw no expert twice
+                     until all were drawn
     """
 
     protect: Literal["super-experts", "none", "all-but-super-experts"] | tuple[ExpertName, ...] = (
