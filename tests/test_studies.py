@@ -16,12 +16,18 @@ from scipy.stats import t
 from test_protection import PLANTED, made, noted, planted
 
 from se_compress.artifacts import ComparedVariant, ExpertId, ExpertProfile, ModelSource
+from se_compress.errors import RecipeError
+from se_compress.model.checkpoint import open_tensors
+from se_compress.model.plan_checks import check_structure
+from se_compress.model.splice import merge_experts, open_shrunk
+from se_compress.model.surgery import shrink
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 from se_compress.recipe import load_recipe
 from se_compress.reporting.comparison_charts import decay_rate
 from se_compress.reporting.comparison_page import render_comparison
 from se_compress.reporting.draws import RATIO, draws_of, mean_of
+from se_compress.validation.side_by_side import _new_ids
 
 __all__ = ["planted"]  # the fixture
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
@@ -67,7 +73,8 @@ def test_the_super_experts_alone_are_treated(planted: Planted) -> None:
         policy={"protect": "all-but-super-experts", "bits": [2]},
         quantization={"method": "rtn", "group_size": 32},
     )
-    assert make_plan(source, None, recipe).protected == ()
+    unknown = make_plan(source, None, recipe)  # which is none of them, or one
+    assert {decision.bits for decision in unknown.experts} == {16}
 
 
 def test_a_tuned_model_opens_and_differs_but_in_its_routers(
@@ -143,3 +150,45 @@ def test_the_decay_rate_is_the_papers() -> None:
     assert decay_rate(heads) == pytest.approx(1 - (0.25 + 1.0) / 2)  # the third head is blind
     blind = replace(layer, sink_heads_source=(0.001,), sink_heads_result=(0.9,))
     assert math.isnan(decay_rate(blind))
+
+
+def test_a_super_expert_is_averaged_alone(planted: Planted, tmp_path: Path) -> None:
+    """It and the one that is most like it have equal weights, in their places; all else stays."""
+    source, _ = planted
+    plan = made(planted, protect="none", average="super-experts")
+    mixed = sorted(d.id for d in plan.experts if d.action == "average")
+    assert PLANTED in mixed
+    assert [i.layer for i in mixed] == [PLANTED.layer] * 2
+    assert sum(plan.by_id[i].share or 0.0 for i in mixed) == pytest.approx(1.0)
+    assert noted(plan, f"super expert {PLANTED} is averaged with another: it is not protected")
+    small = shrink(source, plan)
+    assert small.source.expert_count == source.expert_count
+    old, new = open_tensors(source.tensors), open_shrunk(small)
+    first, second = (source.experts[i] for i in mixed)
+    weights = [{role: old(one[role].name) for role in one} for one in (first, second)]
+    wanted = merge_experts(weights, [plan.by_id[i].share or 0.0 for i in mixed])
+    for role in first:
+        assert torch.equal(new(first[role].name), wanted[role])
+        assert torch.equal(new(second[role].name), wanted[role])
+        assert not torch.equal(new(first[role].name), old(first[role].name))
+    touched = {one[role].name for one in (first, second) for role in one}
+    assert all(torch.equal(new(n), old(n)) for n in source.tensors if n not in touched)
+
+
+def test_averaged_experts_are_judged_by_their_own_numbers(planted: Planted) -> None:
+    source, _ = planted
+    small = shrink(source, made(planted, protect="none", average="super-experts"))
+    count = source.expert_count
+    for layer in source.moe_layers:
+        assert _new_ids(small, layer, count) == {e: e for e in range(count)}
+
+
+def test_averaging_needs_two_experts_whose_shares_add_up(planted: Planted) -> None:
+    source, _ = planted
+    plan = made(planted, protect="none", average="super-experts")
+    alone = [
+        replace(d, action="keep") if d.action == "average" and d.id != PLANTED else d
+        for d in plan.experts
+    ]
+    with pytest.raises(RecipeError, match="layer 1 has averaged experts with the shares"):
+        check_structure(source, replace(plan, experts=tuple(alone)), "plan.json")

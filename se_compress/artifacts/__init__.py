@@ -54,6 +54,7 @@ from se_compress.artifacts.held_out import (
     TextRecord,
 )
 from se_compress.artifacts.ids import (
+    GONE,
     NO_BITS,
     OURS,
     PROJECTION_GROUPS,
@@ -114,6 +115,7 @@ __all__ = [
     "COMPRESSION_FILE",
     "DISTANCE",
     "GATES",
+    "GONE",
     "NOT_FINITE",
     "NO_BITS",
     "OURS",

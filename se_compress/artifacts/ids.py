@@ -7,7 +7,14 @@ from typing import Literal
 ExpertIndex = int | Literal["shared"]
 Role = Literal["gate", "up", "down"]
 ProjectionGroup = Literal["gate_up", "down"]
-Action = Literal["keep", "quantize", "prune", "merge", "zero"]
+Action = Literal["keep", "quantize", "prune", "merge", "zero", "average"]
+# What an action that leaves an expert other weights, or none, made of it.
+GONE: Mapping[Action, str] = {
+    "prune": "pruned",
+    "merge": "merged",
+    "zero": "set to zero",
+    "average": "averaged with another",
+}
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
 PROJECTION_GROUPS: Mapping[ProjectionGroup, tuple[Role, ...]] = {
     "gate_up": ("gate", "up"),

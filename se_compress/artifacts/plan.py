@@ -41,13 +41,14 @@ class ExpertDecision:
     """What becomes of one expert, and why.
 
     layer, expert  the expert, see ExpertId
-    action      keep, quantize, prune, merge or zero
+    action      keep, quantize, prune, merge, zero or average: the experts of a layer that have it
+                become their average, each in its own place
     reason      why, in a sentence
     bits        width of gate_proj and up_proj, SOURCE_BITS for the source's own precision; None for
                 a pruned expert
     down_bits   width of down_proj where it is another one
     becomes     its index in the result where experts of its layer go; None: as before
-    share       its weight in the average, for action merge: the experts that become one add up to 1
+    share       its weight in the average, for merge and average: those that become one add up to 1
     """
 
     layer: int

@@ -25,6 +25,7 @@ def check_structure(source: ModelSource, plan: CompressionPlan, where: str) -> N
                 "shared expert stays"
             )
     _check_merged(source, plan, where)
+    _check_averaged(plan, where)
     _check_counts(source, plan, where)
 
 
@@ -52,6 +53,21 @@ def _check_merged(source: ModelSource, plan: CompressionPlan, where: str) -> Non
             raise RecipeError(f"{where}: the shares of {names} add up to {total:.6f}, not 1")
         if len({(d.bits, d.down_bits) for d in decisions}) > 1:
             raise RecipeError(f"{where}: {names} become one expert, but their bits differ")
+
+
+def _check_averaged(plan: CompressionPlan, where: str) -> None:
+    """Raises RecipeError unless there are two averaged experts at least in a layer that has any,
+    and their shares add up to 1."""
+    shares: dict[int, list[float]] = {}
+    for decision in plan.experts:
+        if decision.action == "average":
+            shares.setdefault(decision.layer, []).append(decision.share or 0.0)
+    for layer, found in shares.items():
+        if len(found) < 2 or min(found) < 0 or abs(sum(found) - 1.0) > 1e-6:
+            raise RecipeError(
+                f"{where}: layer {layer} has averaged experts with the shares {found}; it needs at "
+                "least two, of shares that are at least 0 and add up to 1"
+            )
 
 
 def _check_counts(source: ModelSource, plan: CompressionPlan, where: str) -> None:

@@ -1,9 +1,9 @@
 """Make the tensors of a smaller model from those of the original: see surgery.py.
 
-A merged expert is the average of its members, weighted by their shares. The neurons of an expert
-have no order. So those of each member are first put into the order in which they match the neurons
-of the anchor best, the member of the largest share: the assignment that maximises the sum over
-neurons of the inner products of their gate, up and down weights (I x I for I neurons, see
+A merged or averaged expert is the average of its members, weighted by their shares. The neurons of
+an expert have no order. So those of each member are first put into the order in which they match
+the neurons of the anchor best, the member of the largest share: the assignment that maximises the
+sum over neurons of the inner products of their gate, up and down weights (I x I for I neurons, see
 scipy.optimize.linear_sum_assignment). The rows of the router, and other tensors with a row per
 expert, are averaged with the same shares.
 
@@ -45,7 +45,7 @@ def open_shrunk(small: Shrunk) -> Reader:
 
     @lru_cache(maxsize=1)  # three reads in a row are of one expert
     def merged(identity: ExpertId) -> Weights:
-        members = small.origin[identity]
+        members = sorted(small.origin[identity])
         weights = [
             {part: read_source(name) for part, name in _parts(source, member)} for member in members
         ]

@@ -1,10 +1,10 @@
 """The smaller model that a plan leaves, as a checkpoint of its own, before any byte is read.
 
 Experts that are pruned are gone, experts that are merged are one, experts that are zeroed have a
-down_proj of zeros. What is left is renumbered and described as any other model is: a `ModelSource`
-with names, shapes and a config that agree, and a plan in its own ids that only keeps and quantises.
-Everything downstream works on these two; only records and reports speak of the source's ids, and
-`Shrunk.origin` leads back to them.
+down_proj of zeros, experts that are averaged are equal. What is left is renumbered and described as
+any other model is: a `ModelSource` with names, shapes and a config that agree, and a plan in its
+own ids that only keeps and quantises. Everything downstream works on these two; only records and
+reports speak of the source's ids, and `Shrunk.origin` leads back to them.
 
 A tensor that merely moved points at the source's own bytes. One that has to be made (router rows,
 merged and zeroed weights) has no file; splice.py makes it.
@@ -31,7 +31,7 @@ from se_compress.artifacts import (
 from se_compress.opening.families import COUNT_KEYS, FAMILIES, is_grouped
 from se_compress.opening.headers import ITEM_BYTES
 
-SURGICAL: tuple[Action, ...] = ("prune", "merge", "zero")
+SURGICAL: tuple[Action, ...] = ("prune", "merge", "zero", "average")
 # The number of an expert in the name of a tensor of it alone.
 _EXPERT = re.compile(r"(\bexperts\.)\d+\.")
 
@@ -44,7 +44,7 @@ class Shrunk:
     source   the smaller model; the original itself if no expert is pruned, merged or zeroed
     plan     the plan for it in its own ids, with actions keep and quantize only
     origin   each of its experts -> those of the original that it stands for: one, or the members
-             that were merged into it, in order of id
+             that were merged into it, in order of id; of an averaged one itself, then the others
     shares   each member of a merged expert -> its weight in the average
     """
 
@@ -132,6 +132,10 @@ def _origin(source: ModelSource, plan: CompressionPlan) -> dict[ExpertId, tuple[
         new = resulting_id(plan.by_id[identity])
         if new is not None:
             found[new] = (*found.get(new, ()), identity)
+    averaged = sorted(d.id for d in plan.experts if d.action == "average")
+    for identity in averaged:
+        others = (i for i in averaged if i.layer == identity.layer and i != identity)
+        found[identity] = (identity, *others)
     return {identity: found[identity] for identity in sorted(found)}
 
 
@@ -183,12 +187,15 @@ def restored(structure: CompressionPlan, inner: CompressionPlan) -> CompressionP
 def shrunk_profile(profile: ExpertProfile, plan: CompressionPlan, small: Shrunk) -> ExpertProfile:
     """The profile as planning the smaller model needs it: statistics of its experts by their ids.
 
-    What members of a merged expert lose by rounding adds up. A zeroed expert loses nothing.
+    What members of a merged expert lose by rounding adds up. A zeroed expert loses nothing, an
+    averaged one what it would lose as it was.
     """
     experts = []
     for new, members in small.origin.items():
-        stats = [profile.by_id[member] for member in members]
-        silent = plan.by_id[members[0]].action == "zero"
+        action = plan.by_id[members[0]].action
+        alone = action == "average"
+        stats = [profile.by_id[member] for member in (members[:1] if alone else members)]
+        silent = action == "zero"
         experts.append(_combined(new, stats, silent))
     return replace(profile, experts=tuple(experts))
 
@@ -284,7 +291,7 @@ def _tensors(
     count: int,
 ) -> Iterator[TensorInfo]:
     """The tensors of the smaller model, with `count` experts in a layer; no name comes twice."""
-    dtypes = _merged_dtypes(source, plan)
+    dtypes = _merged_dtypes(source, plan, origin)
     unrun = {old: new for new, old in kept_in_unrun_layers(origin).items()}
     fewer = count != source.expert_count
     seen: set[str] = set()
@@ -327,20 +334,22 @@ def anchor_of(shares: Sequence[float]) -> int:
     return max(range(len(shares)), key=lambda member: shares[member])
 
 
-def _merged_dtypes(source: ModelSource, plan: CompressionPlan) -> dict[str, str]:
-    """Name of each tensor of a merged expert -> its dtype: members may have several."""
-    members: dict[ExpertId, list[ExpertDecision]] = {}
-    for decision in sorted(plan.experts, key=lambda d: d.id):
-        new = resulting_id(decision)
-        if decision.action == "merge" and new is not None:
-            members.setdefault(new, []).append(decision)
+def anchor_among(members: Iterable[ExpertId], shares: Mapping[ExpertId, float]) -> ExpertId:
+    """The anchor itself."""
+    ordered = sorted(members)
+    return ordered[anchor_of([shares[member] for member in ordered])]
+
+
+def _merged_dtypes(
+    source: ModelSource, plan: CompressionPlan, origin: Mapping[ExpertId, tuple[ExpertId, ...]]
+) -> dict[str, str]:
+    """Name of each tensor of a merged or averaged expert -> its dtype: members may have several."""
     dtypes: dict[str, str] = {}
-    for merged in members.values():
-        anchor = merged[anchor_of([decision.share or 0.0 for decision in merged])]
-        for info in source.experts[anchor.id].values():
-            moved = _of_expert(source, info, anchor)
-            if moved is not None:
-                dtypes[moved.name] = info.dtype
+    for new, members in origin.items():
+        if len(members) > 1 and isinstance(new.expert, int):
+            anchor = anchor_among(members, {i: plan.by_id[i].share or 0.0 for i in members})
+            for info in source.experts[anchor].values():
+                dtypes[_renumbered(info, new.expert).name] = info.dtype
     return dtypes
 
 
@@ -354,7 +363,7 @@ def _of_expert(
     if isinstance(new.expert, int) and new.expert != info.expert:
         info = _renumbered(info, new.expert)
     last = info.role == "down" or is_down_bias(source, info)
-    made = decision.action == "merge" or (decision.action == "zero" and last)
+    made = decision.action in ("merge", "average") or (decision.action == "zero" and last)
     return without_file(info) if made else info
 
 

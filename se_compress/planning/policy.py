@@ -73,6 +73,11 @@ def _plan(task: Task) -> CompressionPlan:
         silent = {decision.id for decision in zeroed}
         heard = {i: why for i, why in task.protected.items() if i not in silent}
         return _with_structure(replace(task, protected=heard), zeroed, ())
+    if policy.average:
+        averaged = structure.average(task)
+        mixed = {decision.id for decision in averaged}
+        alone = {i: why for i, why in task.protected.items() if i not in mixed}
+        return _with_structure(replace(task, protected=alone), averaged, ())
     if policy.merge:
         count = structure.count_of(task, policy.merge.fraction, "policy.merge.fraction")
         notes = structure.notes(task.source, count, "merged into others")

@@ -1,10 +1,10 @@
 """Which experts are protected, what that made of them, and what a reader has to know of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from se_compress.artifacts import (
+    GONE,
     SOURCE_BITS,
-    Action,
     CompressionPlan,
     ExpertDecision,
     ExpertId,
@@ -16,7 +16,6 @@ from se_compress.planning.structure import listed
 from se_compress.planning.units import Task
 from se_compress.recipe import Recipe
 
-GONE: Mapping[Action, str] = {"prune": "pruned", "merge": "merged", "zero": "set to zero"}
 ALL_BUT = "all-but-super-experts"
 NAMED = 8  # experts that a note names
 
@@ -38,8 +37,8 @@ def protected_experts(task: Task) -> dict[ExpertId, str]:
                 f"protected at {bits} bits: super expert, peak {expert.peak:.0f} on channel "
                 f"{expert.channel} at position {expert.position}, {state[expert.confirmed]}"
             )
-    elif protect == ALL_BUT and profile is not None:
-        lowered = {expert.id for expert in profile.super_experts}
+    elif protect == ALL_BUT:
+        lowered = {expert.id for expert in profile.super_experts} if profile else set(expected)
         for identity in source.experts:
             if identity not in lowered:
                 reasons[identity] = f"protected at {bits} bits: no super expert"

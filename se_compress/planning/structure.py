@@ -119,9 +119,7 @@ def _clusters(
 
 
 def _merged(cluster: Sequence[ExpertId], profile: ExpertProfile | None) -> list[ExpertDecision]:
-    tokens = [profile.by_id[i].tokens if profile else 0 for i in cluster]
-    total = sum(tokens)
-    shares = [count / total for count in tokens] if total else [1 / len(cluster)] * len(cluster)
+    shares = _token_shares(cluster, profile)
     first, names = cluster[0].expert, ", ".join(str(i.expert) for i in cluster)
     assert isinstance(first, int)
     reason = f"merged: experts {names}, by their outputs"
@@ -168,6 +166,54 @@ def zero(task: Task) -> list[ExpertDecision]:
     return [_gone(identity, "zero", f"zeroed: {why}") for identity in sorted(set(chosen))]
 
 
+def average(task: Task) -> list[ExpertDecision]:
+    """Make the experts of `policy.average` the average of themselves and, in each layer, the other
+    one whose mean outputs are nearest to those of any of them; the weight of each is its share of
+    the tokens. Without a profile no super expert is known, and the first other one is nearest."""
+    named, profile = task.terms.policy.average, task.profile
+    if isinstance(named, tuple):
+        chosen = listed(task.source, named, "policy.average")
+    else:
+        chosen = [expert.id for expert in profile.super_experts] if profile else []
+    chosen = [identity for identity in chosen if identity.expert != "shared"]
+    decisions = []
+    for layer in sorted({identity.layer for identity in chosen}):
+        few = sorted({identity for identity in chosen if identity.layer == layer})
+        decisions += _averaged([*few, _nearest(task, few)], profile)
+    return decisions
+
+
+def _nearest(task: Task, few: Sequence[ExpertId]) -> ExpertId:
+    """The expert of their layer that is most like any of them."""
+    layer, count = few[0].layer, task.source.expert_count
+    others = [i for i in (ExpertId(layer, e) for e in range(count)) if i not in few]
+    if not others:
+        raise RecipeError(f"policy.average: layer {layer} has no other expert left")
+    found = task.profile.similarities if task.profile else ()
+    known = next((one.distances for one in found if one.layer == layer), None)
+    if known is None:
+        return others[0]
+    return min(
+        others, key=lambda other: min(_distance(known, count, *sorted((one, other))) for one in few)
+    )
+
+
+def _averaged(members: Sequence[ExpertId], profile: ExpertProfile | None) -> list[ExpertDecision]:
+    names = ", ".join(str(i.expert) for i in sorted(members))
+    reason = f"averaged: experts {names}, each in its place"
+    return [
+        ExpertDecision(i.layer, i.expert, "average", None, reason, share=share)
+        for i, share in zip(members, _token_shares(members, profile), strict=True)
+    ]
+
+
+def _token_shares(members: Sequence[ExpertId], profile: ExpertProfile | None) -> list[float]:
+    """The share of each in the tokens of all; equal ones where there are none."""
+    tokens = [profile.by_id[i].tokens if profile else 0 for i in members]
+    total = sum(tokens)
+    return [count / total for count in tokens] if total else [1 / len(members)] * len(members)
+
+
 def listed(source: ModelSource, names: Sequence[ExpertName], key: str) -> list[ExpertId]:
     """The experts that a recipe names under `key`. Raises RecipeError for one that is not there."""
     identities = []
@@ -193,9 +239,7 @@ def _others(source: ModelSource, experts: Iterable[ExpertId], seed: int) -> list
         free = [identity for identity in there if identity not in experts]
         wanted = sum(identity.layer == layer for identity in experts)
         if len(free) < wanted:
-            raise RecipeError(
-                f"policy.zero is random, but layer {layer} has no other expert left"
-            )
+            raise RecipeError(f"policy.zero is random, but layer {layer} has no other expert left")
         chosen += _draw(free, wanted, seed, f"layer {layer}")
     return chosen
 

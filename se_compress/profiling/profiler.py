@@ -100,7 +100,7 @@ def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe:
     criterion = recipe.super_experts.model_dump(exclude={"expected"})
     parts = ["profile-6", source.digest, tokens, criterion, grid, recipe.compute_dtype]
     more = [*measured_bits(recipe)] if measured_bits(recipe) != MEASURED_BITS else []
-    return digest_of(*parts, *(["similarity"] if recipe.policy.merge else []), *more)
+    return digest_of(*parts, *(["similarity"] if recipe.policy.merges else []), *more)
 
 
 def measured_bits(recipe: Recipe) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ def _measure_layer(
     if watch.saw_experts:
         fused = model.experts_module(module)
         losses = rounding_losses(fused, watch, hidden, grids)
-        if recipe.policy.merge:
+        if recipe.policy.merges:
             similarity = LayerSimilarity(layer, output_distances(fused, watch.hidden))
     total = sum(batch.numel() for batch in batches)
     experts = tuple(

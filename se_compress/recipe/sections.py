@@ -112,13 +112,17 @@ class Policy(Section):
     other_bits       attention, dense MLP, shared experts (those that can be packed); 16 keeps them
     lift_layers      leave to keep a whole layer at `protected_bits` for the protected expert in it,
                      where the target loads one width per layer
-    prune            leave experts out; one of `prune`, `merge` and `zero` at most
+    prune            leave experts out; one of `prune`, `merge`, `zero` and `average` at most
     merge            make one expert of several
     zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
                      nothing renumbered; super-experts, a list of experts, random: as many others
                      of the same layers, or random-anywhere: of any layer, by `zero_seed`
-    zero_seed        of the draw of random experts: seeds that follow each other draw no expert twice
-                     until all were drawn
+    average          an experiment, what merging does to a few experts alone: super-experts, or a
+                     list of experts. Those of a layer and the one that is most like them (as
+                     `merge` finds it) become their average, each in its place; nothing is
+                     renumbered
+    zero_seed        of the draw of random experts: seeds that follow each other draw no expert
+                     twice until all were drawn
     """
 
     protect: Literal["super-experts", "none", "all-but-super-experts"] | tuple[ExpertName, ...] = (
@@ -135,9 +139,10 @@ class Policy(Section):
     zero: Literal["super-experts", "random", "random-anywhere"] | tuple[ExpertName, ...] | None = (
         None
     )
+    average: Literal["super-experts"] | tuple[ExpertName, ...] | None = None
     zero_seed: Seed = 0
 
-    @field_validator("protect", "zero", mode="before")
+    @field_validator("protect", "zero", "average", mode="before")
     @classmethod
     def _list_of_experts(cls, value: object, field: ValidationInfo) -> object:
         if isinstance(value, list):
@@ -145,11 +150,12 @@ class Policy(Section):
         known = {
             "protect": ("super-experts", "none", "all-but-super-experts"),
             "zero": ("super-experts", "random", "random-anywhere", None),
+            "average": ("super-experts", None),
         }
         words = known[str(field.field_name)]
         if value not in words and not isinstance(value, tuple):
             raise ValueError(
-                f"{brief(value)} is not {words[0]}, {words[1]}, {words[2]} or a list such as "
+                f"{brief(value)} is not {', '.join(filter(None, words))} or a list such as "
                 "[{layer: 1, expert: 68}]"
             )
         return value
@@ -172,11 +178,16 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _one_surgery(self) -> "Policy":
-        if sum(bool(rule) for rule in (self.prune, self.merge, self.zero)) > 1:
-            raise ValueError("give one of prune, merge and zero")
+        if sum(bool(rule) for rule in (self.prune, self.merge, self.zero, self.average)) > 1:
+            raise ValueError("give one of prune, merge, zero and average")
         if self.prune and self.prune.fraction == "auto" and self.size is None:
             raise ValueError("prune.fraction is auto, which needs size, the budget it is to meet")
         return self
+
+    @property
+    def merges(self) -> bool:
+        """Whether it has to be known which experts are alike."""
+        return bool(self.merge or self.average)
 
 
 _INTEGER = frozenset(

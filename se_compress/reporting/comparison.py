@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from se_compress.artifacts import (
+    GONE,
     Action,
     CheckpointSummary,
     ComparedVariant,
@@ -19,7 +20,6 @@ from se_compress.request import Outcome
 
 # Sizes that differ by less are the same to whoever has to choose.
 SAME_SIZE = 1.02
-LOST: frozenset[Action] = frozenset({"prune", "merge", "zero"})
 
 
 def summarize(outcome: Outcome, name: str, directory: str) -> CheckpointSummary:
@@ -41,7 +41,7 @@ def summarize(outcome: Outcome, name: str, directory: str) -> CheckpointSummary:
         perplexity_source=validation.perplexity_source if validation.tokens else None,
         perplexity_result=validation.perplexity_result if validation.tokens else None,
         super_experts=len(fates),
-        kept=sum(fate not in LOST for fate in fates),
+        kept=sum(fate not in GONE for fate in fates),
         protected=len(plan.protected),
         checks=validation.checks,
     )

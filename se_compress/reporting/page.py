@@ -17,6 +17,7 @@ import jinja2
 
 from se_compress.artifacts import (
     GATES,
+    GONE,
     SOURCE_BITS,
     Check,
     ExpertDecision,
@@ -175,9 +176,8 @@ def scheme(scheme: Scheme) -> str:
 def fate(decision: ExpertDecision | None) -> str:
     if decision is None:
         return "has no line in the plan"
-    gone = {"prune": "was pruned", "merge": "was merged", "zero": "was set to zero"}
-    if decision.action in gone:
-        return gone[decision.action]
+    if decision.action in GONE:
+        return f"was {GONE[decision.action]}"
     new = f" and is now expert {decision.becomes}" if decision.becomes is not None else ""
     if decision.bits == SOURCE_BITS:
         return f"keeps the source's precision{new}"
@@ -185,8 +185,9 @@ def fate(decision: ExpertDecision | None) -> str:
 
 
 def without_protection(rescue: Rescue) -> str:
-    gone = {"prune": "would be pruned", "merge": "would be merged", "zero": "would be set to zero"}
-    return gone.get(rescue.action) or f"would have {rescue.bits} bits"
+    if rescue.action in GONE:
+        return f"would be {GONE[rescue.action]}"
+    return f"would have {rescue.bits} bits"
 
 
 def plain_text(text: object) -> str:

@@ -280,12 +280,14 @@ def _new_ids(small: Shrunk | None, layer: int, count: int) -> Mapping[int, int]:
     stay as they are without surgery (`small` is None)."""
     if small is None:
         return {expert: expert for expert in range(count)}
-    return {
-        member.expert: new.expert
+    pairs = [
+        (member.expert, new.expert, first)
         for new, members in small.origin.items()
-        for member in members
+        for first, member in enumerate(members)
         if new.layer == layer and isinstance(new.expert, int) and isinstance(member.expert, int)
-    }
+    ]
+    # Of an averaged expert, what stands first is itself.
+    return {old: new for old, new, _ in sorted(pairs, key=lambda pair: -pair[2])}
 
 
 def _agreement(old: Tensor | None, new: Tensor | None, new_ids: Mapping[int, int]) -> float | None:
