@@ -367,6 +367,14 @@ def _continuations() -> tuple[Continuation, ...]:
     )
 
 
+PRUNED = {"prune": {"fraction": 0.125}}
+ZEROED, RANDOM_1, RANDOM_2 = (
+    {"zero": "super-experts"},
+    {"zero": "random", "zero_seed": 1},
+    {"zero": "random", "zero_seed": 2},
+)
+
+
 def example_comparison() -> Comparison:
     """Two of the same width, a smaller one, two rejected, and the paper's experiment."""
     rows = (
@@ -374,10 +382,10 @@ def example_comparison() -> Comparison:
         ("naive-4", True, 162_996_000, 4.4900, 0.0571, 45.31, 0.961, 0.013, 1, {"protect": "none"}),
         ("wide-8", True, 190_205_120, 8.5102, 0.0061, 44.41, 0.998, 0.002, 1, {"bits": [8]}),
         ("naive-2", False, 148_340_736, 2.5100, 0.6120, 77.30, 0.932, 0.083, 1, {"bits": [2]}),
-        ("pruned", False, 244_894_000, 16.0, 2.7316, 701.2, 0.0065, 0.608, 0, {}),
-        ("without-super-expert", False, 271_430_144, 16.0, 2.6904, 698.8, 0.0065, 0.61, 0, {}),
-        ("without-random-1", True, 271_430_144, 16.0, 0.0052, 44.39, 0.9998, 0.0, 1, {}),
-        ("without-random-2", True, 271_430_144, 16.0, 0.0061, 44.52, 1.0, 0.001, 1, {}),
+        ("pruned", False, 244_894_000, 16.0, 2.7316, 701.2, 0.0065, 0.608, 0, PRUNED),
+        ("without-super-expert", False, 271_430_144, 16.0, 2.6904, 698.8, 0.0065, 0.61, 0, ZEROED),
+        ("without-random-1", True, 271_430_144, 16.0, 0.0052, 44.39, 0.9998, 0.0, 1, RANDOM_1),
+        ("without-random-2", True, 271_430_144, 16.0, 0.0061, 44.52, 1.0, 0.001, 1, RANDOM_2),
     )
     variants = tuple(_variant(*row) for row in rows)
     return compare(example_recipe(), example_profile(), 8192, variants)
@@ -446,4 +454,13 @@ def _variant(
             )
             for layer in report.layers
         ),
+        tail=report.tail,
+        domains=tuple(_domain(name, tuple(checks)) for name in ("prose", "facts")),
+        texts=(
+            replace(report.texts[1], domain="prose"),
+            replace(report.texts[1], domain="facts", calibrated=False),
+        ),
+        cautions=("caution: experts were pruned, so look at every domain",)
+        if name == "pruned"
+        else (),
     )

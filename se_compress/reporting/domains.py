@@ -44,7 +44,7 @@ class DomainRow:
 
     @property
     def calibrated_word(self) -> str:
-        return {True: "yes", False: "no", None: "not told"}[self.calibrated]
+        return {True: "yes", False: "no", None: "not known"}[self.calibrated]
 
 
 @dataclass(frozen=True)
