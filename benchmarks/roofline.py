@@ -11,13 +11,18 @@ quant/gptq.py).
 On a CUDA device it does the whole layer of Qwen3-30B-A3B (128 experts, 2048 x 768, 512 x 2048
 tokens, 8 experts a token) and projects the time for its 48 layers. Without one it says so, and
 takes so many of that layer's experts and tokens as a CPU does in a minute.
+
+What else a run is made of (products of experts, rounding, packing, decoding FP8, reading) is
+measured beside it, and all of it kept in units.json, from which project.py reckons what large
+models would take.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import units
 from results import machine, write_section
 
 from se_compress.quant.gptq import gptq
@@ -79,17 +84,68 @@ def main() -> None:
         "| | step | GFLOP | seconds | GFLOP/s | of fp32 | of bf16 |",
     ]
     lines.append("|---|---|---|---|---|---|---|")
-    totals = dict.fromkeys((SMOLLM2, qwen3), 0.0)
-    for stacks in totals:
-        for stack in (replace(s, dtype=d) for s in stacks for d in rates):
-            steps = measure(stack, device)
-            lines += [_row(stack, step, rates) for step in steps]
-            if stack.dtype == torch.float32:
-                totals[stacks] += sum(step.seconds for step in steps)
-    lines += ["", _projection(device, totals[qwen3], qwen3[0])]
+    found: dict[Stack, list[Step]] = {}
+    for stack in (replace(s, dtype=d) for s in (*SMOLLM2, *qwen3) for d in rates):
+        found[stack] = measure(stack, device)
+        lines += [_row(stack, step, rates) for step in found[stack]]
+    large = {stack: steps for stack, steps in found.items() if stack.name in _names(qwen3)}
+    seconds = sum(s.seconds for k, v in large.items() if k.dtype == torch.float32 for s in v)
+    measured = _units(device, rates, large)
+    units.save(measured)
+    lines += ["", _projection(device, seconds, qwen3[0]), "", _told(measured)]
     text = "\n".join(lines)
     write_section("roofline", text)
     print(text)
+
+
+def _names(stacks: Sequence[Stack]) -> set[str]:
+    return {stack.name for stack in stacks}
+
+
+def _units(
+    device: torch.device, rates: dict[torch.dtype, float], large: Mapping[Stack, Sequence[Step]]
+) -> units.Units:
+    """What project.py reckons with: the steps of the large layer as shares of the rates, both
+    kinds of its matrices together, and what else a run is made of."""
+    shares: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}
+    for stack, steps in large.items():
+        for step in steps:
+            name = f"hessian {_name(stack.dtype)}" if step.name == "Hessians" else step.name
+            flops, seconds = sums.setdefault(name, [0.0, 0.0])
+            sums[name] = [flops + step.flops, seconds + step.seconds]
+    for name, (flops, seconds) in sums.items():
+        dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+        shares[name] = flops / seconds / rates[dtype]
+    for dtype, rate in rates.items():
+        seconds = units.forward_seconds(device, dtype, seconds_of)
+        shares[f"forward {_name(dtype)}"] = units.forward_flops() / seconds / rate
+    return units.Units(
+        machine=torch.cuda.get_device_name() if device.type == "cuda" else machine(),
+        device=device.type,
+        threads=torch.get_num_threads(),
+        rates={_name(dtype): rate for dtype, rate in rates.items()},
+        shares=shares,
+        decoded=units.decoded_per_second(seconds_of),
+        rounded=units.rounded_per_second(device, seconds_of),
+        packed=units.packed_per_second(device, seconds_of),
+        read=units.read_per_second(seconds_of),
+        copied=units.copied_per_second(device, seconds_of),
+    )
+
+
+def _told(found: units.Units) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found.shares.items())
+    return (
+        f"Kept in units.json: shares of the rate of their dtype: {shares}; rounding "
+        f"{found.rounded / 1e6:,.0f} million weights a second, packing {found.packed / 1e6:,.0f}, "
+        f"decoding FP8 {found.decoded / 1e6:,.0f}; reading {found.read / 1e6:,.0f} MB a second, "
+        f"copying {found.copied / 1e9:,.1f} GB a second."
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtypes(device: torch.device) -> list[torch.dtype]:

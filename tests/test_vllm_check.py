@@ -108,7 +108,7 @@ def test_what_a_file_stands_for_is_an_ordinary_model(
 
 
 def test_without_an_environment_every_part_says_so(tmp_path: Path) -> None:
-    for name in ("settings", "served", "int4", "parser"):
+    for name in ("settings", "served", "int4", "widths", "parser"):
         assert vllm_check.PARTS[name](tmp_path, None, "") == [vllm_check.NOT_MADE]
 
 
@@ -118,3 +118,31 @@ def test_a_machine_without_a_kernel_is_not_run(
     monkeypatch.setattr(vllm_check, "kernels", lambda python: {"gpu": False, "amx": False})
     (line,) = vllm_check.check_int4(tmp_path, Path(sys.executable), "")
     assert line.startswith("not run: this machine has no GPU and its CPU no AMX")
+
+
+def test_widths_are_not_run_without_a_gpu_that_has_kernels_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {"gpu": True, "amx": True, "humming": False}
+    monkeypatch.setattr(vllm_check, "kernels", lambda python: here)
+    (line,) = vllm_check.check_widths(tmp_path, Path(sys.executable), "")
+    assert line.startswith("not run: no GPU of SM75 or later")
+
+
+def test_files_for_a_gpu_have_every_width_and_the_flags_that_their_server_needs(
+    tmp_path: Path,
+) -> None:
+    flags, widths = {}, {}
+    for name, directory, asked in vllm_files.build_widths(tmp_path / "w", "qwen3_moe"):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        flags[name] = asked
+        if (groups := config["quantization_config"].get("config_groups")) is not None:
+            widths[name] = sorted(group["weights"]["num_bits"] for group in groups.values())
+    humming = [name for name, asked in flags.items() if asked == "--quantization humming"]
+    assert humming == ["qwen3_moe gptq, by layer"]
+    assert {asked for name, asked in flags.items() if name not in humming} == {""}
+    assert widths == {
+        "qwen3_moe compressed-tensors, by layer": [2, 3, 4, 8],
+        **{f"qwen3_moe compressed-tensors, {bits} bits": [bits] for bits in (2, 3, 4, 8)},
+        "qwen3_moe compressed-tensors, 4 bits with zero points": [4],
+    }

@@ -4,10 +4,12 @@
 
 settings  vLLM's own classes look every matrix of small models up in the settings that we export
 served    16-bit files in vLLM, over HTTP: log-probabilities against transformers in float32, greedy
-          continuations, tokens per second
+          continuations, tokens per second; beside what transformers itself says in bfloat16
 int4      packed experts, uniform and by layer, Qwen2, Qwen3, OLMoE, Mixtral and DeepSeek: against a
           float32 model of the dequantised weights, and beside the same weights in bfloat16: the
           floor of the method. Where the CPU has no AMX and no GPU is there: *not run*
+widths    2, 3, 4 and 8 bits, alone and by layer, in each format, many scales negative, where a
+          GPU of SM75 or later is there: *not run* elsewhere
 written   our int4 file against one that llm-compressor writes for the same model
 parser    the commands of the model card, by vLLM's own parser of arguments
 
@@ -23,10 +25,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vllm_files import build_files, held_out, plain, written
+from vllm_files import build_files, build_widths, held_out, plain, written
 from vllm_server import Answers, Server, ask_all, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +49,9 @@ QUIET = {
 ROTARY = json.dumps({"custom_ops": ["all", "-rotary_embedding"]})
 KERNELS = """
 import json, torch
-print("KERNELS" + json.dumps({"gpu": torch.cuda.is_available(),
-                              "amx": torch.cpu._is_amx_tile_supported()}))
+gpu = torch.cuda.is_available()
+print("KERNELS" + json.dumps({"gpu": gpu, "amx": torch.cpu._is_amx_tile_supported(),
+                              "humming": gpu and torch.cuda.get_device_capability() >= (7, 5)}))
 """
 
 
@@ -119,7 +122,17 @@ def check_served(work: Path, python: Path | None, model: str) -> Lines:
     if python is None:
         return [NOT_MADE]
     files = build_files(work / "served", False, model)
-    return [compared(python, name, directory, directory) for name, directory in files.items()]
+    return [
+        f"{compared(python, name, directory, directory)}; by transformers in bfloat16 "
+        f"{rounding(directory)}"
+        for name, directory in files.items()
+    ]
+
+
+def rounding(directory: Path) -> str:
+    """What bfloat16 alone does to the answers of transformers: how near an engine can come."""
+    tokens = held_out(directory)
+    return exact_answers(directory, tokens, "bfloat16").beside(exact_answers(directory, tokens))
 
 
 def check_int4(work: Path, python: Path | None, model: str) -> Lines:
@@ -136,11 +149,28 @@ def check_int4(work: Path, python: Path | None, model: str) -> Lines:
     return lines
 
 
-def compared(python: Path, name: str, directory: Path, exact: Path) -> str:
+def check_widths(work: Path, python: Path | None, model: str) -> Lines:
+    if python is None:
+        return [NOT_MADE]
+    if not kernels(python)["humming"]:
+        return ["not run: no GPU of SM75 or later is here, and nothing else has such kernels"]
+    return list(widths(work / "widths", python, model or "qwen3_moe"))
+
+
+def widths(work: Path, python: Path, family: str) -> Iterator[str]:
+    """A line for each file, as soon as it was served."""
+    for name, directory, flags in build_widths(work, family):
+        floor = plain(directory, work / f"{directory.name}-bf16")
+        yield compared(python, name, directory, floor, flags.split())
+
+
+def compared(
+    python: Path, name: str, directory: Path, exact: Path, flags: Sequence[str] = ()
+) -> str:
     """One file, served over HTTP, beside a float32 model that lies in `exact`."""
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
                "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
-               "--compilation-config", ROTARY]  # fmt: skip
+               "--compilation-config", ROTARY, *flags]  # fmt: skip
     tokens = held_out(directory)
     with Server(command, {**os.environ, **QUIET}) as server:
         if failure := wait_for(server):
@@ -155,10 +185,11 @@ def compared(python: Path, name: str, directory: Path, exact: Path) -> str:
 EXACT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+dtype = getattr(torch, sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).eval()
 tokens = json.loads(sys.argv[2])
 with torch.no_grad():
-    logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    logits = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
     made = model.generate(
         torch.tensor([tokens[:16]]), min_new_tokens=16, max_new_tokens=16, do_sample=False
     )[0, 16:]
@@ -167,9 +198,10 @@ print("EXACT" + json.dumps([read, made.tolist()]))
 """
 
 
-def exact_answers(directory: Path, tokens: list[int]) -> Answers:
+def exact_answers(directory: Path, tokens: list[int], dtype: str = "float32") -> Answers:
+    """What transformers says."""
     done = subprocess.run(
-        [sys.executable, "-c", EXACT, str(directory), json.dumps(tokens)],
+        [sys.executable, "-c", EXACT, str(directory), json.dumps(tokens), dtype],
         check=True, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     logprobs, greedy = json.loads(done.stdout.rpartition("EXACT")[2])
@@ -210,6 +242,7 @@ PARTS: Mapping[str, Callable[[Path, Path | None, str], Lines]] = {
     "settings": check_settings,
     "served": check_served,
     "int4": check_int4,
+    "widths": check_widths,
     "written": check_written,
     "parser": check_parser,
 }

@@ -1,6 +1,7 @@
 """What tools/vllm_check.py puts to vLLM: small random models of ours, packed and plain."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,13 @@ import tiny  # noqa: E402
 from dequantise import dequantised, on_disk  # noqa: E402
 
 from se_compress.artifacts import CompressionPlan, ModelSource  # noqa: E402
+from se_compress.engines.serving import serving_of  # noqa: E402
 from se_compress.opening.source import open_source  # noqa: E402
 from se_compress.planning.policy import make_plan  # noqa: E402
 
 MODEL = ROOT / "models" / "smollm2-moe"
 TOKENS = 96
+GPU_WIDTHS = (2, 3, 4, 8)  # 2 and 3 by Humming, which no CPU has
 # Heads that vLLM's attention on CPUs has kernels for, experts whose widths fill groups of 64. A
 # Qwen2-MoE without biases of q, k and v answers NaN there unless its export has some.
 _WIDE: Mapping[str, Any] = {"hidden_size": 128, "num_attention_heads": 4}
@@ -80,11 +83,55 @@ def _packed_plans(source: ModelSource) -> Iterator[tuple[str, CompressionPlan]]:
         yield f"{form} by layer", replace(plan, experts=tuple(lifted))
 
 
-def _plan(source: ModelSource, targets: list[str], form: str | None) -> CompressionPlan:
+def build_widths(work: Path, family: str) -> Iterator[tuple[str, Path, str]]:
+    """Files of 2, 3, 4 and 8 bits for vLLM on a GPU: name, directory and the flags that its server
+    needs for it. Those of all widths come first: one of them shows most."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    changes = {**FAMILIES[family], "num_hidden_layers": len(GPU_WIDTHS) + 1, "mlp_only_layers": []}
+    source = open_source(str(tiny.build(work / f"source-{family}", family, **changes)))
+    for form in ("compressed-tensors", "gptq", "auto-round"):
+        plan = _plan(source, *FILES[form])
+        yield _built(work, source, f"{family} {form}, by layer", _by_layer(source, plan))
+    for bits in GPU_WIDTHS:
+        plan = _plan(source, ["vllm"], "compressed-tensors", bits)
+        yield _built(work, source, f"{family} compressed-tensors, {bits} bits", plan)
+    zeros = _plan(source, ["vllm"], "compressed-tensors", 4, symmetric=False)
+    yield _built(work, source, f"{family} compressed-tensors, 4 bits with zero points", zeros)
+
+
+def _by_layer(source: ModelSource, plan: CompressionPlan) -> CompressionPlan:
+    """Each of the widths in a layer of its own, and one layer in 16 bits."""
+    widths = dict(zip(source.moe_layers, (*GPU_WIDTHS, 16), strict=True))
+    experts = (
+        replace(d, bits=widths[d.layer], action="keep" if widths[d.layer] == 16 else "quantize")
+        if d.expert != "shared"
+        else d
+        for d in plan.experts
+    )
+    return replace(plan, experts=tuple(experts))
+
+
+def _built(
+    work: Path, source: ModelSource, name: str, plan: CompressionPlan
+) -> tuple[str, Path, str]:
+    directory = work / re.sub(r"[ ,]+", "-", name)
+    command = next(s.command for s in serving_of(plan) if s.target == "vllm")
+    flags = command.partition("vllm serve .")[2].strip()
+    return name, tiny.write_result(source, plan, directory), flags
+
+
+def _plan(
+    source: ModelSource,
+    targets: list[str],
+    form: str | None,
+    bits: int = 4,
+    symmetric: bool = True,
+) -> CompressionPlan:
     quantization: dict[str, object] = {"method": "none"}
     if form is not None:
-        quantization = {"method": "rtn", "group_size": 64, "format": form}
-    settings = {"policy": {"bits": 4, "protect": "none"}, "quantization": quantization}
+        quantization = {"method": "rtn", "group_size": 64, "format": form, "symmetric": symmetric}
+    settings = {"policy": {"bits": bits, "protect": "none"}, "quantization": quantization}
     return make_plan(source, None, tiny.recipe(source.name, target=targets, **settings))
 
 

@@ -51,7 +51,8 @@ class Answers:
         return (
             f"log-probabilities {away[len(away) // 2]:.4f} away in the median, "
             f"{away[int(0.99 * (len(away) - 1))]:.4f} at the 99th percentile; {alike} of "
-            f"{len(exact.greedy)} greedy tokens alike; {self.speed:.1f} tokens per second"
+            f"{len(exact.greedy)} greedy tokens alike"
+            + (f"; {self.speed:.1f} tokens per second" if self.speed else "")
         )
 
 
