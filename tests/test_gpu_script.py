@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py where there is no GPU: every part of it on a CPU, and what it says of failures."""
+"""benchmarks/gpu.py where there is no GPU: every part on a CPU, and what it says of failures."""
 
 import re
 import sys
