@@ -2,7 +2,8 @@
 
     python benchmarks/kills.py [--model tiny] [--kills 100] [--ranks 1,2,3] [--seed 0]
 
-A run is the command line in a process of its own (`--ranks 0`), or in several that torchrun starts.
+A run is the command line in a process of its own (`--ranks 0`), or in several that torchrun starts;
+with --warm they are forked from one that has the libraries, so that kills hit the work itself.
 A stage is drawn, and a moment in it as long as the stage took in a run that was left alone; then
 SIGKILL goes to all processes, or to one rank. The next run goes on from there, with another number
 of ranks if several are given, until one comes to its end before its kill; then it begins anew.
@@ -19,31 +20,27 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from processes import (
     ROOT,
-    command,
-    environment,
+    Group,
     hashes,
-    kill_all,
-    members,
     recipe_of,
     stage_of,
-    watched,
+    start,
     write_recipe,
 )
 from results import machine, write_section
 
 LAYERS = 4
+PATIENCE = 60.0  # seconds in which ranks have to notice that one is gone
 STAGES = (
     "start",
     "profile",
@@ -78,14 +75,18 @@ class Workplace:
     seconds: Mapping[str, float]
 
     def found(self) -> str:
-        """What lies under the output's name."""
+        """What lies under the output's name; if that is no whole result, what of the new one it
+        does not have."""
         if not os.path.lexists(self.output):
             return NOTHING
-        with suppress(OSError):
+        try:
             there = hashes(self.output)
-            if there in (self.earlier, self.new):
-                return EARLIER if there == self.earlier else NEW
-        return HALF
+        except OSError as error:
+            return f"{HALF}: {error}"
+        if there in (self.earlier, self.new):
+            return EARLIER if there == self.earlier else NEW
+        names = sorted({*self.new, *there})
+        return f"{HALF}: {', '.join(n for n in names if self.new.get(n) != there.get(n))}"
 
     def begin_anew(self, earlier: bool) -> None:
         for old in self.output.parent.glob(f"{self.output.name}*"):
@@ -101,7 +102,7 @@ class Aim:
     ranks  of the run; 0: no torchrun
     stage  in which, or in the first later one that it has
     share  of the stage's time that passes first
-    one    one of the ranks is killed, the others are left to torchrun
+    one    one of the ranks is killed, and the others have to end for that
     """
 
     ranks: int
@@ -117,7 +118,8 @@ class Run:
     stage  the last that it told of, if it was killed; "" if it came to its end
     code   its exit code
     found  what lay under the output's name afterwards
-    said   its last line on stderr
+    said   the last line on stderr
+    stayed one rank was killed, and the others did not end for that
     """
 
     aim: Aim
@@ -125,11 +127,12 @@ class Run:
     code: int
     found: str
     said: str
+    stayed: bool = False
 
     @property
     def wrong(self) -> bool:
-        """Neither killed nor finished, or something half under the output's name."""
-        if self.found == HALF:
+        """Neither killed nor finished, ranks that stay, or half a result under its name."""
+        if self.found.startswith(HALF) or self.stayed:
             return True
         return not self.stage and (self.code != 0 or self.found != NEW)
 
@@ -145,9 +148,9 @@ def main() -> None:
     options = _options()
     work = Path(options.work or ROOT / "out" / f"kills-{options.model}").resolve()
     ranks = [int(count) for count in options.ranks.split(",")]
-    place = prepare(options.model, work)
+    place = prepare(options.model, work, options.warm)
     runs: list[Run] = []
-    for run in killed_again_and_again(place, ranks, options.kills, options.seed):
+    for run in killed_again_and_again(place, ranks, options.kills, options.seed, options.warm):
         runs.append(run)
         print(len(runs), json.dumps(asdict(run)), flush=True)
     text = report(options.model, ranks, options.seed, runs)
@@ -164,6 +167,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", default="0", help="by comma; 0: one process without torchrun")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm", action="store_true", help="forked, see processes.py")
     parser.add_argument("--work", default="")
     parser.add_argument("--dry", action="store_true", help="RESULTS.md stays as it is")
     return parser.parse_args()
@@ -206,7 +210,7 @@ MODELS: Mapping[str, tuple[Callable[[Path], None], int, int]] = {
 }
 
 
-def prepare(model: str, work: Path) -> Workplace:
+def prepare(model: str, work: Path, warm: bool) -> Workplace:
     """The model, the recipe, an earlier result and the new one, each by a run left alone."""
     build, samples, length = MODELS[model]
     shutil.rmtree(work, ignore_errors=True)
@@ -222,25 +226,31 @@ def prepare(model: str, work: Path) -> Workplace:
         policy={"bits": 4, "lift_layers": True},
     )
     file = write_recipe(work / "recipe.yaml", settings)
-    _alone(file, "--set", "policy.bits=8")
+    _alone(file, warm, "--set", "policy.bits=8")
     output.rename(kept)
-    seconds = _alone(file)
+    seconds = _alone(file, warm)
     return Workplace(file, output, kept, hashes(kept), hashes(output), seconds)
 
 
-def _alone(file: Path, *words: str) -> dict[str, float]:
+def _alone(file: Path, warm: bool, *words: str) -> dict[str, float]:
     """Run to the end; the seconds of each stage."""
-    seen = watched(command(0, file, *words))
-    if seen.code:
-        raise SystemExit(f"the run that nobody kills ends with {seen.code}: {seen.said[-1:]}")
-    return seen.spent
+    group, heard, last = start(0, file, warm, *words), _Heard(), time.monotonic()
+    spent: dict[str, float] = {}
+    for line in group.said:
+        now = time.monotonic()
+        spent[heard.stage] = spent.get(heard.stage, 0.0) + now - last
+        heard.stage, last = stage_of(line) or heard.stage, now
+        heard.last = line.strip() or heard.last
+    if code := group.wait(None):
+        raise SystemExit(f"the run that nobody kills ends with {code}: {heard.last}")
+    return spent
 
 
 # -------------------------------------------------------------------------------------- the killing
 
 
 def killed_again_and_again(
-    place: Workplace, ranks: Sequence[int], kills: int, seed: int
+    place: Workplace, ranks: Sequence[int], kills: int, seed: int, warm: bool
 ) -> Iterator[Run]:
     """Runs, until so many were killed and the last one came to its end."""
     dice = random.Random(seed)
@@ -249,7 +259,7 @@ def killed_again_and_again(
         place.begin_anew(earlier=finished % 2 == 1)
         while True:
             last = done >= kills
-            run = run_and_kill(place, draw(dice, ranks, place.seconds), spare=last)
+            run = run_and_kill(place, draw(dice, ranks, place.seconds), warm, spare=last)
             yield run
             done += bool(run.stage)
             if not run.stage:
@@ -262,56 +272,44 @@ def draw(dice: random.Random, ranks: Sequence[int], seconds: Mapping[str, float]
     return Aim(dice.choice(ranks), dice.choice(stages), dice.random(), dice.random() < 0.5)
 
 
-def run_and_kill(place: Workplace, aim: Aim, spare: bool = False) -> Run:
+def run_and_kill(place: Workplace, aim: Aim, warm: bool, spare: bool = False) -> Run:
     """Run and kill it as drawn. `spare`: it is left alone."""
-    process = subprocess.Popen(
-        command(aim.ranks, place.file),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(1),
-        start_new_session=True,
-    )
+    group = start(aim.ranks, place.file, warm)
     heard = _Heard()
-    listener = threading.Thread(target=_listen, args=(process, heard, aim.stage), daemon=True)
+    listener = threading.Thread(target=_listen, args=(group, heard, aim.stage), daemon=True)
     listener.start()
-    killed = "" if spare else _kill(process, heard, aim, place.seconds[aim.stage])
-    code = process.wait()
-    kill_all(process)  # ranks that it may have left
+    killed, stayed = ("", False) if spare else _kill(group, heard, aim, place.seconds[aim.stage])
+    code = group.wait(None) or 0
+    group.kill()  # what they may have left
     listener.join(timeout=30)
-    return Run(aim, killed if code else "", code, place.found(), heard.last)
+    return Run(aim, killed if code else "", code, place.found(), heard.last, stayed)
 
 
-def _listen(process: "subprocess.Popen[str]", heard: _Heard, wanted: str) -> None:
+def _listen(group: Group, heard: _Heard, wanted: str) -> None:
     if wanted == "start":
         heard.reached.set()
-    assert process.stderr is not None
-    with process.stderr as lines:
-        for line in lines:
-            heard.last = line.strip() or heard.last
-            stage = stage_of(line)
-            if stage in STAGES:
-                heard.stage = stage
-            if stage in STAGES and STAGES.index(stage) >= STAGES.index(wanted):
-                heard.reached.set()
+    for line in group.said:
+        heard.last = line.strip() or heard.last
+        stage = stage_of(line)
+        if stage in STAGES:
+            heard.stage = stage
+        if stage in STAGES and STAGES.index(stage) >= STAGES.index(wanted):
+            heard.reached.set()
     heard.reached.set()
 
 
-def _kill(process: "subprocess.Popen[str]", heard: _Heard, aim: Aim, seconds: float) -> str:
-    """The stage that it was in. "" if it had come to its end."""
+def _kill(group: Group, heard: _Heard, aim: Aim, seconds: float) -> tuple[str, bool]:
+    """The stage that it was in ("" if it had come to its end), and whether others stayed."""
     heard.reached.wait()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=aim.share * seconds)
-        return ""
+    if group.wait(aim.share * seconds) is not None:
+        return "", False
     stage = heard.stage
     if aim.one and aim.ranks > 1:
-        with suppress(ProcessLookupError):
-            os.kill(random.Random(aim.share).choice(members(process)), signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # torchrun ends the others
-            process.wait(timeout=120)
-            return stage
-    kill_all(process)
-    return stage
+        group.kill(int(aim.share * 1000))
+        if group.wait(PATIENCE) is not None:
+            return stage, False
+    group.kill()
+    return stage, aim.one and aim.ranks > 1
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -322,16 +320,17 @@ def report(model: str, ranks: Sequence[int], seed: int, runs: Sequence[Run]) -> 
     ends = [run for run in runs if not run.stage]
     equal = sum(run.found == NEW and not run.code for run in ends)
     started = "without torchrun" if list(ranks) == [0] else f"ranks {', '.join(map(str, ranks))}"
+    half = sum(run.found.startswith(HALF) for run in killed)
     head = (
         f"## Killed: {model}\n\n`python benchmarks/kills.py --model {model}`, {machine()}; "
         f"{started}, seed {seed}. {len(killed)} runs killed with SIGKILL, {len(ends)} came to "
         f"their end: {equal} of them with the bytes of a run that was left alone. Under the "
-        f"output's name after a kill, half a result: {sum(r.found == HALF for r in killed)} times."
+        f"output's name after a kill, half a result: {half} times."
     )
     rows = ["| killed in | times | " + " | ".join((NOTHING, EARLIER, NEW, HALF)) + " |"]
     rows.append("|---|---|---|---|---|---|")
     for stage in STAGES:
-        here = Counter(run.found for run in killed if run.stage == stage)
+        here = Counter(run.found.partition(":")[0] for run in killed if run.stage == stage)
         if here:
             counts = " | ".join(str(here[what]) for what in (NOTHING, EARLIER, NEW, HALF))
             rows.append(f"| {stage} | {here.total()} | {counts} |")

@@ -1,18 +1,25 @@
 """se-compress as a process: how it is started, with ranks or without, and what it takes meanwhile.
 
+A process may be warm: forked from one that has imported the libraries already, which takes most of
+the time of a short run. Its ranks then get from here what torchrun would tell them.
+
 Memory is anonymous memory: what the process wrote itself (RssAnon and RssShmem), not the pages of
 files that it reads, which the kernel drops when it needs them. Children count, and so do ranks.
 """
 
 import hashlib
+import multiprocessing
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +42,9 @@ def command(ranks: int, recipe: Path, *words: str) -> list[str]:
 
 def environment(threads: int) -> dict[str, str]:
     """Of a run with so many threads in each process, on the code beside this file."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    ours = [str(ROOT), str(ROOT / "benchmarks")]
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(dict.fromkeys(filter(None, [*ours, *given])))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
@@ -73,6 +82,7 @@ def watched(words: Sequence[str], most: int | None = None, threads: int = 1) -> 
         stderr=subprocess.PIPE,
         text=True,
         env=environment(threads),
+        cwd=ROOT,  # where nothing else is called se_compress
         start_new_session=True,
     )
     seen = Seen()
@@ -116,8 +126,16 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory of a process and its descendants."""
-    return sum(_anonymous(one) for one in _family(pid))
+    """Bytes of anonymous memory of a process and its descendants.
+
+    A child that has begun no program of its own yet has its parent's memory: once is enough.
+    """
+    programs = {one: _program(one) for one in _family(pid)}
+    return sum(
+        _anonymous(one)
+        for one, program in programs.items()
+        if one == pid or program != programs.get(_parent(one))
+    )
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -128,6 +146,18 @@ def _family(pid: int) -> Iterator[int]:
                 yield from _family(int(child))
 
 
+def _program(pid: int) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def _anonymous(pid: int) -> int:
     """0 for a process that has gone."""
     with suppress(OSError):
@@ -136,10 +166,125 @@ def _anonymous(pid: int) -> int:
     return 0
 
 
-def members(process: subprocess.Popen[str]) -> list[int]:
+# ------------------------------------------------------------------------- processes to be killed
+
+
+@dataclass
+class Group:
+    """The processes of one run, and what they say on stderr.
+
+    pids  those that work: the ranks, or torchrun's process, below which they are
+    wait  waits so many seconds (None: for ever); the exit code, or None while one of them works
+    said  their lines
+    """
+
+    pids: list[int]
+    wait: Callable[[float | None], int | None]
+    said: Iterator[str]
+
+    def kill(self, number: int | None = None) -> None:
+        """SIGKILL to one of the ranks, or (None) to all processes."""
+        if number is None:
+            for pid in self.pids:
+                for end in (os.kill, os.killpg):  # it leads a group soon after its start
+                    with suppress(ProcessLookupError):
+                        end(pid, signal.SIGKILL)
+        else:
+            ranks = self.pids if len(self.pids) > 1 else members(self.pids[0])
+            with suppress(ProcessLookupError):
+                os.kill(ranks[number % len(ranks)], signal.SIGKILL)
+
+
+def ended(group: Group, until: Callable[[], bool] | None = None) -> tuple[int, str]:
+    """Let a run go on to its end: its exit code and the last line.
+
+    until  looked at again and again; once it is true, one of the ranks is killed
+    """
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(group.said), daemon=True)
+    reader.start()
+    while (code := group.wait(EVERY)) is None:
+        if until is not None and until():
+            group.kill(-1)
+            until = None
+    group.kill()
+    reader.join(timeout=30)
+    return code, "".join(said[-1:]).strip()
+
+
+def start(ranks: int, file: Path, warm: bool, *words: str) -> Group:
+    """Start a run. 0 ranks: one process that knows nothing of ranks."""
+    return _start_warm(ranks, file, words) if warm else _start_cold(ranks, file, words)
+
+
+def _start_cold(ranks: int, file: Path, words: Sequence[str]) -> Group:
+    process = subprocess.Popen(
+        command(ranks, file, *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(1),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+    def wait(seconds: float | None) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(seconds)
+        return None
+
+    def said() -> Iterator[str]:
+        assert process.stderr is not None
+        with process.stderr as lines:
+            yield from lines
+
+    return Group([process.pid], wait, said())
+
+
+def _start_warm(ranks: int, file: Path, words: Sequence[str]) -> Group:
+    import warm
+
+    # The forkserver finds modules by the environment alone.
+    os.environ |= environment(1) | {"HF_HUB_OFFLINE": "1"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    pipe = Path(tempfile.mkdtemp(prefix="se-compress-run-")) / "stderr"
+    os.mkfifo(pipe)
+    argv = ["se-compress", str(file), "--device", "cpu", *words]
+    told = _told_by_torchrun(ranks)
+    started = [context.Process(target=warm.run, args=(argv, one, str(pipe))) for one in told]
+    for process in started:
+        process.start()
+
+    def wait(seconds: float | None) -> int | None:
+        until = None if seconds is None else time.monotonic() + seconds
+        for process in started:
+            process.join(None if until is None else max(0.0, until - time.monotonic()))
+        codes = [process.exitcode for process in started]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def said() -> Iterator[str]:
+        with pipe.open(encoding="utf-8", errors="replace") as lines:
+            yield from lines
+        shutil.rmtree(pipe.parent)
+
+    return Group([process.pid or 0 for process in started], wait, said())
+
+
+def _told_by_torchrun(ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank; of a process that is not one for 0."""
+    if not ranks:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def members(pid: int) -> list[int]:
     """The processes that do the work: the ranks below torchrun, or the process itself."""
-    found = [pid for pid in _family(process.pid) if _runs_se_compress(pid)]
-    return found or [process.pid]
+    return [one for one in _family(pid) if _runs_se_compress(one)] or [pid]
 
 
 def _runs_se_compress(pid: int) -> bool:

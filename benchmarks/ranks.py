@@ -16,11 +16,7 @@ torchrun, which all others are held to.
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -31,11 +27,10 @@ from processes import (
     ROOT,
     Seen,
     command,
-    environment,
+    ended,
     hashes,
-    kill_all,
-    members,
     recipe_of,
+    start,
     watched,
     write_recipe,
 )
@@ -89,9 +84,9 @@ def main() -> None:
     parts = options.parts.split(",")
     for name in options.models.split(","):
         if "equal" in parts:
-            _keep(work, f"equal {name}", equal(name, ranks, work))
+            _keep(work, f"equal {name}", equal(name, ranks, work, options.warm))
         if "killed" in parts:
-            _keep(work, f"killed {name}", killed(name, work))
+            _keep(work, f"killed {name}", killed(name, work, options.warm))
         if "speed" in parts and name == "smollm2-moe":
             _keep(work, f"speed {name}", speed(name, options.rounds, work))
     text = report(found_in(work))
@@ -105,6 +100,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join((*TINY, "smollm2-moe")))
     parser.add_argument("--ranks", default="0,1,2,3")
     parser.add_argument("--parts", default="equal,killed,speed")
+    parser.add_argument("--warm", action="store_true", help="forked, see processes.py")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", default=str(ROOT / "out" / "ranks"))
     parser.add_argument("--dry", action="store_true", help="RESULTS.md stays as it is")
@@ -161,7 +157,7 @@ def loaded_variants(name: str, work: Path) -> tuple[dict[str, Any], dict[str, st
 # ------------------------------------------------------------------------------------------- equal
 
 
-def equal(name: str, ranks: Sequence[int], work: Path) -> dict[str, Any]:
+def equal(name: str, ranks: Sequence[int], work: Path, warm: bool) -> dict[str, Any]:
     """Of each variant, the numbers of ranks whose files are those of the first, and how many."""
     taken, refused = loaded_variants(name, work)
     found: dict[str, dict[str, dict[str, str]]] = {}
@@ -171,10 +167,10 @@ def equal(name: str, ranks: Sequence[int], work: Path) -> dict[str, Any]:
         _clear(output)
         data = {**settings(name, output, work), "variants": taken}
         file = write_recipe(work / f"{name}-{count}.yaml", data)
-        seen = watched(command(count, file))
-        codes[str(count)] = seen.code
-        if seen.code:
-            print(f"{name}, {count} ranks: ended with {seen.code}: {seen.said[-1:]}", flush=True)
+        code, said = ended(start(count, file, warm))
+        codes[str(count)] = code
+        if code:
+            print(f"{name}, {count} ranks: ended with {code}: {said}", flush=True)
         for variant in taken:
             there, made = found.setdefault(variant, {}), output / variant
             if (made / "config.json").exists():
@@ -214,50 +210,23 @@ def _clear(output: Path) -> None:
 # ------------------------------------------------------------------------------------------ killed
 
 
-def killed(name: str, work: Path) -> dict[str, Any]:
+def killed(name: str, work: Path, warm: bool) -> dict[str, Any]:
     """A run of 2 ranks that is killed behind the second layer that it compresses, finished by 3."""
     alone, output = work / f"{name}-alone", work / f"{name}-killed"
     for place in (alone, output):
         _clear(place)
-    whole = watched(
-        command(
-            0, write_recipe(work / f"{name}-alone.yaml", settings(name, alone, work, **INTEGER))
-        )
-    )
+    first = write_recipe(work / f"{name}-alone.yaml", settings(name, alone, work, **INTEGER))
+    whole = ended(start(0, first, warm))
     file = write_recipe(work / f"{name}-killed.yaml", settings(name, output, work, **INTEGER))
     mark = output.with_name(f"{output.name}.partial") / "compress-layer-00001.json"
-    died = _killed_at(command(2, file), mark)
+    died = ended(start(2, file, warm), until=mark.exists)
     half = output.exists()
-    last = watched(command(3, file))
-    same = not whole.code and not last.code and hashes(output) == hashes(alone)
+    last = ended(start(3, file, warm))
+    good = whole[0] == last[0] == 0 and died[0] != 0 and not half
+    same = good and hashes(output) == hashes(alone)
     for place in (alone, output):
         _clear(place)
-    return {
-        "codes": [whole.code, died, last.code],
-        "half": half,
-        "same": same,
-        "said": last.said[-1:],
-    }
-
-
-def _killed_at(words: Sequence[str], mark: Path) -> int:
-    """Run until a file is there, then kill one of the ranks: the exit code."""
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment(1),
-        start_new_session=True,
-    )
-    while process.poll() is None and not mark.exists():
-        time.sleep(0.02)
-    if process.poll() is None:
-        os.kill(members(process)[-1], signal.SIGKILL)
-    try:
-        return process.wait(timeout=120)
-    finally:
-        kill_all(process)
+    return {"ends": [whole, died, last], "half": half, "same": same}
 
 
 # ------------------------------------------------------------------------------------------- speed

@@ -133,4 +133,5 @@ def _report(observer: Observer, weights: Tensor, mask: Tensor) -> None:
     # Key 0 is seen by every query, the last one by one: a sum alone would favour the early ones.
     # Where attention is sparse, there may be keys that no query sees.
     seeing = visible.sum(dim=-2).clamp(min=1)
-    observer.attention(weights[..., 0], weights.sum(dim=2) / seeing)
+    # No view: it would keep all probabilities, and what is summed of it depend on where it lies.
+    observer.attention(weights[..., 0].contiguous(), weights.sum(dim=2) / seeing)
