@@ -457,11 +457,11 @@ def test_an_expert_that_cannot_be_factorised_is_recovered_alone(
     assert all(not e.fallback for record in made.records[1:] for e in record.experts)
 
 
-def test_as_many_at_a_time_as_memory_allows(
+def test_the_size_of_blocks_matters_to_no_expert(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run(tiny_model("mixtral"), tmp_path / "together")
-    monkeypatch.setattr(experts, "STACK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(experts, "BLOCK_ELEMENTS", {"cpu": 1, "cuda": 1})
     alone = run(tiny_model("mixtral"), tmp_path / "alone")
     assert [e.id for e in alone.experts] == [e.id for e in together.experts]
     for name, tensor in together.tensors.items():

@@ -68,6 +68,8 @@ from se_compress.artifacts.ids import (
     Role,
 )
 from se_compress.artifacts.options import (
+    ALONE,
+    Ranks,
     RunOptions,
 )
 from se_compress.artifacts.plan import (
@@ -112,6 +114,7 @@ from se_compress.artifacts.validation import (
 )
 
 __all__ = [
+    "ALONE",
     "COMPRESSION_FILE",
     "DISTANCE",
     "GATES",
@@ -160,6 +163,7 @@ __all__ = [
     "PlanSummary",
     "ProfileSummary",
     "ProjectionGroup",
+    "Ranks",
     "RefineRecord",
     "Rescue",
     "Role",
