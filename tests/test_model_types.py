@@ -138,7 +138,9 @@ def test_a_streamed_model_is_the_plain_model(run: Callable[[str], Run], name: st
     it = run(name)
     found = it.model.logits(it.states[-1])
     for ours, theirs in zip(found, it.whole, strict=True):
-        assert distance(ours, theirs) < 5e-6
+        # What routed and shared experts put out is added in another order, and state spaces and
+        # linear attention hand the rounding on from token to token.
+        assert distance(ours, theirs) < 2e-5
         assert float(theirs.std()) > 1e-3
 
 

@@ -95,7 +95,8 @@ def join() -> Ranks:
 
 def leads() -> bool:
     """Whether this process is rank 0, which alone says anything."""
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0 or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _setting(name: str, default: str) -> str:
