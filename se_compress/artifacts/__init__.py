@@ -30,6 +30,7 @@ from se_compress.artifacts.comparison import (
 from se_compress.artifacts.compression import (
     COMPRESSION_FILE,
     Compressed,
+    DistillRecord,
     ExpertRecord,
     FoldRecord,
     LayerRecord,
@@ -68,8 +69,6 @@ from se_compress.artifacts.ids import (
     Role,
 )
 from se_compress.artifacts.options import (
-    ALONE,
-    Ranks,
     RunOptions,
 )
 from se_compress.artifacts.plan import (
@@ -114,7 +113,6 @@ from se_compress.artifacts.validation import (
 )
 
 __all__ = [
-    "ALONE",
     "COMPRESSION_FILE",
     "DISTANCE",
     "GATES",
@@ -139,6 +137,7 @@ __all__ = [
     "Continuation",
     "CurvePoint",
     "Departure",
+    "DistillRecord",
     "DomainReport",
     "Encoding",
     "ExpertDecision",
@@ -163,7 +162,6 @@ __all__ = [
     "PlanSummary",
     "ProfileSummary",
     "ProjectionGroup",
-    "Ranks",
     "RefineRecord",
     "Rescue",
     "Role",
