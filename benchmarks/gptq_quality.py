@@ -33,9 +33,9 @@ from torch import Tensor
 from se_compress.artifacts import ExpertDecision, Scheme
 from se_compress.compression.experts import quantize_experts
 from se_compress.model.checkpoint import open_tensors
-from se_compress.model.experts import RoutedExperts, experts_forward
+from se_compress.model.experts import Given, LayerExperts, run_experts
 from se_compress.model.measures import kl_divergence
-from se_compress.model.observers import RoutingCapture
+from se_compress.model.observers import Observer, RoutingCapture
 from se_compress.model.states import States, batches_of, hidden_of, in_pieces
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
@@ -306,9 +306,9 @@ def slices(directory: Path) -> Text:
     )
 
 
-def routed(experts: RoutedExperts, seen: RoutingCapture) -> Tensor:
+def routed(experts: LayerExperts, seen: RoutingCapture) -> Tensor:
     """Output [N, H] of a layer's experts for what one run of the layer routed to them."""
-    return experts_forward(experts.module, seen.hidden, seen.experts, seen.weights)
+    return run_experts(experts, [Given(Observer(), 0, seen.hidden, seen.experts, seen.weights)])
 
 
 @torch.no_grad()
@@ -331,14 +331,17 @@ def run(model: StreamedModel, text: Text, reference: Sequence[States], variant: 
         before = calibration, held_out
         calibration = model.run_layer(number, module, calibration, capture)
         held_out = model.run_layer(number, module, held_out, other)
-        experts = model.experts_module(module)
-        layer = Layer(number, experts, capture, source_capture)
+        experts = model.layer_experts(module)
+        experts.keep()
+        assert experts.kept is not None
+        layer = Layer(number, experts.kept, capture, source_capture)
         if variant.idea is not None:
             variant.idea(layer, grid)
         else:
             decisions = [ExpertDecision(number, e, "quantize", variant.bits, "") for e in range(16)]
-            quantize_experts(model.source.weight_of, experts, capture, decisions, scheme, recipe)
-        experts.module.observer = None
+            quantize_experts(
+                model.source.weight_of, experts, capture, decisions, scheme, recipe, lambda _: None
+            )
         runs = zip(before, (calibration, held_out), (capture, other), strict=True)
         calibration, held_out = (
             model.add_routed(number, module, old, states, routed(experts, seen))

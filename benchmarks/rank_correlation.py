@@ -97,6 +97,8 @@ class Study:
 
     def pass_layer(self, layer: int, chosen: Sequence[int]) -> None:
         module = self.model.load_layer(layer)
+        if layer in self.model.source.moe_layers:
+            self.model.layer_experts(module).keep()
         for fork in self.forks:
             fork.states = self.model.run_layer(layer, module, fork.states)
         before, capture = self.held_out, RoutingCapture()
@@ -115,7 +117,8 @@ class Study:
         capture: RoutingCapture,
         sizes: Tensor,
     ) -> Iterator[Fork]:
-        live = self.model.experts_module(module)
+        live = self.model.layer_experts(module).kept
+        assert live is not None
         gate_up, down = live.gate_up_proj[expert].clone(), live.down_proj[expert].clone()
         rows, weights = capture.rows_of(expert)
         inputs, everyone = capture.hidden[rows], capture.hidden[::2]

@@ -12,8 +12,6 @@ validator on held-out text (8 x 256 tokens; four greedy continuations of 24 toke
     merge   the same number of experts, merged by their outputs
     random  the super experts' outputs set to zero, and those of as many random experts of the same
             layers, five draws
-    distill 25 and 50 % pruned by REAP, without and with their routers distilled
-    healed  the same of 25 and 50 % merged
     auto    for a size, every split between pruning and widths: predicted loss and measured KL
 
 Measurements are kept under --work, and the section of RESULTS.md is rewritten from all of them, so
@@ -40,7 +38,7 @@ from results import machine, write_section
 from se_compress.artifacts import CompressionPlan
 from se_compress.errors import RecipeError
 from se_compress.planning.policy import make_plan, predicted_loss
-from se_compress.recipe import Distill, Recipe
+from se_compress.recipe import Recipe
 
 WORK = ROOT / "out" / "benchmark-surgery"
 FRACTIONS = (0.125, 0.25, 0.5)
@@ -49,11 +47,7 @@ DRAWS = 5
 # Of the source's size, so that widths alone, pruning alone and both can meet it.
 AUTO_SIZES = {"smollm2-moe": 0.70, "smollm2-mixtral": 0.545}
 AUTO_BITS = [2, 3, 4]
-PARTS = ("prune", "limit", "merge", "distill", "healed", "auto", "random")
-# Distilling: steps of two sequences each, so that every one is seen about twice.
-DISTILL = {"steps": 26, "sequences": 2}
-DISTILLED = {"distill": "prune", "healed": "merge"}
-MERGED = ("merge", "healed")  # parts that need the experts' similarities
+PARTS = ("prune", "limit", "merge", "auto", "random")
 
 
 def recipe_for(name: str, quantized: bool = False, **policy: Any) -> Recipe:
@@ -71,9 +65,6 @@ def plans(model: Model, part: str) -> Iterator[tuple[str, Recipe, CompressionPla
     """Name, recipe and plan of each checkpoint of a part of the benchmark."""
     if part == "auto":
         yield from _splits(model)
-        return
-    if part in DISTILLED:
-        yield from _distilled(model, DISTILLED[part])
         return
     for name, policy in _limits(model) if part == "limit" else _policies(part):
         recipe = recipe_for(model.name, **policy)
@@ -101,16 +92,6 @@ def _policies(part: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "super experts zeroed", {"zero": "super-experts"}
         for seed in range(DRAWS):
             yield f"random experts zeroed, draw {seed}", {"zero": "random", "zero_seed": seed}
-
-
-def _distilled(model: Model, surgery: str) -> Iterator[tuple[str, Recipe, CompressionPlan]]:
-    for fraction in FRACTIONS[1:]:
-        name = f"{surgery} {fraction:.1%}"
-        recipe = recipe_for(model.name, **{surgery: {"fraction": fraction}})
-        plan = make_plan(model.source, model.profile, recipe)
-        yield name, recipe, plan
-        rule = Distill.model_validate(DISTILL)
-        yield f"{name}, routers distilled", recipe.model_copy(update={"distill": rule}), plan
 
 
 def _limits(model: Model) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -157,8 +138,7 @@ def measure(model: Model, part: str) -> Iterator[dict[str, Any]]:
     supers = {expert.id for expert in model.profile.super_experts}
     for name, recipe, plan in plans(model, part):
         quantized = recipe.quantization.method != "none"
-        calibrated = quantized or recipe.distill is not None
-        tokens = model.calibration if calibrated else model.calibration[:1]
+        tokens = model.calibration if quantized else model.calibration[:1]
         gone = {d.id for d in plan.experts if d.action in ("prune", "zero")}
         row = {"name": name} | judge(model, recipe, plan, tokens)
         row["super_experts_gone"] = len(supers & gone)
@@ -185,8 +165,6 @@ TITLES = {
     "limit": "Pruned until a score takes a super expert",
     "merge": "Merged by outputs",
     "random": "Outputs set to zero (the experiment of arXiv:2507.23279)",
-    "distill": "Pruned by REAP, routers distilled on what the source predicts",
-    "healed": "Merged, routers distilled on what the source predicts",
     "auto": "One size, split between pruning and widths",
 }
 
@@ -225,11 +203,9 @@ def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
 
 def main() -> None:
     arguments, saved, measured = begin(__doc__, PARTS, WORK)
-    parts = [arguments.only] if arguments.only else PARTS
-    policy = {"merge": {"fraction": 0.5}} if set(parts) & set(MERGED) else {}
     for name in arguments.models.split(","):
-        model = open_model(name, recipe_for(name, **policy), arguments.work)
-        for part in parts:
+        model = open_model(name, recipe_for(name, merge={"fraction": 0.5}), arguments.work)
+        for part in [arguments.only] if arguments.only else PARTS:
             rows = measured.setdefault(name, {})[part] = []
             for row in measure(model, part):
                 rows.append(row)

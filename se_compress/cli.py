@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from se_compress import __version__, run_result, signals
-from se_compress.artifacts import RunOptions, RunResult, to_json_line
+from se_compress.artifacts import ALONE, RunOptions, RunResult, to_json_line
 from se_compress.errors import (
     INTERRUPTED_EXIT_CODE,
     MESSAGE_LENGTH,
@@ -37,6 +37,7 @@ from se_compress.recipe import read_recipe, recipe_of
 from se_compress.request import Outcome, Request
 from se_compress.running.faults import foreseen
 from se_compress.running.places import profiled
+from se_compress.running.ranks import RankLost, dismiss, follow, join, leads, local_device
 from se_compress.screen import Screen, surviving
 from se_compress.tracking import tracked
 from se_compress.uploading import check_hub, push
@@ -146,7 +147,7 @@ def _command(
         judged = _path("--validate", validate)
         place = _beside(judged) if output is None else _path("--output", output)
         with _hushed(verbose), screen.progress(signals.stopped) as progress:
-            options = RunOptions(device=_device(device), progress=progress)
+            options = _options(device, progress)
             report = judge_existing(replace(request, options=options), judged, place)
         result = run_result.validated(report, judged, place)
         show = partial(screen.show_validation, report, judged, place)
@@ -157,7 +158,7 @@ def _command(
             tracked(mlflow, checked, screen.notice) as log,
             screen.progress(signals.stopped) as progress,
         ):
-            options = RunOptions(device=_device(device), progress=progress)
+            options = _options(device, progress)
             measured = profile_only(replace(request, options=options), place)
             log(measured)
         result, show = run_result.profiled(measured), partial(screen.show_profiles, measured)
@@ -169,7 +170,7 @@ def _command(
             tracked(mlflow, checked, screen.notice) as log,
             screen.progress(signals.stopped) as progress,
         ):
-            options = RunOptions(device=_device(device), progress=progress)
+            options = _options(device, progress)
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
             log(outcome)
@@ -188,6 +189,12 @@ def _check_here() -> None:
         raise RecipeError(
             f"the current directory is gone ({error.strerror}); start from one that is there"
         ) from None
+
+
+def _options(device: str, progress: Callable[[str, int, int], None]) -> RunOptions:
+    ranks, found = join(), _device(device)
+    here = local_device(found) if ranks.count > 1 else found
+    return RunOptions(device=here, progress=progress, ranks=ranks)
 
 
 def _path(name: str, text: str) -> Path:
@@ -233,11 +240,17 @@ def main() -> None:
     # has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
+    ranks = ALONE
     try:
+        ranks = join()
+        if ranks.rank:
+            with _hushed(verbose=False):
+                sys.exit(follow(ranks))
         code = command.main(standalone_mode=False)
         if code == INTERRUPTED_EXIT_CODE:  # what typer makes of it
             raise KeyboardInterrupt
         signals.ignore()  # it is done
+        dismiss(ranks, code or 0)
         sys.exit(code or 0)
     except (KeyboardInterrupt, typer.Abort):
         _fail(*signals.reason())
@@ -246,9 +259,12 @@ def main() -> None:
             _fail(*signals.reason())
         known = error if isinstance(error, SeCompressError) else _usage_error(error)
         known = known or foreseen(error)
+        code = known.exit_code if known else SeCompressError.exit_code
+        if not isinstance(known, RankLost):
+            dismiss(ranks, code)
         if known is None:
             raise
-        _fail(str(known), known.exit_code)
+        _fail(str(known), code)
 
 
 def _usage_error(error: Exception) -> RecipeError | None:
@@ -270,6 +286,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _tell_failure(message: str, code: int) -> None:
+    if not leads():
+        return
     message = _print_message(message)
     if _wants_json(sys.argv[1:]):
         line = to_json_line(RunResult("failed", code, message))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import tiny_types
 
+from se_compress.model.live import Weights
 from se_compress.model.streaming import StreamedModel
 
 
@@ -23,6 +24,7 @@ def layer_watch(monkeypatch: pytest.MonkeyPatch) -> tiny.LayerWatch:
     """Sees every layer that is loaded during the test."""
     watch = tiny.LayerWatch()
     monkeypatch.setattr(StreamedModel, "load_layer", lambda model, at: watch.load_layer(model, at))
+    monkeypatch.setattr(Weights, "experts", lambda *args: watch.load_experts(*args))
     return watch
 
 

@@ -457,11 +457,11 @@ def test_an_expert_that_cannot_be_factorised_is_recovered_alone(
     assert all(not e.fallback for record in made.records[1:] for e in record.experts)
 
 
-def test_as_many_at_a_time_as_memory_allows(
+def test_the_size_of_blocks_matters_to_no_expert(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run(tiny_model("mixtral"), tmp_path / "together")
-    monkeypatch.setattr(experts, "STACK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(experts, "BLOCK_ELEMENTS", {"cpu": 1, "cuda": 1})
     alone = run(tiny_model("mixtral"), tmp_path / "alone")
     assert [e.id for e in alone.experts] == [e.id for e in together.experts]
     for name, tensor in together.tensors.items():
@@ -586,9 +586,10 @@ def test_what_sees_the_same_shares_a_hessian(
     monkeypatch.setattr(stacks, "gptq", watched)
     run(tiny_model("qwen2_moe"), tmp_path / "result", others=4, routing="all")
     dense = [(1, 128, 1), (1, 64, 1), (1, 192, 1), (1, 64, 1)]  # q k v | o | gate up | down
-    # q k v | o | shared gate up | down | routed gate up, all see the same | down
-    moe = [(1, 128, 1), (1, 64, 1), (1, 128, 1), (1, 64, 1), (7, 64, 1), (7, 64, 7)]
-    assert shapes[:10] == dense + moe
+    # q k v | o | shared gate up | down | of two blocks: routed gate up, all see the same | down
+    moe = [(1, 128, 1), (1, 64, 1), (1, 128, 1), (1, 64, 1)]
+    moe += [(3, 64, 1), (3, 64, 3), (4, 64, 1), (4, 64, 4)]
+    assert shapes[:12] == dense + moe
 
 
 # ------------------------------------------------------------------ calibration.routing: all

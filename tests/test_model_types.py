@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from se_compress.artifacts import ExpertId, ExpertIndex
 from se_compress.model.checkpoint import open_tensors
-from se_compress.model.experts import experts_forward
+from se_compress.model.experts import Given, run_experts
 from se_compress.model.observers import Observer, RoutingCapture
 from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
@@ -61,6 +61,7 @@ class Seen(Observer):
     wants_inner = True
 
     def __init__(self) -> None:
+        super().__init__()
         self.attentions: list[Tensor] = []
         self.received: list[Tensor] = []
         self.outputs: dict[ExpertIndex, list[Tensor]] = {}
@@ -137,7 +138,9 @@ def test_a_streamed_model_is_the_plain_model(run: Callable[[str], Run], name: st
     it = run(name)
     found = it.model.logits(it.states[-1])
     for ours, theirs in zip(found, it.whole, strict=True):
-        assert distance(ours, theirs) < 5e-6
+        # What routed and shared experts put out is added in another order, and state spaces and
+        # linear attention hand the rounding on from token to token.
+        assert distance(ours, theirs) < 2e-5
         assert float(theirs.std()) > 1e-3
 
 
@@ -192,10 +195,9 @@ def test_experts_computed_outside_give_the_whole_layer(
         module, before, whole = model.load_layer(layer), it.states[layer], it.states[layer + 1]
         capture = RoutingCapture(runs_experts=False)
         without = model.run_layer(layer, module, before, capture)
-        experts = model.experts_module(module).module
-        experts.observer = None
-        output = experts_forward(experts, capture.hidden, capture.experts, capture.weights)
-        added = model.add_routed(layer, module, before, without, output.float())
+        given = Given(Observer(), 0, capture.hidden, capture.experts, capture.weights)
+        output = run_experts(model.layer_experts(module), [given])
+        added = model.add_routed(layer, module, before, without, output)
         for ours, theirs in zip(hidden_of(added), hidden_of(whole), strict=True):
             assert distance(ours, theirs) < 1e-5
     assert set(model._adds.values()) == {name not in RUN_AGAIN}

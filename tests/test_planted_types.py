@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from se_compress.artifacts import ExpertId, RunOptions
 from se_compress.model.binding import experts_modules, layer_of
-from se_compress.model.experts import RoutedExperts
+from se_compress.model.experts import fused_experts
 from se_compress.opening.source import open_source
 from se_compress.profiling.profiler import profile_experts
 
@@ -44,7 +44,7 @@ def plant(model: Any, model_type: str) -> ExpertId:
     model(torch.tensor(TOKENS), use_cache=False)
     hook.remove()
     ((hidden, chosen),) = calls
-    experts = RoutedExperts(module)
+    experts = fused_experts(module)
     expert = int(torch.bincount(chosen.flatten())[: len(experts)].argmax())
     inputs = hidden.view(-1, hidden.shape[-1])[(chosen == expert).any(dim=-1)]
     peak = experts.output(expert, experts.inner(expert, inputs))[:, MASSIVE].abs().max()

@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from se_compress.artifacts import COMPRESSION_FILE, Compressed, from_json
 from se_compress.compression import refine
 from se_compress.compression.execute import compress
-from se_compress.compression.folds import SELECTION, folds_of, records_of_folds
-from se_compress.compression.refine import Aim, aim_of, refine_experts
+from se_compress.compression.refine import (
+    SELECTION,
+    Aim,
+    aim_of,
+    folds_of,
+    records_of_folds,
+    refine_experts,
+)
 from se_compress.compression.stacks import SolvedExperts, solve_stack
 from se_compress.errors import RecipeError
-from se_compress.model.experts import RoutedExperts
+from se_compress.model.experts import RoutedExperts, fused_experts
 from se_compress.model.routing import bunched
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.source import open_source
@@ -106,7 +112,7 @@ def solved(
 def problem(grid: Grid, members: Sequence[Sequence[int]] = ((0, 2), (3, 1))) -> Any:
     """Live experts of which some are rounded, the weights before, the stacks and their aim: what
     the experts did before, and a little that was lost before them."""
-    module = RoutedExperts(Experts())
+    module = fused_experts(Experts())
     before = module.gate_up_proj.clone(), module.down_proj.clone()
     hidden, chosen, weights = routing()
     plain = Aim(hidden, chosen, weights, torch.zeros(ROWS, HIDDEN), torch.ones(ROWS), {})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from se_compress.artifacts import ExpertIndex, ModelSource
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import open_tensors
-from se_compress.model.experts import experts_forward
+from se_compress.model.experts import Given, run_experts
 from se_compress.model.measures import kl_divergence
 from se_compress.model.observers import Observer, RoutingCapture
 from se_compress.model.states import (
@@ -183,6 +183,7 @@ class Recorder(Observer):
     wants_inner = True
 
     def __init__(self) -> None:
+        super().__init__()
         self.routings: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self.outputs: list[tuple[int, ExpertIndex, Tensor, Tensor, Tensor, Tensor]] = []
         self.denses: list[tuple[int, Tensor, Tensor]] = []
@@ -393,6 +394,48 @@ def test_no_more_than_one_layer_is_in_memory(
     assert layer_watch.alive() == 0
 
 
+def test_a_layer_of_many_blocks_is_that_of_one_and_never_whole_in_memory(
+    tmp_path: Path, layer_watch: LayerWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block is at work, one was, and one is read ahead."""
+    directory = build(tmp_path / "model", "qwen3_moe", num_experts=24)
+    batches = batches_of(TOKENS, BATCH_TOKENS)
+    expected = stream(open_streamed(directory), batches)
+    assert 4 <= layer_watch.most_experts <= 12
+    layer_watch.most_experts = 0
+    monkeypatch.setattr("se_compress.model.experts.BLOCK_ELEMENTS", 2 * 3 * 64 * 32)
+    found = stream(open_streamed(directory), batches)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert 2 <= layer_watch.most_experts <= 6
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_experts_that_stay_in_memory_change_no_token(tiny_model: TinyModel, name: str) -> None:
+    model = open_streamed(tiny_model(name))
+    moe = model.source.moe_layers[0]
+    module, states = model.load_layer(moe), model.embed(batches_of(TOKENS, BATCH_TOKENS))
+    expected = model.run_layer(moe, module, states)
+    model.layer_experts(module).keep()
+    for ours, theirs in zip(model.run_layer(moe, module, states), expected, strict=True):
+        assert torch.equal(ours.hidden, theirs.hidden)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streams_that_go_together_are_those_that_go_alone(tiny_model: TinyModel, name: str) -> None:
+    model = open_streamed(tiny_model(name))
+    states = model.embed(batches_of(TOKENS, BATCH_TOKENS))
+    layer = model.source.moe_layers[-1]
+    module, silent = model.load_layer(layer), Observer()
+    silent.silenced = frozenset([1])
+    streams = [(states, Observer()), (states[1:], silent)]
+    together = model.run_streams(layer, module, streams)
+    for found, (before, observer) in zip(together, streams, strict=True):
+        alone = model.run_layer(layer, module, before, observer)
+        for ours, theirs in zip(found, alone, strict=True):
+            assert torch.equal(ours.hidden, theirs.hidden)
+    assert not torch.equal(together[0][1].hidden, together[1][0].hidden)
+
+
 def test_the_skeleton_holds_no_layer(tiny_model: TinyModel) -> None:
     model = open_streamed(tiny_model("deepseek_v3"))
     stream(model, [torch.tensor(TOKENS[:1])])
@@ -532,10 +575,8 @@ def test_experts_added_afterwards_give_the_whole_layer(tiny_model: TinyModel, na
             pairs = zip(hidden_of(parts), hidden_of(whole), strict=True)
             assert not any(torch.allclose(a, b) for a, b in pairs)
             assert capture.hidden.shape[0] == sum(batch.numel() for batch in batches)
-            experts = model.experts_module(module).module
-            experts.observer = None
-            routing = (capture.hidden, capture.experts, capture.weights)
-            output = experts_forward(experts, *routing)
+            given = Given(Observer(), 0, capture.hidden, capture.experts, capture.weights)
+            output = run_experts(model.layer_experts(module), [given])
             parts = model.add_routed(layer, module, hidden, parts, output)
         for ours, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(ours.hidden, expected.hidden)

@@ -8,7 +8,7 @@ attention and logits are far from uniform, so that a wrong role, slot or mask sh
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from se_compress.artifacts import CompressionPlan, ExpertIndex, ModelSource
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.export import checked_settings, export_config
 from se_compress.formats import FORMATS
+from se_compress.model.binding import experts_modules
 from se_compress.model.checkpoint import copy_tensor, open_tensors, reserve, write_tensors
+from se_compress.model.experts import RoutedExperts
+from se_compress.model.live import Weights
 from se_compress.model.splice import open_shrunk
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.families import FAMILIES
@@ -369,17 +372,21 @@ def recipe(model: Path | str, output: Path | str = "out", **sections: Any) -> Re
 
 
 class LayerWatch:
-    """Watches the layers that StreamedModel loads, by the storages of their weights.
+    """Watches the layers that StreamedModel loads, and their experts, by the storages of their
+    weights.
 
-    loaded   indices in the order of loading
-    most     layers that were in memory at once, at the most
+    loaded        indices in the order of loading
+    most          layers that were in memory at once, at the most
+    most_experts  the same of experts
     """
 
     def __init__(self) -> None:
         self.loaded: list[int] = []
-        self.most = 0
+        self.most = self.most_experts = 0
         self._storages: list[list[StorageWeakRef]] = []
+        self._blocks: list[tuple[int, StorageWeakRef]] = []
         self._load = StreamedModel.load_layer
+        self._load_experts = Weights.experts
 
     def alive(self) -> int:
         return sum(any(not part.expired() for part in layer) for layer in self._storages)
@@ -387,8 +394,19 @@ class LayerWatch:
     def load_layer(self, model: StreamedModel, layer: int) -> nn.Module:
         self.loaded.append(layer)
         module = self._load(model, layer)
-        parts = [*module.parameters(), *module.buffers()]
-        assert not any(part.is_meta for part in parts)
+        named = dict([*module.named_parameters(), *module.named_buffers()])
+        fused = {path for path, _ in experts_modules(module)}
+        assert all(n.rpartition(".")[0] in fused for n, part in named.items() if part.is_meta)
+        parts = [part for part in named.values() if not part.is_meta]
         self._storages.append([StorageWeakRef(part.untyped_storage()) for part in parts])
         self.most = max(self.most, self.alive())
         return module
+
+    def load_experts(
+        self, weights: Weights, module: Any, path: str, ids: Sequence[int]
+    ) -> RoutedExperts:
+        block = self._load_experts(weights, module, path, ids)
+        self._blocks.append((len(ids), StorageWeakRef(block.down_proj.untyped_storage())))
+        alive = sum(count for count, storage in self._blocks if not storage.expired())
+        self.most_experts = max(self.most_experts, alive)
+        return block

@@ -30,7 +30,6 @@ from se_compress.artifacts.comparison import (
 from se_compress.artifacts.compression import (
     COMPRESSION_FILE,
     Compressed,
-    DistillRecord,
     ExpertRecord,
     FoldRecord,
     LayerRecord,
@@ -69,6 +68,8 @@ from se_compress.artifacts.ids import (
     Role,
 )
 from se_compress.artifacts.options import (
+    ALONE,
+    Ranks,
     RunOptions,
 )
 from se_compress.artifacts.plan import (
@@ -113,6 +114,7 @@ from se_compress.artifacts.validation import (
 )
 
 __all__ = [
+    "ALONE",
     "COMPRESSION_FILE",
     "DISTANCE",
     "GATES",
@@ -137,7 +139,6 @@ __all__ = [
     "Continuation",
     "CurvePoint",
     "Departure",
-    "DistillRecord",
     "DomainReport",
     "Encoding",
     "ExpertDecision",
@@ -162,6 +163,7 @@ __all__ = [
     "PlanSummary",
     "ProfileSummary",
     "ProjectionGroup",
+    "Ranks",
     "RefineRecord",
     "Rescue",
     "Role",

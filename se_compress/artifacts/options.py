@@ -6,6 +6,21 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """The processes that share a run, and which of them this one is.
+
+    rank   of this process; 0 decides and publishes
+    count  how many there are
+    """
+
+    rank: int = 0
+    count: int = 1
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """How to run. Nothing in here changes the result beyond float round-off.
 
@@ -15,6 +30,7 @@ class RunOptions:
     keep_code     the result keeps `auto_map` and the Python files that it names
     notice        called with a sentence when saved progress cannot be used
     progress      called with stage, steps done, steps in all
+    ranks         the processes that share the work; they decide no byte of the result
     """
 
     device: str = "cpu"
@@ -23,3 +39,4 @@ class RunOptions:
     keep_code: bool = False
     notice: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    ranks: Ranks = ALONE

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from se_compress.artifacts import Check, ExpertId, ExpertIndex
 from se_compress.model.measures import (
@@ -33,17 +33,16 @@ SINK_COLLAPSE = 0.5
 class Side:
     """One of the two models, around a layer.
 
+    model           gives it
     before, after   its states of the same few sequences
     sinks           the layer's sink mass [heads]
-    load            gives the layer
     source_expert   an expert's index in the source
     """
 
-    model: StreamedModel
+    model: Callable[[], StreamedModel]
     before: Sequence[States]
     after: Sequence[States]
     sinks: Tensor
-    load: Callable[[], nn.Module]
     source_expert: Callable[[ExpertIndex], ExpertIndex] = lambda expert: expert
 
 
@@ -87,9 +86,9 @@ class _Writes(Observer):
     wants_inner = True
 
     def __init__(self, tokens: Sequence[Tensor], length: int, channel: int) -> None:
+        super().__init__()
         self.rows = [at[:, 0] * length + at[:, 1] for at in tokens]
         self.channel = channel
-        self.written: dict[ExpertIndex, float] = {}
 
     def expert(
         self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
@@ -97,15 +96,16 @@ class _Writes(Observer):
         here = torch.isin(rows, self.rows[self.batch].to(rows.device))
         added = float((output[here, self.channel].float() * weights[here].float()).sum())
         count = sum(len(rows) for rows in self.rows)
-        self.written[expert] = self.written.get(expert, 0.0) + added / count
+        self.by_expert[expert] = self.by_expert.get(expert, 0.0) + added / count
 
 
 def _written(
     layer: int, side: Side, tokens: Sequence[Tensor], channel: int
 ) -> dict[ExpertIndex, float]:
     watch = _Writes(tokens, side.before[0].length, channel)
-    side.model.run_layer(layer, side.load(), side.before, watch)
-    return {side.source_expert(expert): value for expert, value in watch.written.items()}
+    model = side.model()
+    model.run_layer(layer, model.load_layer(layer), side.before, watch)
+    return {side.source_expert(expert): value for expert, value in watch.by_expert.items()}
 
 
 def _culprit(layer: int, source: Side, result: Side, tokens: Sequence[Tensor], channel: int) -> str:

@@ -12,7 +12,8 @@ calibrated behind the quantised attention.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,9 +32,8 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
-from se_compress.compression.distill import distill, sentence_of, with_distilled
-from se_compress.compression.folds import records_of_folds
 from se_compress.compression.layer import Models, Streams, compress_layer
+from se_compress.compression.refine import records_of_folds
 from se_compress.compression.stacks import Packed
 from se_compress.engines.accounting import change_since
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
@@ -43,6 +43,7 @@ from se_compress.model.checkpoint import (
     Reader,
     check_finite,
     copy_tensor,
+    open_result,
     open_tensors,
     reserve,
     write_tensors,
@@ -53,6 +54,7 @@ from se_compress.model.states import batches_of, load_states, save_states
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.headers import lay_out
 from se_compress.recipe import Recipe
+from se_compress.running.ranks import call, exchange, first
 from se_compress.running.records import load_layers, save
 
 STATES_FILE = "compress-states.safetensors"
@@ -77,21 +79,24 @@ def compress(
     Raises ResourceError if the disk is too small, SourceError if the source cannot be read,
     ValidationFailed if the engine would read the settings otherwise than they are meant.
     """
+    call(options.ranks, compress, source, plan, tokens, recipe, directory, options)
     blueprint = draw_blueprint(source, plan)
     settings = checked_settings(blueprint)
     files = lay_out(blueprint.on_disk.values(), directory, recipe.shard_size)
+    first(options.ranks, partial(_reserve, files, directory, options))
+    layout = blueprint.found_in(files)
+    folds = records_of_folds(tokens) if recipe.quantization.refine else None
+    made = Compressed(_fill(blueprint, tokens, recipe, layout, options), folds)
+    if options.ranks.rank == 0:
+        if made.stopped is None:
+            export_config(blueprint, settings, directory, options.keep_code)
+        write_atomically(directory / COMPRESSION_FILE, to_json(made))
+    return made
+
+
+def _reserve(files: Mapping[str, TensorInfo], directory: Path, options: RunOptions) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _forget_what_is_gone(reserve(files), options)
-    layout = blueprint.found_in(files)
-    made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
-    if recipe.quantization.refine or recipe.distill:
-        made = replace(made, folds=records_of_folds(tokens))
-    if made.stopped is None:
-        if recipe.distill:
-            made = _distill(blueprint, tokens, recipe, layout, options, made)
-        export_config(blueprint, settings, directory, options.keep_code)
-    write_atomically(directory / COMPRESSION_FILE, to_json(made))
-    return made
 
 
 def _fill(
@@ -102,19 +107,17 @@ def _fill(
     options: RunOptions,
 ) -> tuple[LayerRecord, ...]:
     """Write every tensor of the result to its place in `layout`."""
-    source = blueprint.shrunk.original
+    source, ranks = blueprint.shrunk.original, options.ranks
     read, untouched = open_shrunk(blueprint.shrunk), blueprint.source is source
-    outside = blueprint.of_layer(None)
-    records, streams = _resume(options, blueprint, layout)
-    if not records:  # once is enough
-        _check_copied(read, outside)
-    _copy(read, layout, outside)
+    records, streams = first(ranks, partial(_resume, options, blueprint, layout))
+    first(ranks, partial(_copy_outside, read, layout, blueprint, is_new=not records))
     if untouched and not any(blueprint.packed()):
-        return tuple(_copy_layer(blueprint, read, n, layout) for n in range(source.layer_count))
+        copy = partial(_copy_layer, blueprint, read, layout=layout)
+        return tuple(first(ranks, lambda: [*map(copy, range(source.layer_count))]))
     device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
-    reduced = original = StreamedModel(blueprint.source, read, device, dtype)
+    reduced = original = StreamedModel(blueprint.source, read, device, dtype, ranks)
     if not untouched:
-        original = StreamedModel(source, open_tensors(source.tensors), device, dtype)
+        original = StreamedModel(source, open_tensors(source.tensors), device, dtype, ranks)
     models = Models(original, reduced)
     if streams is None:
         embedded = reduced.embed(batches_of(tokens, options.batch_tokens))
@@ -123,7 +126,7 @@ def _fill(
         options.progress("compress", layer, source.layer_count)
         if layer == len(records):
             record, streams = _make_layer(models, blueprint, layer, streams, recipe, layout)
-            _save(options, record, streams)
+            first(ranks, partial(_save, options, record, streams))
             records.append(record)
             _tell_undone(record, options)
         if records[layer].failed:
@@ -136,23 +139,6 @@ def _tell_undone(record: LayerRecord, options: RunOptions) -> None:
     if record.refined is not None and not record.refined.step:
         error = f"{record.refined.selection_before:.2%}"
         options.notice(f"layer {record.layer}: refining left the error at {error} and was undone")
-
-
-def _distill(
-    blueprint: Blueprint,
-    tokens: Sequence[Sequence[int]],
-    recipe: Recipe,
-    layout: Mapping[str, TensorInfo],
-    options: RunOptions,
-    made: Compressed,
-) -> Compressed:
-    """Train the finished result, and put what has changed into its place. A run that is killed
-    between that and its record starts the stage again."""
-    done = distill(blueprint, tokens, recipe, layout, options)
-    options.notice(sentence_of(done.record))
-    write_tensors(layout, done.tensors)
-    layers = (with_distilled(record, blueprint, layout, done.tensors) for record in made.layers)
-    return replace(made, layers=tuple(layers), distilled=done.record)
 
 
 # ---------------------------------------------------------------------------------------- progress
@@ -199,6 +185,16 @@ def _forget_what_is_gone(emptied: Sequence[str], options: RunOptions) -> None:
 # ------------------------------------------------------------------------------------------ copying
 
 
+def _copy_outside(
+    read: Reader, layout: Mapping[str, TensorInfo], blueprint: Blueprint, is_new: bool
+) -> None:
+    """Copy what is in no layer. Raises SourceError as `_check_copied`, which once is enough."""
+    outside = blueprint.of_layer(None)
+    if is_new:
+        _check_copied(read, outside)
+    _copy(read, layout, outside)
+
+
 def _check_copied(read: Reader, tensors: Iterable[PlannedTensor]) -> None:
     """Raises SourceError if one that is copied holds NaN or infinity: layers for multi-token
     prediction are in no forward pass, which would show it."""
@@ -239,6 +235,33 @@ def _copy_layer(
 # ----------------------------------------------------------------------------------- a layer's turn
 
 
+@dataclass(frozen=True)
+class _Written:
+    """The tensors of one layer, on their way to their places.
+
+    digests  by name, of those that were made here
+    """
+
+    blueprint: Blueprint
+    layout: Mapping[str, TensorInfo]
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def put(self, packed: Packed) -> None:
+        """Write packed matrices, given by the names of their weights."""
+        stored = {
+            f"{self.blueprint.tensors[name].module}.{part}": tensor
+            for name, parts in packed.items()
+            for part, tensor in parts.items()
+        }
+        self.digests.update(_write(self.layout, stored))
+
+    def opened(self, like: StreamedModel) -> StreamedModel:
+        """The result on disk as a model, on the device and in the dtype of another one."""
+        model, scheme = self.blueprint.source, self.blueprint.plan.scheme
+        read = open_result(self.layout, model.tensors, scheme, self.blueprint.names)
+        return StreamedModel(model, read, like.device, like.dtype)
+
+
 def _make_layer(
     models: Models,
     blueprint: Blueprint,
@@ -249,9 +272,13 @@ def _make_layer(
 ) -> tuple[LayerRecord, Streams]:
     """Compress one layer and write all tensors of it: its record, and the streams behind it."""
     started = time.perf_counter()
-    done = compress_layer(models, blueprint, layer, streams, recipe)
-    digests = _write(layout, _stored(blueprint, done.made.tensors))
-    digests |= _copy(models.reduced.read, layout, blueprint.of_layer(layer))
+    written = _Written(blueprint, layout)
+    ranks, here = models.reduced.ranks, blueprint.of_layer(layer)
+    written.digests.update(first(ranks, partial(_copy, models.reduced.read, layout, here)))
+    opened = partial(written.opened, models.reduced)
+    done = compress_layer(models, blueprint, layer, streams, recipe, written.put, opened)
+    for digests in exchange(ranks, lambda: written.digests):
+        written.digests.update(digests)
     origin = blueprint.shrunk.origin
     record = LayerRecord(
         layer=layer,
@@ -261,18 +288,9 @@ def _make_layer(
         linears=tuple(linear.record for linear in done.made.linears),
         failed=done.failed,
         refined=done.made.refined,
-        digests=by_owner(digests),
+        digests=by_owner(written.digests),
     )
     return record, done.streams
-
-
-def _stored(blueprint: Blueprint, packed: Packed) -> dict[str, Tensor]:
-    """The stored parts of packed matrices, by their names in the result."""
-    return {
-        f"{blueprint.tensors[name].module}.{part}": tensor
-        for name, parts in packed.items()
-        for part, tensor in parts.items()
-    }
 
 
 def _by_source_id(

@@ -1,4 +1,4 @@
-"""Quantise the routed experts of one loaded layer.
+"""Quantise the routed experts of one layer, a block of them at a time.
 
 N tokens of the layer, H hidden size, I inner size of an expert, E members of a stack.
 
@@ -7,26 +7,26 @@ calibrated on what the *quantised* gate and up let through. With `calibration.ro
 expert is calibrated on all tokens of the layer, and the gate and up of all experts are rows of one
 matrix: the layer has one Hessian for them.
 
-Hessians are made for as many experts at a time as memory allows, from the layer's kept inputs:
-nothing grows with the number of experts. The inner states of as many experts are kept until their
-outputs are added up, once down is quantised.
-
-The live module's weights are replaced by what the codes stand for, so that the next run of the
-layer is that of the compressed model.
+A block is loaded, quantised on the rows of the layer's kept inputs that are routed to it, written,
+run on these rows, and dropped: nothing grows with the number of experts. Members of a block that
+get equal bits are solved as one stack. Outputs are added in the order of the experts, whatever bits
+they have. Only refining has all experts of the layer in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from se_compress.artifacts import (
+    ALONE,
     SOURCE_BITS,
     ExpertDecision,
     ExpertId,
     ExpertRecord,
+    Ranks,
     RefineRecord,
     Role,
     Scheme,
@@ -46,100 +46,179 @@ from se_compress.compression.stacks import (
     stack_inputs,
 )
 from se_compress.formats import FORMATS
-from se_compress.model.experts import RoutedExperts
+from se_compress.model.experts import LayerExperts, RoutedExperts
 from se_compress.model.observers import RoutingCapture
 from se_compress.model.routing import select_rows
-from se_compress.recipe import Recipe
+from se_compress.quant.hessian import room
+from se_compress.recipe import Recipe, Refine
 
-# Float32 elements of all Hessians and stacks that are held at once: 128 MiB on the CPU, which gains
-# nothing from more; 1 GiB on a GPU.
-STACK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+# The most experts of a block, and float32 elements of its Hessians and stacks: 128 MiB on the CPU,
+# which gains nothing from more; 1 GiB on a GPU. Results of the two differ anyway; nothing else
+# decides.
+BLOCK_EXPERTS = {"cpu": 4, "cuda": 16}
+BLOCK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 # Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
 # calibrated.
 LAYER_TOKENS = 4096
 DOWN: Mapping[Role, slice] = {"down": slice(None)}
-# An expert after its quantisation, with its record, its packed matrices, and what `_inner` gives
-# for the tokens routed to it.
-_Quantized = tuple[int, ExpertRecord, Packed, Tensor]
 NameOf = Callable[[ExpertId, Role], str]
+# An expert with its record, if it is quantised, and its outputs [n, H] for the rows routed to it.
+Made = tuple[int, ExpertRecord | None, Tensor]
 
 
 @dataclass(frozen=True)
 class QuantizedExperts:
     """The routed experts of a layer, quantised.
 
-    tensors  packed matrices, by the names of their weights
     records  by the experts' ids
     output   [N, H] float32: of all routed experts, these and those that keep their precision
     refined  how refining went; None if it was not asked for
     """
 
-    tensors: Packed
     records: list[ExpertRecord]
     output: Tensor
     refined: RefineRecord | None
 
 
+@dataclass(frozen=True)
+class _Done:
+    """An expert of a block after its quantisation.
+
+    tensors  its packed matrices
+    inner    what `_inner` gives for the tokens routed to it
+    """
+
+    expert: int
+    record: ExpertRecord
+    tensors: Packed
+    inner: Tensor
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do with the routed experts of one layer.
+
+    name_of    expert and projection -> name of the weight
+    capture    what the layer's experts see
+    decisions  of those that are quantised, by their ids
+    put        takes packed matrices, by the names of their weights
+    """
+
+    name_of: NameOf
+    capture: RoutingCapture
+    decisions: Mapping[int, ExpertDecision]
+    scheme: Scheme
+    recipe: Recipe
+    put: Callable[[Packed], None]
+
+    @property
+    def everyone(self) -> bool:
+        """Every expert is calibrated on all tokens of the layer."""
+        return self.recipe.calibration.routing == "all"
+
+    @cached_property
+    def layer_mean(self) -> Tensor:
+        """[H, H]: the second moment of all tokens of the layer; worked out if somebody asks."""
+        return second_moment(self.capture.hidden)
+
+
 def quantize_experts(
     name_of: NameOf,
-    experts: RoutedExperts,
+    experts: LayerExperts,
     capture: RoutingCapture,
     decisions: Sequence[ExpertDecision],
     scheme: Scheme,
     recipe: Recipe,
+    put: Callable[[Packed], None],
     aim: Aim | None = None,
+    ranks: Ranks = ALONE,
 ) -> QuantizedExperts:
-    """Quantise routed experts of one layer, given as the live fused module.
+    """Quantise routed experts of one layer.
 
     name_of  expert and projection -> name of the weight
     capture  what the layer's experts see
-    aim      what they are refined towards, if the recipe wants that
+    put      takes the packed matrices of a block, by the names of their weights, on the rank that
+             made them
+    aim      what they are refined towards, if the recipe wants that; every rank does that whole
     """
+    mine = {d.expert: d for d in decisions if isinstance(d.expert, int)}
+    work = _Work(name_of, capture, mine, scheme, recipe, put)
     output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
-    refined: RefineRecord | None = None
-    if FORMATS[scheme.format].quantize:
-        made = _pack_experts(name_of, experts, capture, decisions, scheme)
-    else:
-        solved: Iterable[SolvedExperts] = _solve_experts(
-            experts, capture, decisions, scheme, recipe
-        )
-        if aim is not None and recipe.quantization.refine is not None:
-            before = experts.gate_up_proj.clone(), experts.down_proj.clone()
-            solved = list(solved)
-            refined = refine_experts(experts, before, solved, aim, recipe.quantization.refine)
-        made = _packed_experts(name_of, experts, capture, solved, scheme)
-    tensors: Packed = {}
     records: list[ExpertRecord] = []
-    left = set(range(len(experts)))
-    for expert, record, packed, inner in made:
-        tensors |= packed
-        records.append(record)
-        left.remove(expert)
-        _add_output(output, capture, experts, expert, inner)
-    for expert in sorted(left):
-        _add_output(output, capture, experts, expert, _inner(capture, experts, expert))
-    records.sort(key=lambda record: record.id)
-    return QuantizedExperts(tensors, records, output, refined)
+    refined: RefineRecord | None = None
+    if aim is not None and recipe.quantization.refine is not None:
+        made, refined = _refined(experts, work, aim, recipe.quantization.refine)
+    else:
+        made = experts.each(
+            partial(_quantized, work),
+            ranks=ranks,
+            size=_block_size(experts, capture.hidden),
+            costs=_costs(experts, capture),
+        )
+    for expert, record, outputs in made:
+        records += [record] if record else []
+        rows, weights = capture.rows_of(expert)
+        output.index_add_(0, rows, outputs.float() * weights[:, None])
+    return QuantizedExperts(records, output, refined)
 
 
-def _solve_experts(
-    experts: RoutedExperts,
-    capture: RoutingCapture,
-    decisions: Sequence[ExpertDecision],
-    scheme: Scheme,
-    recipe: Recipe,
-) -> Iterator[SolvedExperts]:
-    """Solve the experts, those of equal bits together, in place."""
-    rule, everyone = recipe.quantization, recipe.calibration.routing == "all"
-    for bits, members in _stacks(decisions, experts):
-        identities = [ExpertId(decisions[0].layer, expert) for expert in members]
-        inputs = _gate_up_inputs(capture, members, everyone, rule.shrinkage)
+def _block_size(experts: LayerExperts, like: Tensor) -> int:
+    """Experts of a block on the device of a tensor."""
+    _, hidden, inner = experts.shapes
+    each = hidden**2 + inner**2 + 3 * hidden * inner
+    return max(1, min(room(BLOCK_EXPERTS, like), room(BLOCK_ELEMENTS, like) // each))
+
+
+def _costs(experts: LayerExperts, capture: RoutingCapture) -> list[float]:
+    """What quantising each expert costs, about: a product with each row that it sees, and as much
+    as that of one row with each row and column of its weights."""
+    rows, hidden, inner = experts.shapes
+    return [len(capture.rows_of(e)[0]) + rows + hidden + inner for e in range(len(experts))]
+
+
+def _quantized(work: _Work, block: RoutedExperts) -> Iterator[Made]:
+    """Quantise the experts of a block, in place, and run all of them."""
+    if FORMATS[work.scheme.format].quantize:
+        return _run_on(block, list(_pack_block(block, work)), work)
+    return _run_on(block, list(_packed(block, _solve_block(block, work), work)), work)
+
+
+def _refined(
+    experts: LayerExperts, work: _Work, aim: Aim, rule: Refine
+) -> tuple[Iterator[Made], RefineRecord]:
+    """All experts of the layer at once, quantised and refined; beside it how that went."""
+    whole = experts.load(range(len(experts)))
+    before = whole.gate_up_proj.clone(), whole.down_proj.clone()
+    blocks = whole.slices(_block_size(experts, aim.hidden))
+    solved = [some for block in blocks for some in _solve_block(block, work)]
+    record = refine_experts(whole, before, solved, aim, rule)
+    return _run_on(whole, list(_packed(whole, solved, work)), work), record
+
+
+def _run_on(block: RoutedExperts, done: Sequence[_Done], work: _Work) -> Iterator[Made]:
+    """Let go of the packed matrices of a block, and run its experts as they are now."""
+    work.put({name: parts for one in done for name, parts in one.tensors.items()})
+    of = {one.expert: one for one in done}
+    for expert in block.ids:
+        one = of.pop(expert, None)
+        inner = _inner(work.capture, block, expert) if one is None else one.inner
+        rows, _ = work.capture.rows_of(expert)
+        yield expert, one.record if one else None, block.output(expert, inner)[: len(rows)]
+
+
+def _solve_block(block: RoutedExperts, work: _Work) -> Iterator[SolvedExperts]:
+    """Solve the experts of a block, those of equal bits together, in place."""
+    scheme, rule = work.scheme, work.recipe.quantization
+    for bits, members in _stacks(block, work.decisions):
+        identities = [work.decisions[expert].id for expert in members]
+        places = block.places(members)
+        inputs = _gate_up_inputs(work, members)
         check_moments(inputs.hessian, [f"gate and up of expert {i}" for i in identities])
-        gate_up = replace_members(experts.gate_up_proj, members, inputs, bits[0], scheme, rule)
+        gate_up = replace_members(block.gate_up_proj, places, inputs, bits[0], scheme, rule)
         # only now: down sees what the quantised gate and up let through
-        inner_inputs, inner = _down_inputs(capture, experts, members, everyone, rule.shrinkage)
+        inner_inputs, inner = _down_inputs(work, block, members)
         check_moments(inner_inputs.hessian, [f"down of expert {i}" for i in identities])
-        down = replace_members(experts.down_proj, members, inner_inputs, bits[1], scheme, rule)
+        down = replace_members(block.down_proj, places, inner_inputs, bits[1], scheme, rule)
         records = [
             _record(identity, bits, i, inputs, inner_inputs, gate_up, down)
             for i, identity in enumerate(identities)
@@ -147,41 +226,29 @@ def _solve_experts(
         yield SolvedExperts(members, records, gate_up, down, inner)
 
 
-def _packed_experts(
-    name_of: NameOf,
-    experts: RoutedExperts,
-    capture: RoutingCapture,
-    solved: Iterable[SolvedExperts],
-    scheme: Scheme,
-) -> Iterator[_Quantized]:
+def _packed(block: RoutedExperts, solved: Iterable[SolvedExperts], work: _Work) -> Iterator[_Done]:
     """Pack solved experts."""
     for some in solved:
         for i, (expert, record) in enumerate(zip(some.members, some.records, strict=True)):
             tensors: Packed = {}
-            for roles, made in ((experts.roles, some.gate_up), (DOWN, some.down)):
+            for roles, made in ((block.roles, some.gate_up), (DOWN, some.down)):
                 if made is not None:
-                    rows = {name_of(record.id, role): part for role, part in roles.items()}
-                    tensors |= packed_members(rows, made.stack, i, scheme.format)
-            inner = some.inner[i] if some.inner else _inner(capture, experts, expert)
-            yield expert, record, tensors, inner
+                    rows = {work.name_of(record.id, role): part for role, part in roles.items()}
+                    tensors |= packed_members(rows, made.stack, i, work.scheme.format)
+            inner = some.inner[i] if some.inner else _inner(work.capture, block, expert)
+            yield _Done(expert, record, tensors, inner)
 
 
 def _stacks(
-    decisions: Sequence[ExpertDecision], experts: RoutedExperts
+    block: RoutedExperts, decisions: Mapping[int, ExpertDecision]
 ) -> Iterator[tuple[tuple[int, int], list[int]]]:
-    """Experts of equal bits (of gate and up, and of down), as many at a time as fit into
-    STACK_ELEMENTS: the bits, and the experts' indices in the live module."""
-    hidden, inner = experts.gate_up_proj.shape[-1], experts.down_proj.shape[-1]
-    each = hidden**2 + inner**2 + 3 * hidden * inner
-    size = max(1, STACK_ELEMENTS[experts.gate_up_proj.device.type] // each)
+    """The experts of a block that are quantised, by their bits (of gate and up, and of down)."""
     members: dict[tuple[int, int], list[int]] = {}
-    for decision in decisions:
-        if isinstance(decision.expert, int):
-            bits = (decision.bits_of("gate"), decision.bits_of("down"))
-            members.setdefault(bits, []).append(decision.expert)
-    for bits in sorted(members):
-        for start in range(0, len(members[bits]), size):
-            yield bits, members[bits][start : start + size]
+    for expert in filter(decisions.get, block.ids):
+        decision = decisions[expert]
+        bits = (decision.bits_of("gate"), decision.bits_of("down"))
+        members.setdefault(bits, []).append(expert)
+    yield from sorted(members.items())
 
 
 def _record(
@@ -213,30 +280,25 @@ def _record(
 # ---------------------------------------------------------------------- by the format's own library
 
 
-def _pack_experts(
-    name_of: NameOf,
-    experts: RoutedExperts,
-    capture: RoutingCapture,
-    decisions: Sequence[ExpertDecision],
-    scheme: Scheme,
-) -> Iterator[_Quantized]:
-    """Pack the experts by the format's own library, which looks at weights only; the tokens serve
-    to measure."""
-    for decision in decisions:
-        assert isinstance(decision.expert, int)
+def _pack_block(block: RoutedExperts, work: _Work) -> Iterator[_Done]:
+    """Pack the experts by the format's own library, in place. It looks at weights only; the tokens
+    serve to measure."""
+    capture = work.capture
+    for expert in filter(work.decisions.get, block.ids):
+        decision, at = work.decisions[expert], block.place(expert)
         assert decision.bits is not None
-        gate_up, down = experts.gate_up_proj[decision.expert], experts.down_proj[decision.expert]
+        gate_up, down = block.gate_up_proj[at], block.down_proj[at]
         before = gate_up.clone(), down.clone()
         tensors: Packed = {}
-        lives = {role: gate_up[rows] for role, rows in experts.roles.items()} | {"down": down}
+        lives = {role: gate_up[rows] for role, rows in block.roles.items()} | {"down": down}
         for role, live in lives.items():
             if decision.bits_of(role) != SOURCE_BITS:
-                tensors |= pack_in_place(name_of(decision.id, role), live, scheme)
-        rows, _ = capture.rows_of(decision.expert)
-        inner = _inner(capture, experts, decision.expert)
+                tensors |= pack_in_place(work.name_of(decision.id, role), live, work.scheme)
+        rows, _ = capture.rows_of(expert)
+        inner = _inner(capture, block, expert)
         record = ExpertRecord(
             layer=decision.layer,
-            expert=decision.expert,
+            expert=expert,
             bits=decision.bits,
             tokens=len(rows),
             prior_share=0.0,
@@ -246,7 +308,7 @@ def _pack_experts(
             fallback="",
             down_bits=decision.down_bits,
         )
-        yield decision.expert, record, tensors, inner
+        yield _Done(expert, record, tensors, inner)
 
 
 def _output_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:
@@ -260,42 +322,36 @@ def _output_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:
 # --------------------------------------------------------------------------- what they see and give
 
 
-def _gate_up_inputs(
-    capture: RoutingCapture, members: Sequence[int], everyone: bool, enough: float
-) -> StackInputs:
-    """What gate and up of each member see: the layer's inputs [n, H] routed to it, or all of them.
-
-    enough as in `filled_hessian`
-    """
-    layer_mean = cache(lambda: second_moment(capture.hidden))  # worked out for rarely hit ones only
-    if everyone:
+def _gate_up_inputs(work: _Work, members: Sequence[int]) -> StackInputs:
+    """What gate and up of each member see: the layer's inputs [n, H] routed to it, or all of
+    them."""
+    capture, enough = work.capture, work.recipe.quantization.shrinkage
+    if work.everyone:
         count = len(members)
-        return StackInputs(layer_mean()[None], [len(capture.hidden)] * count, [0.0] * count)
+        return StackInputs(work.layer_mean[None], [len(capture.hidden)] * count, [0.0] * count)
     hessians = []
     for expert in members:
         rows, _ = capture.rows_of(expert)
-        hessians.append(filled_hessian(capture.hidden.index_select(0, rows), layer_mean, enough))
+        seen = capture.hidden.index_select(0, rows)
+        hessians.append(filled_hessian(seen, lambda: work.layer_mean, enough))
     return stack_inputs(hessians)
 
 
 def _down_inputs(
-    capture: RoutingCapture,
-    experts: RoutedExperts,
-    members: Sequence[int],
-    everyone: bool,
-    enough: float,
+    work: _Work, block: RoutedExperts, members: Sequence[int]
 ) -> tuple[StackInputs, list[Tensor]]:
     """What down of each member sees; beside it, what `_inner` gives for the tokens routed to it."""
+    capture, enough = work.capture, work.recipe.quantization.shrinkage
     # "all tokens" of the prior, evenly thinned out
     some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
     hessians, kept = [], []
     for expert in members:
         rows, _ = capture.rows_of(expert)
-        inner = _inner(capture, experts, expert, everyone)
-        seen = inner if everyone else inner[: len(rows)]
-        prior = partial(_down_prior, experts, expert, some)
+        inner = _inner(capture, block, expert, work.everyone)
+        seen = inner if work.everyone else inner[: len(rows)]
+        prior = partial(_down_prior, block, expert, some)
         hessians.append(filled_hessian(seen, prior, enough))
-        kept.append(inner.index_select(0, rows) if everyone else inner)
+        kept.append(inner.index_select(0, rows) if work.everyone else inner)
     return stack_inputs(hessians), kept
 
 
@@ -315,12 +371,3 @@ def _inner(
         return experts.inner(expert, capture.hidden)
     rows, _ = capture.rows_of(expert)
     return experts.inner(expert, select_rows(capture.hidden, rows))
-
-
-def _add_output(
-    output: Tensor, capture: RoutingCapture, experts: RoutedExperts, expert: int, inner: Tensor
-) -> None:
-    """Add to output [N, H] float32 what an expert makes of `_inner` [n, I], by routing weight."""
-    rows, weights = capture.rows_of(expert)
-    made = experts.output(expert, inner)[: len(rows)]
-    output.index_add_(0, rows, made.float().mul_(weights[:, None]))

@@ -5,7 +5,7 @@ same, and so are their hidden states, until something is changed. After that a f
 source's are enough, unless the recipe refines: then every row has the source's to be held to.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -81,14 +81,12 @@ class Made:
     """What became of one layer.
 
     result   the states after it, of each batch
-    tensors  packed matrices, by the names of their weights
     experts  records of its experts, by the ids of the reduced model
     linears  its quantised linears of attention and dense MLP
     refined  how refining its routed experts went
     """
 
     result: list[States]
-    tensors: Packed = field(default_factory=dict)
     experts: list[ExpertRecord] = field(default_factory=list)
     linears: list[SolvedLinear] = field(default_factory=list)
     refined: RefineRecord | None = None
@@ -159,9 +157,18 @@ def plan_of_layer(blueprint: Blueprint, layer: int) -> LayerPlan:
 
 
 def compress_layer(
-    models: Models, blueprint: Blueprint, layer: int, streams: Streams, recipe: Recipe
+    models: Models,
+    blueprint: Blueprint,
+    layer: int,
+    streams: Streams,
+    recipe: Recipe,
+    put: Callable[[Packed], None],
+    written: Callable[[], StreamedModel],
 ) -> CompressedLayer:
     """Run both models past one layer, quantising what the plan wants of it.
+
+    put      takes packed matrices, by the names of their weights, as soon as they are done
+    written  opens the result as far as it is written, this layer included
 
     Raises SourceError if the source's own states overflow, or a weight of the layer is bad.
     """
@@ -178,20 +185,27 @@ def compress_layer(
         module = models.reduced.load_layer(layer)
     limits = recipe.validation
     compared = leading(streams.result, WITNESS_TOKENS) if limits.early_stop else []
-    watch = _Watch(compared, runs_experts=not plan.experts)
-    scheme = blueprint.plan.scheme
-    aim = behind if refines else None
-    made = _quantize_layer(models.reduced, module, plan, streams.result, watch, scheme, recipe, aim)
+    turn = _Turn(
+        model=models.reduced,
+        module=module,
+        plan=plan,
+        before=streams.result,
+        watch=_Watch(compared, runs_experts=not plan.experts),
+        scheme=blueprint.plan.scheme,
+        recipe=recipe,
+        wanted=behind if refines else None,
+        put=put,
+    )
+    made = _quantize_layer(turn)
     after = leading(made.result, WITNESS_TOKENS)
     failed = overflow_warning(layer, hidden_of(made.result), limits)
     if limits.early_stop and not failed:
         origin = blueprint.shrunk.origin
         result = Side(
-            model=models.reduced,
+            model=written,
             before=compared,
             after=after,
-            sinks=watch.sink_mass,
-            load=lambda: module,
+            sinks=turn.watch.sink_mass,
             source_expert=lambda expert: origin[ExpertId(layer, expert)][0].expert,
         )
         failed = early_warning(layer, source, result, limits)
@@ -210,15 +224,15 @@ def _pass_unchanged(model: StreamedModel, layer: int, streams: Streams) -> Compr
 def _source_side(
     model: StreamedModel, layer: int, module: nn.Module, before: list[States]
 ) -> tuple[Side, list[States]]:
-    """The source around a layer, for a few leading sequences; its weights are read again if asked
-    for. Beside it, what it makes of all that it is given."""
+    """The source around a layer, for a few leading sequences. Beside it, what it makes of all that
+    it is given."""
     compared = leading(before, WITNESS_TOKENS)
     sinks = _LeadingSinks()
     sinks.compared = compared
     after = model.run_layer(layer, module, before, sinks)
     check_states(model, layer, hidden_of(after))
     some = leading(after, WITNESS_TOKENS)
-    return Side(model, compared, some, sinks.sink_mass, partial(model.load_layer, layer)), after
+    return Side(lambda: model, compared, some, sinks.sink_mass), after
 
 
 class _LeadingSinks(SinkCapture):
@@ -241,95 +255,96 @@ class _Watch(RoutingCapture, _LeadingSinks):
 # -------------------------------------------------------------------------------------- quantising
 
 
-def _quantize_layer(
-    model: StreamedModel,
-    module: nn.Module,
-    plan: LayerPlan,
-    before: Sequence[States],
-    watch: _Watch,
-    scheme: Scheme,
-    recipe: Recipe,
-    wanted: Sequence[States] | None,
-) -> Made:
-    """Quantise what the plan wants of a loaded layer, in place.
+@dataclass(frozen=True)
+class _Turn:
+    """One layer whose turn it is to be quantised.
 
+    module  the layer; its linears are quantised in place
     before  what comes into it, of each batch
     watch   sees it run once attention and dense MLP are quantised
     wanted  what should come out of it, if the recipe refines
+    put     takes packed matrices on the rank that made them
     """
-    made = _quantize_plain(model, module, plan, before, watch, scheme, recipe)
+
+    model: StreamedModel
+    module: nn.Module
+    plan: LayerPlan
+    before: Sequence[States]
+    watch: _Watch
+    scheme: Scheme
+    recipe: Recipe
+    wanted: Sequence[States] | None
+    put: Callable[[Packed], None]
+
+    def put_once(self, packed: Packed) -> None:
+        """Take packed matrices that every rank has made."""
+        if self.model.ranks.rank == 0:
+            self.put(packed)
+
+    def run(self, observer: Observer | None) -> list[States]:
+        """The states behind the layer as it is now."""
+        return self.model.run_layer(self.plan.layer, self.module, self.before, observer)
+
+
+def _quantize_layer(turn: _Turn) -> Made:
+    """Quantise what the plan wants of a layer."""
+    made = _quantize_plain(turn)
     shared: list[ExpertRecord] = []
-    if any(plan.shared):
-        identity = ExpertId(plan.layer, "shared")
+    if any(turn.plan.shared):
+        identity = ExpertId(turn.plan.layer, "shared")
         tensors, record = quantize_shared(
-            module, model.linear_path, identity, plan.shared, watch.shared_hidden, scheme,
-            recipe.quantization,
+            turn.module, turn.model.linear_path, identity, turn.plan.shared,
+            turn.watch.shared_hidden, turn.scheme, turn.recipe.quantization,
         )  # fmt: skip
-        made.tensors |= tensors
+        turn.put_once(tensors)
         shared = [record]
         # the first run had the shared expert of the source
-        again = _without_experts() if plan.experts else None
-        made.result = model.run_layer(plan.layer, module, before, again)
-    if plan.experts:
-        _quantize_routed(model, module, plan, before, watch, scheme, recipe, made, wanted)
+        made.result = turn.run(_without_experts() if turn.plan.experts else None)
+    if turn.plan.experts:
+        _quantize_routed(turn, made)
     made.experts += shared
     return made
 
 
-def _quantize_routed(
-    model: StreamedModel,
-    module: nn.Module,
-    plan: LayerPlan,
-    before: Sequence[States],
-    watch: _Watch,
-    scheme: Scheme,
-    recipe: Recipe,
-    made: Made,
-    wanted: Sequence[States] | None,
-) -> None:
+def _quantize_plain(turn: _Turn) -> Made:
+    """Quantise linears of attention and dense MLP, and run the layer behind them; its routed
+    experts are left out if they are quantised next."""
+    linears: list[SolvedLinear] = []
+    for stages in ((turn.plan.attention,), turn.plan.dense):
+        seeing = _without_experts()
+        seeing.everywhere = True  # the linears tell what they see
+        see = partial(turn.run, seeing)
+        linears += quantize_linears(
+            turn.module, turn.model.linear_path, stages, see, turn.scheme, turn.recipe.quantization
+        )
+    for linear in linears:
+        turn.put_once(linear.tensors)
+    return Made(turn.run(turn.watch), linears=linears)
+
+
+def _quantize_routed(turn: _Turn, made: Made) -> None:
     """Quantise the routed experts, and add what they do to what is `made` of the layer so far,
     without them.
 
     Raises RecipeError if they are to be refined and what they put out is not added as it is.
     """
-    live, aim = model.experts_module(module), None
-    if wanted is not None:
-        if not model.adds_routed(module, plan.layer, before):
+    model, module, layer, watch = turn.model, turn.module, turn.plan.layer, turn.watch
+    aim = None
+    if turn.wanted is not None:
+        if not model.adds_routed(module, layer, turn.before):
             raise RecipeError(
-                f"quantization.refine: layer {plan.layer} does not add what its routed experts put "
-                "out to its states as it is; leave it out for this model"
+                f"quantization.refine: layer {layer} does not add what its routed experts put out "
+                "to its states as it is; leave it out for this model"
             )
-        states = hidden_of(wanted), hidden_of(made.result)
+        states = hidden_of(turn.wanted), hidden_of(made.result)
         aim = aim_of(watch.hidden, watch.experts, watch.weights, *states)
-    done = quantize_experts(model.source.weight_of, live, watch, plan.experts, scheme, recipe, aim)
-    made.tensors |= done.tensors
+    done = quantize_experts(
+        model.source.weight_of, model.layer_experts(module), watch, turn.plan.experts,
+        turn.scheme, turn.recipe, turn.put if aim is None else turn.put_once, aim, model.ranks,
+    )  # fmt: skip
     made.experts += done.records
     made.refined = done.refined
-    made.result = model.add_routed(plan.layer, module, before, made.result, done.output)
-
-
-def _quantize_plain(
-    model: StreamedModel,
-    module: nn.Module,
-    plan: LayerPlan,
-    before: Sequence[States],
-    watch: _Watch,
-    scheme: Scheme,
-    recipe: Recipe,
-) -> Made:
-    """Quantise linears of attention and dense MLP, and run the layer behind them; its routed
-    experts are left out if they are quantised next."""
-    run = partial(model.run_layer, plan.layer, module, before)
-    linears: list[SolvedLinear] = []
-    for stages in ((plan.attention,), plan.dense):
-        see = partial(run, _without_experts())
-        linears += quantize_linears(
-            module, model.linear_path, stages, see, scheme, recipe.quantization
-        )
-    made = Made(run(watch), linears=linears)
-    for linear in linears:
-        made.tensors |= linear.tensors
-    return made
+    made.result = model.add_routed(layer, module, turn.before, made.result, done.output)
 
 
 def _without_experts() -> Observer:

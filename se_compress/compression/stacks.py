@@ -115,7 +115,7 @@ class SolvedStack:
 class SolvedExperts:
     """Experts of equal bits, quantised together.
 
-    members  their indices in the live module
+    members  their ids in the layer
     records  of each
     gate_up, down   of all; None for what keeps its precision
     inner    what each expert's down sees of the tokens routed to it, [n, I]; none if the weights

@@ -1,12 +1,14 @@
 """The weights of a live model: put into a module of it that was built on the meta device.
 
-Routed experts are found by their ids, everything else by the binding. Values are in the dtype that
-transformers gives them in a model of the dtype that was asked for.
+Routed experts are found by their ids, and loaded some at a time; everything else is found by the
+binding. Values are in the dtype that transformers gives them in a model of the dtype that was asked
+for.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from se_compress.artifacts import ExpertId, ModelSource, Role
 from se_compress.errors import SourceError
 from se_compress.model.binding import Binding, experts_modules, layer_of
 from se_compress.model.checkpoint import Reader, check_finite
-from se_compress.model.experts import RoutedExperts
+from se_compress.model.experts import LayerExperts, RoutedExperts, roles_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Weights:
     model: Any
     binding: Binding
     device: torch.device
+    _finite: set[str] = field(default_factory=set)  # of experts, which are read again and again
 
     def loaded(self, module: nn.Module, path: str) -> nn.Module:
         """A copy of a meta module with its weights. Raises SourceError as `fill` does."""
@@ -45,6 +48,9 @@ class Weights:
     def fill(self, module: nn.Module, path: str, skip: tuple[str, ...] = ()) -> None:
         """Give every meta parameter and buffer of a module its value, in place.
 
+        The weights of routed experts stay on the meta device; their module gets
+        `layer_experts`, which loads them.
+
         path  of the module in the model; "" for the model itself
         skip  beginnings of names within the module that stay as they are
 
@@ -52,22 +58,23 @@ class Weights:
         """
         prefix = f"{path}." if path else ""
         stored = module.state_dict().keys()
-        fused = {inner: RoutedExperts(experts) for inner, experts in experts_modules(module)}
+        fused = dict(experts_modules(module))
+        for inner, experts in fused.items():
+            read = partial(self.experts, experts, prefix + inner)
+            experts.layer_experts = LayerExperts(experts, read)
         named = [
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
         ]
         for name, meta in named:
-            if name.startswith(skip):
+            owner = name.rpartition(".")[0]
+            is_bound = prefix + name in self.binding.bound or owner not in fused
+            if name.startswith(skip) or (name in stored and not is_bound):
                 continue
             real = _put_empty(module, name, meta, self.device)
-            owner, _, leaf = name.rpartition(".")
             if name not in stored:
                 continue
-            if prefix + name in self.binding.bound or owner not in fused:
-                real.copy_(self.value(prefix + name))
-            else:
-                self._fill_experts(fused[owner], prefix + owner, leaf)
+            real.copy_(self.value(prefix + name))
             # What transformers initialises below is what nobody has loaded.
             real._is_hf_initialized = True  # type: ignore[attr-defined]
         for child in module.modules():
@@ -90,19 +97,40 @@ class Weights:
     def _read(self, name: str) -> Tensor:
         return check_finite(name, self.read(name))
 
-    def _fill_experts(self, experts: RoutedExperts, path: str, leaf: str) -> None:
-        """Fill a fused tensor [E, ...] of experts from the projections of each.
+    def experts(self, module: Any, path: str, ids: Sequence[int]) -> RoutedExperts:
+        """Some routed experts of a layer, by their ids in it. Raises SourceError as `fill` does.
 
-        leaf  its name in the module
+        module, path  of the layer's experts
         """
         layer = layer_of(path)
         assert layer is not None
-        roles: tuple[Role, ...] = ("down",) if leaf.startswith("down") else tuple(experts.roles)
-        ending = ".bias" if leaf.endswith("_bias") else ".weight"
-        for role in roles:
-            for expert, part in enumerate(experts.part(leaf, role)):
-                weight = self.source.experts[ExpertId(layer, expert)][role].name
-                part.copy_(self._read(weight.removesuffix(".weight") + ending))
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        endings = (".weight", ".bias") if module.has_bias else (".weight",)
+        made: list[Tensor] = []
+        for ending in endings:
+            for leaf in (first, "down_proj"):
+                meta = getattr(module, leaf if ending == ".weight" else f"{leaf}_bias")
+                if meta.dim() == 3 and module.is_transposed:
+                    meta = meta.mT
+                shape, pinned = (len(ids), *meta.shape[1:]), self.device.type == "cuda"
+                fused = torch.empty(shape, dtype=meta.dtype, pin_memory=pinned)
+                roles = roles_of(module, meta.shape[1]) if leaf == first else _DOWN
+                for role, rows in roles.items():
+                    for expert, whole in zip(ids, fused, strict=True):
+                        whole[rows].copy_(self._expert(ExpertId(layer, expert), role, ending))
+                made.append(fused.to(self.device))
+        return RoutedExperts(module, ids, *made)
+
+    def _expert(self, identity: ExpertId, role: Role, ending: str) -> Tensor:
+        """A projection of an expert, or its bias."""
+        name = self.source.experts[identity][role].name.removesuffix(".weight") + ending
+        if name in self._finite:
+            return self.read(name)
+        self._finite.add(name)
+        return self._read(name)
+
+
+_DOWN: Mapping[Role, slice] = {"down": slice(None)}
 
 
 def _put_empty(module: nn.Module, name: str, meta: Tensor, device: torch.device) -> Tensor:

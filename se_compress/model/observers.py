@@ -5,6 +5,7 @@ n rows and I neurons of one expert. Row = sequence * T + position.
 """
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,13 @@ class Observer:
     batch            index of the batch that is being run; set by the run
     wants_attention  `attention` is called; it costs the probabilities of every head
     wants_inner      `expert` is called for shared experts too; their inner state is computed again
-    runs_experts     False: routed experts are told of, not run; `routed_output` stands in
+    runs_experts     False: routed experts are told of, not run; nothing stands in
     silenced         experts whose output is replaced by zero
     learned_sinks    set by the run: attention has sinks that the model has learned, beside its keys
+    everywhere       with several ranks, each of them runs all batches: what is wanted of the run is
+                     not told here
+    by_expert        what `expert` keeps, by expert: with several ranks, each expert is told of on
+                     one of them, and all get what was kept
     """
 
     batch: int = 0
@@ -34,10 +39,10 @@ class Observer:
     runs_experts = True
     silenced: frozenset[ExpertIndex] = frozenset()
     learned_sinks = False
+    everywhere = False
 
-    def routed_output(self, hidden: Tensor) -> Tensor:
-        """What stands in for the output [N, H] of routed experts that are not run."""
-        return torch.zeros_like(hidden)
+    def __init__(self) -> None:
+        self.by_expert: dict[ExpertIndex, Any] = {}
 
     def routed(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> None:
         """The routing of one batch.
@@ -78,6 +83,66 @@ class Observer:
         mean_received  mean probability that each key gets from the queries that see it,
                        [B, heads, T]
         """
+
+
+class Notes(Observer):
+    """What a run tells of one batch, kept until it is told to the observer that wants it, maybe by
+    another process.
+
+    given  input [N, H] of the routed experts, the choices and the weights; None in a dense layer
+    """
+
+    KINDS = ("shared_input", "dense", "attention", "expert")
+
+    def __init__(self, observer: Observer, batch: int) -> None:
+        super().__init__()
+        self._observer, self.batch = observer, batch
+        self.wants_attention, self.wants_inner = observer.wants_attention, observer.wants_inner
+        self.silenced = observer.silenced
+        self.given: tuple[Tensor, Tensor, Tensor] | None = None
+        self.said: list[tuple[str, tuple[Any, ...]]] = []
+
+    def watched(self, sequences: int) -> int:
+        self._observer.batch = self.batch
+        return self._observer.watched(sequences)
+
+    def shared_input(self, hidden: Tensor) -> None:
+        self._note("shared_input", hidden)
+
+    def dense(self, inner: Tensor, output: Tensor) -> None:
+        self._note("dense", inner, output)
+
+    def attention(self, first_key: Tensor, mean_received: Tensor) -> None:
+        self._note("attention", first_key, mean_received)
+
+    def expert(
+        self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
+    ) -> None:
+        self._note("expert", expert, rows, inner, output, weights)
+
+    def _note(self, kind: str, *what: Any) -> None:
+        """Only what the observer has a method for."""
+        if getattr(type(self._observer), kind) is not getattr(Observer, kind):
+            # What another process hears is contiguous, and strides decide in which order one sums.
+            alike = (part.contiguous() if isinstance(part, Tensor) else part for part in what)
+            self.said.append((kind, tuple(alike)))
+
+    @property
+    def kept(self) -> "Kept":
+        return self.given, self.said, self.learned_sinks
+
+
+# What Notes keep: given, said, learned sinks.
+Kept = tuple[tuple[Tensor, Tensor, Tensor] | None, list[tuple[str, tuple[Any, ...]]], bool]
+
+
+def tell(observer: Observer, batch: int, kept: Kept) -> None:
+    """Tell an observer what was noted of a batch, but what its routed experts are given."""
+    _, said, learned = kept
+    observer.batch = batch
+    observer.learned_sinks |= learned
+    for kind, what in said:
+        getattr(observer, kind)(*what)
 
 
 class RoutingCapture(Observer):
@@ -141,23 +206,6 @@ class RoutingCapture(Observer):
         if expert < len(self._by_expert):
             return self._by_expert[expert]
         return self.experts.new_empty(0), self.weights.new_empty(0)  # behind the last one chosen
-
-
-class GivenOutput(Observer):
-    """Lets a layer run with routed outputs that were computed elsewhere.
-
-    output  [N, H] of the rows of all batches, in order
-    """
-
-    runs_experts = False
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self._output, self._used = output, 0
-
-    def routed_output(self, hidden: Tensor) -> Tensor:
-        start, self._used = self._used, self._used + len(hidden)
-        return self._output[start : self._used].to(hidden.dtype).view_as(hidden)
 
 
 class SinkCapture(Observer):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from se_compress.model.binding import experts_modules
 from se_compress.model.streaming import StreamedModel
 from se_compress.running.memory import available_memory
 
@@ -34,6 +35,8 @@ def resident(model: StreamedModel, size_bytes: int | None = None) -> Iterator[No
         if held + size <= room:
             kept[layer] = module
             held += size
+            for _, experts in experts_modules(module):
+                experts.layer_experts.keep()
         return module
 
     vars(model)["load_layer"] = load_layer

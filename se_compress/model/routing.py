@@ -38,10 +38,19 @@ def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     The padding repeats row 0; callers cut it off what they compute from it. `hidden` is [N, H],
     `rows` int64. ROW_BLOCK says why.
     """
+    return hidden.index_select(0, nn.functional.pad(rows, (0, _missing(len(rows)))))
+
+
+def padded(inputs: Tensor) -> Tensor:
+    """Inputs [n, H] with the same padding: their first row again."""
+    return torch.cat([inputs, inputs[:1].expand(_missing(len(inputs)), -1)])
+
+
+def _missing(rows: int) -> int:
+    """How many more make a rounded number."""
     # Above ROW_BLOCK, an eighth of the largest power of two in the number: 8 sizes an octave.
-    block = max(ROW_BLOCK, 2 ** (len(rows).bit_length() - 4)) if len(rows) > ROW_BLOCK else 1
-    missing = -len(rows) % block
-    return hidden.index_select(0, nn.functional.pad(rows, (0, missing)))
+    block = max(ROW_BLOCK, 2 ** (rows.bit_length() - 4)) if rows > ROW_BLOCK else 1
+    return -rows % block
 
 
 def sum_routed(

@@ -2,12 +2,14 @@
 
 transformers owns the mathematics of every family; this module owns the order of the work. The model
 is built on the meta device and runs its own forward pass, in which stand-ins take the place of the
-layers that are not at work (standins.py). Each real layer is loaded, run over all batches and
-dropped, so that memory holds one layer and the hidden states, whatever the size of the model.
+layers that are not at work (standins.py). Each real layer is loaded without its routed experts, run
+over all batches and dropped. What its routed experts are given is kept; then these are loaded a
+block at a time (experts.py), and what they put out is added. So memory holds the rest of one layer,
+a block or two, and the hidden states, whatever the size of the model.
 
-What happens inside a layer is told to an observer: experts through the experts function that
-transformers lets one register (experts.py), attention through its attention functions
-(attention.py), plain MLPs through hooks.
+What happens inside a layer is told to an observer: of experts by the blocks, of routing through the
+experts function that transformers lets one register, of attention through its attention functions
+(attention.py), of plain MLPs through hooks.
 
 Batches hold sequences of equal length and no padding.
 
@@ -18,23 +20,32 @@ of `States`, one a batch, in the model's dtype, on its device.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from se_compress.artifacts import ExpertId, ModelSource
+from se_compress.artifacts import ALONE, ExpertId, ModelSource, Ranks
 from se_compress.model.attention import watched_attention
 from se_compress.model.binding import bind_source, check_bound, experts_modules, meta_model
 from se_compress.model.checkpoint import Reader
-from se_compress.model.experts import RoutedExperts, dense_hook, experts_forward, shared_hooks
+from se_compress.model.experts import (
+    Given,
+    LayerExperts,
+    Routed,
+    dense_hook,
+    experts_forward,
+    run_experts,
+    shared_hooks,
+)
 from se_compress.model.live import Lookup, Weights
-from se_compress.model.observers import GivenOutput, Observer, RoutingCapture
+from se_compress.model.observers import Kept, Notes, Observer, RoutingCapture, tell
 from se_compress.model.standins import Pass, StandIn, run_until
 from se_compress.model.states import States
 from se_compress.opening.families import FAMILIES, Family
+from se_compress.running.ranks import spread
 
 # What our experts function is called in transformers' table.
 IMPLEMENTATION = "se_compress"
@@ -54,6 +65,7 @@ class StreamedModel:
     read    reads a tensor by its name in the source; its values may be those of a compressed model
     device  of weights and hidden states
     dtype   of weights and hidden states
+    ranks   share the work, batch by batch and block by block; all of them have all hidden states
     model   the transformers model: weights of decoder layers, embeddings and head stay on the meta
             device, everything else is real
     layers  its decoder layers, on the meta device
@@ -63,6 +75,7 @@ class StreamedModel:
     read: Reader
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
+    ranks: Ranks = ALONE
     _running: Pass = field(default_factory=Pass)
     _adds: dict[object, bool] = field(default_factory=dict)
     _heads: list[nn.Module] = field(default_factory=list)  # the meta head, and once for each user
@@ -108,16 +121,17 @@ class StreamedModel:
     # -- loading
 
     def load_layer(self, layer: int) -> nn.Module:
-        """A copy of decoder layer `layer` with its weights, on the device.
+        """A copy of decoder layer `layer` on the device, with its weights but those of its routed
+        experts, which `layer_experts` loads.
 
         Raises SourceError for a weight that is missing, is NaN or infinite.
         """
         return self.weights.loaded(self.layers[layer], f"{self._path}.{layer}")
 
-    def experts_module(self, module: nn.Module) -> RoutedExperts:
+    def layer_experts(self, module: nn.Module) -> LayerExperts:
         """The routed experts of a loaded MoE layer."""
         (_, experts), *_ = experts_modules(module)
-        return RoutedExperts(experts)
+        return cast(LayerExperts, experts.layer_experts)
 
     def linear_path(self, name: str) -> str:
         """Path of a linear within its decoder layer, e.g. `self_attn.q_proj`.
@@ -146,7 +160,6 @@ class StreamedModel:
             found.append(States(tokens, run_until(self._running, 0, None, given, forward)))
         return found
 
-    @torch.no_grad()
     def run_layer(
         self,
         layer: int,
@@ -161,13 +174,80 @@ class StreamedModel:
         batches   states before it
         observer  is told what happens inside; without one nobody is
         """
-        observer = observer or Observer()
-        results = []
-        with self._told(layer, module, observer):
-            for index, states in enumerate(batches):
-                observer.batch = index
-                results.append(states.behind(self._run(layer, module, states)))
-        return results
+        return self.run_streams(layer, module, [(batches, observer or Observer())])[0]
+
+    @torch.no_grad()
+    def run_streams(
+        self,
+        layer: int,
+        module: nn.Module,
+        streams: Sequence[tuple[Sequence[States], Observer]],
+    ) -> list[list[States]]:
+        """The same of several streams, each with its observer: its experts are loaded once."""
+        makes = bool(experts_modules(module)) and any(o.runs_experts for _, o in streams)
+        adds = not makes or self.adds_routed(module, layer, streams[0][0])
+        alone = any(observer.everywhere for _, observer in streams)
+        ranks = ALONE if alone else self.ranks
+        # Where the layer is run again, all but the routing is seen only then.
+        nobody = Observer()
+        first = [
+            _Job(at, seen, seen if adds or not seen.runs_experts else nobody, batch, states)
+            for at, (batches, seen) in enumerate(streams)
+            for batch, states in enumerate(batches)
+        ]
+        found: list[list[States]] = [[] for _ in streams]
+        given: list[Given] = []
+        seen_of = self._spread(layer, module, first, ranks)
+        for job, (after, kept) in zip(first, seen_of, strict=True):
+            found[job.stream].append(after)
+            tell(job.watching, job.batch, kept)
+            if kept[0] is not None:
+                job.observer.batch = job.batch
+                job.observer.routed(*kept[0])
+                if job.observer.runs_experts:
+                    given.append(Given(job.observer, job.batch, *kept[0]))
+        if given:
+            output = run_experts(self.layer_experts(module), given, ranks)
+            parts = iter(torch.split(output, [len(one.hidden) for one in given]))
+            running = [job for job in first if job.observer.runs_experts]
+            again = [
+                replace(job, watching=job.observer, output=part)
+                for job, part in zip(running, parts, strict=True)
+            ]
+            self._finish(layer, module, again, found, adds, ranks)
+        return found
+
+    def _finish(
+        self,
+        layer: int,
+        module: nn.Module,
+        jobs: Sequence["_Job"],
+        found: list[list[States]],
+        adds: bool,
+        ranks: Ranks,
+    ) -> None:
+        """Give the states behind a layer what its routed experts put out, in place."""
+        if adds:
+            for job in jobs:
+                assert job.output is not None
+                _add(found[job.stream][job.batch], job.output)
+            return
+        for job, (after, kept) in zip(jobs, self._spread(layer, module, jobs, ranks), strict=True):
+            found[job.stream][job.batch] = after
+            tell(job.watching, job.batch, kept)
+
+    def _spread(
+        self, layer: int, module: nn.Module, jobs: Sequence["_Job"], ranks: Ranks
+    ) -> Iterator[tuple[States, Kept]]:
+        """The states behind a layer for each job, and what is to be told; the ranks take turns."""
+
+        def work(job: _Job) -> tuple[States, Kept]:
+            notes = Notes(job.watching, job.batch)
+            with self._told(layer, module, notes, partial(_stand_in, notes, job.output)):
+                after = job.states.behind(self._run(layer, module, job.states))
+            return after, notes.kept
+
+        return spread(ranks, jobs, work)
 
     def _run(self, layer: int, module: nn.Module, states: States) -> Any:
         """What a layer returns for one batch."""
@@ -181,14 +261,17 @@ class StreamedModel:
         return run_until(self._running, layer, states.handed_on, work, forward)
 
     @contextmanager
-    def _told(self, layer: int, module: nn.Module, observer: Observer) -> Iterator[None]:
+    def _told(
+        self, layer: int, module: nn.Module, observer: Observer, routed: Routed
+    ) -> Iterator[None]:
         """While this is entered, the parts of a layer report to the observer.
 
-        Routed experts and attention find it as an attribute. Plain MLPs (shared experts, dense
-        layers) have no interface for that and get hooks.
+        Attention finds it as an attribute, and routed experts `routed`. Plain MLPs (shared experts,
+        dense layers) have no interface for that and get hooks.
         """
         for child in module.modules():
             child.observer = observer  # type: ignore[assignment]
+            child.routed = routed  # type: ignore[assignment]
         hooks = [part.register_forward_hook(hook) for part, hook in self._hooks(layer, module)]
         watched: AbstractContextManager[None] = nullcontext()
         if observer.wants_attention:
@@ -224,6 +307,7 @@ class StreamedModel:
 
     # -- routed outputs that are computed outside of the layer
 
+    @torch.no_grad()
     def add_routed(
         self,
         layer: int,
@@ -240,11 +324,30 @@ class StreamedModel:
         output   [N, H] float32, rows of all batches in order
         """
         if not self.adds_routed(module, layer, before):
-            return self.run_layer(layer, module, before, GivenOutput(output))
+            return self._with_output(layer, module, before, output, self.ranks)
         parts = torch.split(output, [states.tokens.numel() for states in without])
         for states, part in zip(without, parts, strict=True):
-            states.hidden.add_(part.view_as(states.hidden).to(states.hidden.dtype))
+            _add(states, part)
         return list(without)
+
+    def _with_output(
+        self,
+        layer: int,
+        module: nn.Module,
+        before: Sequence[States],
+        output: Tensor,
+        ranks: Ranks,
+    ) -> list[States]:
+        """The states behind a layer whose routed experts put out rows [N, H] of all batches."""
+        sizes = [states.tokens.numel() for states in before]
+        nobody = Observer()
+        jobs = [
+            _Job(0, nobody, nobody, batch, states, part)
+            for batch, (states, part) in enumerate(
+                zip(before, torch.split(output, sizes), strict=True)
+            )
+        ]
+        return [after for after, _ in self._spread(layer, module, jobs, ranks)]
 
     def adds_routed(self, module: nn.Module, layer: int, before: Sequence[States]) -> bool:
         """Whether routed outputs enter the stream as they are; seen once for layers of one make."""
@@ -254,13 +357,15 @@ class StreamedModel:
             self._adds[make] = self._adds_as_it_is(module, layer, some)
         return self._adds[make]
 
+    @torch.no_grad()
     def _adds_as_it_is(self, module: nn.Module, layer: int, some: Sequence[States]) -> bool:
         """Run a layer over one batch without routed outputs and with random ones, and compare."""
         capture = RoutingCapture(runs_experts=False)
+        capture.everywhere = True
         without = self.run_layer(layer, module, some, capture)[0].hidden
         noise = torch.randn(capture.hidden.shape, generator=torch.Generator().manual_seed(0))
         output = noise.to(self.device) * without.float().square().mean().sqrt()
-        changed = self.run_layer(layer, module, some, GivenOutput(output))[0].hidden
+        changed = self._with_output(layer, module, some, output, ALONE)[0].hidden
         if changed.numel() != output.numel():
             return False
         error = (changed.float() - without.float()).view_as(output) - output
@@ -269,7 +374,7 @@ class StreamedModel:
     # -- predictions
 
     @contextmanager
-    def _head(self) -> Iterator[None]:
+    def head(self) -> Iterator[None]:
         """While this is entered, by one or by several at once, the head has its weights."""
         path = self._head_path
         if not self._heads:
@@ -287,10 +392,16 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, batches: Sequence[States]) -> Iterator[Tensor]:
         """Float32 logits [B, T, V] of each batch, from the states behind the last layer."""
-        with self._head():
+        with self.head():
             for states in batches:
-                self._running.at, self._running.value = len(self.layers), states.handed_on
-                yield self.model(input_ids=states.tokens, use_cache=False).logits.float()
+                yield self.logits_of(states)
+
+    @torch.no_grad()
+    def logits_of(self, states: States) -> Tensor:
+        """The same of one batch, while `head` is entered."""
+        self._running.at, self._running.value = len(self.layers), states.handed_on
+        logits: Tensor = self.model(input_ids=states.tokens, use_cache=False).logits
+        return logits.float()
 
     @torch.no_grad()
     def generate(
@@ -311,7 +422,7 @@ class StreamedModel:
         last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         options: dict[str, Any] = {"logits_to_keep": 1} if last else {}
         cache, step, chosen = None, prompts.to(self.device), []
-        with self._head():
+        with self.head():
             for _ in range(tokens):
                 self._running.at, self._running.work = 0, work
                 found = self.model(input_ids=step, past_key_values=cache, use_cache=True, **options)
@@ -319,3 +430,38 @@ class StreamedModel:
                 chosen.append(step.cpu())
                 on_token()
         return torch.cat(chosen, dim=1)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A layer to be run over one batch.
+
+    stream    which of several streams it is of
+    observer  of the stream
+    watching  is told what happens but in the routed experts: the observer, or nobody yet
+    batch     its index in the stream
+    states    before the layer
+    output    what the routed experts put out, [N, H]; None: nothing
+    """
+
+    stream: int
+    observer: Observer
+    watching: Observer
+    batch: int
+    states: States
+    output: Tensor | None = None
+
+
+def _stand_in(
+    notes: Notes, output: Tensor | None, hidden: Tensor, experts: Tensor, weights: Tensor
+) -> Tensor:
+    """What stands for the routed experts of a layer, [N, H]; it is noted what they are given."""
+    notes.given = hidden.contiguous(), experts.contiguous(), weights.contiguous()
+    if output is None:
+        return torch.zeros_like(hidden)
+    return output.to(hidden.dtype).view_as(hidden)
+
+
+def _add(states: States, output: Tensor) -> None:
+    """Add output [N, H] to the states of a batch, in place."""
+    states.hidden.add_(output.view_as(states.hidden).to(states.hidden.dtype))

@@ -112,20 +112,19 @@ def _confirm_layer(
     model: StreamedModel, layer: int, base: _Variant, variants: Sequence[_Variant]
 ) -> None:
     """Run a layer over the source's stream and over every copy that is forked at it or before."""
-    module = model.load_layer(layer)
-    before = base.states
-    watch = _SinkWatch()
-    base.states = model.run_layer(layer, module, before, watch)
-    base.peaks[layer], base.sinks[layer] = peak_of(hidden_of(base.states)), watch.mean
+    module, before = model.load_layer(layer), base.states
+    runs = [(base, before, _SinkWatch())]
     for variant in variants:
-        forks = variant.silent.layer == layer
-        if layer < variant.silent.layer:
-            continue
-        watch = _SinkWatch([variant.silent.expert] if forks else [])
-        variant.states = model.run_layer(layer, module, before if forks else variant.states, watch)
-        variant.peaks[layer], variant.sinks[layer] = peak_of(hidden_of(variant.states)), watch.mean
-        if forks:
-            around = (before, base.states, variant.states)
+        if variant.silent.layer <= layer:
+            forks = variant.silent.layer == layer
+            watch = _SinkWatch([variant.silent.expert] if forks else [])
+            runs.append((variant, before if forks else variant.states, watch))
+    found = model.run_streams(layer, module, [(states, watch) for _, states, watch in runs])
+    for (variant, _, watch), after in zip(runs, found, strict=True):
+        variant.states = after
+        variant.peaks[layer], variant.sinks[layer] = peak_of(hidden_of(after)), watch.mean
+        if variant.silent.layer == layer:
+            around = (before, base.states, after)
             variant.rise_removed = _rise_removed(*map(hidden_of, around))
 
 

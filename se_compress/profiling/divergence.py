@@ -6,6 +6,7 @@ from se_compress.model.measures import kl_divergence
 from se_compress.model.overflow import check_logits
 from se_compress.model.states import States, in_pieces
 from se_compress.model.streaming import StreamedModel
+from se_compress.running.ranks import spread
 
 
 def mean_divergence(
@@ -18,8 +19,11 @@ def mean_divergence(
     Raises SourceError if the source's own logits overflow.
     """
     ours, theirs = in_pieces(source), in_pieces(changed)
-    # Generators: the logits of one piece of each are in memory at a time.
-    before = (check_logits(model, logits) for logits in model.logits(ours))
-    pairs = zip(before, model.logits(theirs), strict=True)
+
+    def work(pair: tuple[States, States]) -> float:
+        before, after = (model.logits_of(states) for states in pair)
+        return float(kl_divergence(check_logits(model, before), after).double().sum())
+
     tokens = sum(states.tokens.numel() for states in source)
-    return sum(float(kl_divergence(a, b).double().sum()) for a, b in pairs) / tokens
+    with model.head():  # the logits of one piece of each are in memory at a time
+        return sum(spread(model.ranks, list(zip(ours, theirs, strict=True)), work)) / tokens

@@ -7,7 +7,7 @@ N tokens of a layer with H channels, E experts of I neurons, n tokens of one exp
 are rounded together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,6 @@ from se_compress.quant.grid import Grid, dequantize, rtn
 # them.
 LOSS_TOKENS = 512
 LOSS_STRONGEST = 32
-# Elements of gate_up_proj that are rounded together: 256 MiB in float32.
-STACK_ELEMENTS = 2**26
 
 # Projection group -> bits -> loss.
 Losses = Mapping[ProjectionGroup, Mapping[int, float]]
@@ -46,56 +44,38 @@ class _Sample:
     factor: Tensor
 
 
+def residual_norms(after: Sequence[Tensor]) -> Tensor:
+    """Norms [N] float32 of the hidden states after a layer, [B, T, H] for each batch."""
+    return torch.cat([states.float().flatten(0, 1).norm(dim=1) for states in after])
+
+
 def rounding_losses(
-    experts: RoutedExperts, capture: RoutingCapture, after: Sequence[Tensor], grids: Sequence[Grid]
+    block: RoutedExperts, capture: RoutingCapture, residual: Tensor, grids: Sequence[Grid]
 ) -> dict[ExpertIndex, Losses]:
-    """Routed expert -> its losses, see ExpertStats; not yet times the layer's sensitivity.
+    """Routed expert of a block -> its losses, see ExpertStats; not yet times the layer's
+    sensitivity.
 
-    experts  a layer's routed experts
-    capture  what a run of the layer has told
-    after    the hidden states after the layer, [B, T, H] for each batch
-    grids    what the weights are rounded to
+    capture   what a run of the layer has told
+    residual  norms after the layer, [N]
+    grids     what the weights are rounded to
     """
-    residual = torch.cat([states.float().flatten(0, 1).norm(dim=1) for states in after])
-    losses: dict[ExpertIndex, Losses] = {}
-    for members in stacks_of(experts.gate_up_proj):
-        samples = [_sample(experts, expert, capture, residual) for expert in members]
-        found = _stack_losses(experts, members, samples, grids, len(residual))
-        losses |= zip(members, found, strict=True)
-    return losses
-
-
-def stacks_of(gate_up: Tensor) -> Iterator[range]:
-    """The experts of gate_up_proj [E, 2I, H] in ranges that are rounded together, at least one."""
-    size = max(1, STACK_ELEMENTS // gate_up[0].numel())
-    for start in range(0, gate_up.shape[0], size):
-        yield range(start, min(start + size, gate_up.shape[0]))
-
-
-def _stack_losses(
-    experts: RoutedExperts,
-    members: range,
-    samples: Sequence[_Sample],
-    grids: Sequence[Grid],
-    tokens: int,
-) -> list[Losses]:
-    """The losses of each of `members`, in a layer of `tokens` tokens; `samples` are theirs."""
-    start, stop = members.start, members.stop
+    samples = [_sample(block, expert, capture, residual) for expert in block.ids]
     hidden_power = torch.stack([mean_square(sample.hidden) for sample in samples])  # [S, H]
     inner_power = torch.stack([mean_square(sample.inner) for sample in samples])  # [S, I]
+    tokens = len(residual)
     # 0 bits of down_proj: nothing is left of the output, so the error is the output.
     losses: list[dict[ProjectionGroup, dict[int, float]]] = [
         {"gate_up": {}, "down": {0: _loss(sample, sample.output.float(), tokens)}}
         for sample in samples
     ]
     for grid in grids:
-        gate_up = dequantize(rtn(experts.gate_up_proj[start:stop].float(), grid, hidden_power))
-        down = dequantize(rtn(experts.down_proj[start:stop].float(), grid, inner_power))
-        for place, sample in enumerate(samples):
-            errors = _errors(experts, members[place], sample, gate_up[place], down[place])
+        gate_up = dequantize(rtn(block.gate_up_proj.float(), grid, hidden_power))
+        down = dequantize(rtn(block.down_proj.float(), grid, inner_power))
+        for place, (expert, sample) in enumerate(zip(block.ids, samples, strict=True)):
+            errors = _errors(block, expert, sample, gate_up[place], down[place])
             for part, error in errors.items():
                 losses[place][part][grid.bits] = _loss(sample, error, tokens)
-    return list[Losses](losses)
+    return dict(zip(block.ids, losses, strict=True))
 
 
 def _errors(
@@ -107,7 +87,7 @@ def _errors(
     """
     output = sample.output.float()
     inner = experts.activated(expert, sample.hidden.float() @ gate_up.T)
-    exact = experts.down_proj[expert].float()
+    exact = experts.down_proj[experts.place(expert)].float()
     return {
         "gate_up": experts.output(expert, inner, exact) - output,
         "down": experts.output(expert, sample.inner.float(), down) - output,

@@ -7,8 +7,9 @@ experts that the `criterion` proposes (`confirm`).
 States are lists of batches, in the model's dtype.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,23 +27,27 @@ from se_compress.artifacts import (
     digest_of,
 )
 from se_compress.model.checkpoint import open_tensors
+from se_compress.model.experts import RoutedExperts
 from se_compress.model.overflow import check_inputs, check_states
 from se_compress.model.states import States, batches_of, hidden_of, load_states, save_states
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.confirm import CONFIRM_SEQUENCES, confirm, doubts
 from se_compress.profiling.criterion import mark_layers, propose
 from se_compress.profiling.doubt import stability_of, undecided_layers, undecided_notes
-from se_compress.profiling.losses import Losses, rounding_losses
+from se_compress.profiling.losses import Losses, residual_norms, rounding_losses
 from se_compress.profiling.sensitivity import SENSITIVITY_TOKENS, in_nats, measure_sensitivities
-from se_compress.profiling.similarity import output_distances
+from se_compress.profiling.similarity import mean_outputs, output_distances
 from se_compress.profiling.watch import Watch, layer_stats, sink_notes
 from se_compress.quant.grid import Grid
 from se_compress.recipe import Recipe
+from se_compress.running.ranks import call, first
 from se_compress.running.records import load_layers, save
 
 STATES_FILE = "profile-states.safetensors"
 # Widths whose losses every profile has; others are measured for a recipe that may choose them.
 MEASURED_BITS = (2, 3, 4, 8)
+# Of the experts of a block: their losses, and their mean outputs [H] if these are asked for.
+_OfBlock = tuple[Mapping[ExpertIndex, Losses], list[Tensor]]
 
 
 def profile_experts(
@@ -59,6 +64,7 @@ def profile_experts(
     options  with a work directory, progress is saved after every layer and taken up again;
              STATES_FILE in it may go once the profile has been saved
     """
+    call(options.ranks, profile_experts, source, tokens, recipe, options)
     model = _open(source, recipe, options)
     measured = _measure_layers(model, tokens, recipe, options)
     layers = mark_layers([part.layer for part in measured])
@@ -114,6 +120,7 @@ def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedM
         open_tensors(source.tensors),
         torch.device(options.device),
         getattr(torch, recipe.compute_dtype),
+        options.ranks,
     )
 
 
@@ -139,7 +146,7 @@ def _measure_layers(
 ) -> list[_Measured]:
     """The records of all layers, from the work directory as far as they are there."""
     batches = batches_of(tokens, options.batch_tokens)
-    measured, states = _resume(model, options)
+    measured, states = first(options.ranks, partial(_resume, model, options))
     states = states or model.embed(batches)
     check_states(model, len(measured) - 1, hidden_of(states))
     for layer in range(model.source.layer_count):
@@ -148,12 +155,16 @@ def _measure_layers(
             continue
         record, states = _measure_layer(model, layer, states, batches, recipe)
         measured.append(record)
-        if options.work:
-            # In this order: a record whose states are missing is measured again, see `_resume`.
-            save(record, _record_file(options.work, layer))
-            save_states(options.work / STATES_FILE, layer, {"source": states})
+        first(options.ranks, partial(_save, record, states, layer, options.work))
     options.progress("profile", model.source.layer_count, model.source.layer_count)
     return measured
+
+
+def _save(record: _Measured, states: list[States], layer: int, work: Path | None) -> None:
+    """In this order: a record whose states are missing is measured again, see `_resume`."""
+    if work:
+        save(record, _record_file(work, layer))
+        save_states(work / STATES_FILE, layer, {"source": states})
 
 
 def _record_file(work: Path, layer: int) -> Path:
@@ -198,12 +209,18 @@ def _measure_layer(
         for bits in measured_bits(recipe)
     ]
     losses: dict[ExpertIndex, Losses] = {}  # of routed experts only
-    similarity = None
+    means: list[Tensor] = []
     if watch.saw_experts:
-        fused = model.experts_module(module)
-        losses = rounding_losses(fused, watch, hidden, grids)
-        if recipe.policy.merges:
-            similarity = LayerSimilarity(layer, output_distances(fused, watch.hidden))
+        residual = residual_norms(hidden)
+
+        def measure(block: RoutedExperts) -> list[_OfBlock]:
+            outputs = mean_outputs(block, watch.hidden) if recipe.policy.merges else []
+            return [(rounding_losses(block, watch, residual, grids), outputs)]
+
+        for lost, outputs in model.layer_experts(module).each(measure, ranks=model.ranks):
+            losses |= lost
+            means += outputs
+    similarity = LayerSimilarity(layer, output_distances(means)) if means else None
     total = sum(batch.numel() for batch in batches)
     experts = tuple(
         watch.stats(identity, total, losses.get(identity.expert, {}))
@@ -220,8 +237,9 @@ def _check_overflow(
     check_states(model, layer, after)
     if watch.saw_experts:
         check_inputs(model, layer, watch.hidden)
-    for expert, inner in watch.overflown.items():
-        check_inputs(model, layer, inner, expert)
+    for expert, peak in watch.by_expert.items():
+        if peak.overflown is not None:
+            check_inputs(model, layer, peak.overflown, expert)
 
 
 def _assert_all_seen(source: ModelSource, experts: Iterable[ExpertStats]) -> None:

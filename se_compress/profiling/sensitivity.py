@@ -7,19 +7,19 @@ rank like what quantising really costs (benchmarks/rank_correlation.py).
 States are lists of batches, in the model's dtype.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from se_compress.artifacts import ExpertStats, LayerStats, RunOptions
 from se_compress.model.experts import RoutedExperts
-from se_compress.model.observers import RoutingCapture
+from se_compress.model.observers import Observer, RoutingCapture
 from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.divergence import mean_divergence
-from se_compress.profiling.losses import mean_square, stacks_of
+from se_compress.profiling.losses import mean_square
 from se_compress.quant.grid import Grid, dequantize, rtn
 from se_compress.recipe import Recipe
 
@@ -70,29 +70,49 @@ def _fork_layer(
     model: StreamedModel, layer: int, before: list[States], forks: list[_Rounded], grid: Grid
 ) -> list[States]:
     """The stream after a layer. The forks are run as well, and a MoE layer adds one."""
-    module, capture = model.load_layer(layer), RoutingCapture()
-    for fork in forks:
-        fork.states = model.run_layer(layer, module, fork.states)
-    after = model.run_layer(layer, module, before, capture)
+    module = model.load_layer(layer)
+    streams = [before, *(fork.states for fork in forks)]
+    after, *changed = model.run_streams(layer, module, [(each, Observer()) for each in streams])
+    for fork, states in zip(forks, changed, strict=True):
+        fork.states = states
     if layer in model.source.moe_layers:
-        # The layer's own weights are changed: nothing runs through it unrounded after this.
-        _round_experts(model.experts_module(module), capture, grid)
-        rounded = model.run_layer(layer, module, before)
+        capture = RoutingCapture(runs_experts=False)
+        without = model.run_layer(layer, module, before, capture)
+        output = _rounded_output(model, module, capture, grid)
+        rounded = model.add_routed(layer, module, before, without, output)
         error = _squared_distance(hidden_of(rounded), hidden_of(after))
         forks.append(_Rounded(layer, error, rounded))
     return after
 
 
-def _round_experts(experts: RoutedExperts, capture: RoutingCapture, grid: Grid) -> None:
-    """Round the live weights of a layer's experts to the nearest codes, in place."""
-    for members in stacks_of(experts.gate_up_proj):
-        # Before any weight of these experts is rounded: inner states come from the true gate_up.
-        inputs = [capture.hidden[capture.rows_of(expert)[0]] for expert in members]
-        inner = [experts.inner(expert, rows) for expert, rows in zip(members, inputs, strict=True)]
-        for weight, seen in ((experts.gate_up_proj, inputs), (experts.down_proj, inner)):
-            power = torch.stack([mean_square(rows) for rows in seen])  # [experts, columns]
-            stack = weight[members.start : members.stop]
-            stack.copy_(dequantize(rtn(stack.float(), grid, power)))
+def _rounded_output(
+    model: StreamedModel, module: nn.Module, capture: RoutingCapture, grid: Grid
+) -> Tensor:
+    """What a layer's experts put out, [N, H] float32, if each is rounded to the nearest codes."""
+
+    def work(block: RoutedExperts) -> Iterator[tuple[int, Tensor]]:
+        _round(block, capture, grid)
+        for expert in block.ids:
+            rows, _ = capture.rows_of(expert)
+            if len(rows):
+                yield expert, block.whole_output(expert, capture.hidden.index_select(0, rows))
+
+    experts = model.layer_experts(module)
+    total = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
+    for expert, output in experts.each(work, ranks=model.ranks):
+        rows, weights = capture.rows_of(expert)
+        total.index_add_(0, rows, output.float() * weights[:, None])
+    return total
+
+
+def _round(block: RoutedExperts, capture: RoutingCapture, grid: Grid) -> None:
+    """Round the experts of a block to the nearest codes, in place."""
+    # Before any weight is rounded: inner states come from the true gate_up.
+    inputs = [capture.hidden[capture.rows_of(expert)[0]] for expert in block.ids]
+    inner = [block.inner(e, rows) for e, rows in zip(block.ids, inputs, strict=True)]
+    for weight, seen in ((block.gate_up_proj, inputs), (block.down_proj, inner)):
+        power = torch.stack([mean_square(rows) for rows in seen])  # [experts, columns]
+        weight.copy_(dequantize(rtn(weight.float(), grid, power)))
 
 
 def _squared_distance(changed: Sequence[Tensor], states: Sequence[Tensor]) -> float:

@@ -29,6 +29,7 @@ class _Peak:
     norm_sum                     sum of the L2 norms of their outputs
     saliency_sum                 sum of routing weight x norm
     halves                       `value` in sequences of even and of odd index
+    overflown                    input of its down_proj [n, I] where it overflowed first
     """
 
     value: float = 0.0
@@ -41,14 +42,14 @@ class _Peak:
     norm_sum: float = 0.0
     saliency_sum: float = 0.0
     halves: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    overflown: Tensor | None = None
 
 
 class Watch(RoutingCapture, SinkCapture):
     """Observes one layer over all batches: experts, dense MLP, attention to the sink.
 
     batches     token ids of each batch, int64 [B, T]
-    peaks       expert -> what it did; only experts that got a token
-    overflown   expert -> input of its down_proj [n, I] in the first batch where it overflowed
+    by_expert   expert -> what it did; only experts that got a token
     dense_peak  greatest |output| of a dense layer's down_proj; None in a MoE layer
     """
 
@@ -58,18 +59,17 @@ class Watch(RoutingCapture, SinkCapture):
         super().__init__()
         self.batches = batches
         self.first_sequences = list(accumulate(map(len, batches), initial=0))
-        self.peaks: dict[ExpertIndex, _Peak] = {}
-        self.overflown: dict[ExpertIndex, Tensor] = {}
+        self.by_expert: dict[ExpertIndex, _Peak] = {}
         self.dense_peak: float | None = None
 
     def expert(
         self, expert: ExpertIndex, rows: Tensor, inner: Tensor, output: Tensor, weights: Tensor
     ) -> None:
-        if overflows(inner):
-            self.overflown.setdefault(expert, inner)
+        peak = self.by_expert.setdefault(expert, _Peak())
+        if peak.overflown is None and overflows(inner):
+            peak.overflown = inner
         size = output.float().abs()  # [n, H]; what follows has a number per token, [n]
         strength, norms = size.amax(dim=1), output.float().norm(dim=1)
-        peak = self.peaks.setdefault(expert, _Peak())
         at = int(strength.argmax())
         if float(strength[at]) > peak.value:
             token_ids = self.batches[self.batch]
@@ -100,7 +100,7 @@ class Watch(RoutingCapture, SinkCapture):
         total  number of tokens of all batches
         loss   what rounding would cost it, see `losses.rounding_losses`
         """
-        peak = self.peaks.get(identity.expert, _Peak())
+        peak = self.by_expert.get(identity.expert, _Peak())
         tokens = max(peak.tokens, 1)
         return ExpertStats(
             layer=identity.layer,

@@ -17,7 +17,6 @@ from se_compress.recipe.kinds import (
 )
 from se_compress.recipe.reading import load_recipe, parse_recipe, read_recipe, recipe_of
 from se_compress.recipe.sections import (
-    Distill,
     ExpertName,
     Merge,
     Policy,
@@ -41,7 +40,6 @@ __all__ = [
     "Bytes",
     "Calibration",
     "DataSource",
-    "Distill",
     "Domain",
     "ExpertName",
     "Format",

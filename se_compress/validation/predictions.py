@@ -15,6 +15,7 @@ from se_compress.model.measures import cross_entropy, kl_divergence
 from se_compress.model.overflow import check_logits
 from se_compress.model.states import States, in_pieces
 from se_compress.model.streaming import StreamedModel
+from se_compress.running.ranks import spread
 
 LISTED_DEPARTURES = 5
 BEFORE, AFTER = 40, 12  # tokens of the text that are shown around one
@@ -112,13 +113,15 @@ def compare_predictions(
     ours, theirs = (
         in_pieces([states.cut(positions=slice(-1)) for states in side]) for side in (old, new)
     )
-    pairs = zip(
-        targets,
-        (check_logits(source, logits) for logits in source.logits(ours)),
-        result.logits(theirs),
-        strict=True,
-    )
-    pieces = [_piece(target.tokens, *logits) for target, *logits in pairs]
+    parts = list(zip(targets, ours, theirs, strict=True))
+
+    def work(part: tuple[States, States, States]) -> _Piece:
+        target, before, after = part
+        logits = check_logits(source, source.logits_of(before)), result.logits_of(after)
+        return _piece(target.tokens, *logits)
+
+    with source.head(), result.head():
+        pieces = list(spread(source.ranks, parts, work))
     lengths = torch.tensor([states.length - 1 for states in old for _ in range(len(states))])
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     place = torch.cat([torch.arange(1, int(length) + 1) for length in lengths])
@@ -131,7 +134,10 @@ def compare_predictions(
     return Predictions(lengths.double(), loss_source, loss_result, total, each)
 
 
-def _piece(target: Tensor, source: Tensor, result: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_Piece = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _piece(target: Tensor, source: Tensor, result: Tensor) -> _Piece:
     """Of one piece of n positions: cross-entropies [2, n], divergence [n], and which token each
     model holds most likely, [2, n], with its probability, [2, n]. All on the CPU.
 

@@ -170,7 +170,7 @@ def continuations(
 def stream(source: ModelSource, read: Reader, recipe: Recipe, options: RunOptions) -> StreamedModel:
     """A model that runs layer by layer on tensors that `read` gives by the names of `source`."""
     dtype = getattr(torch, recipe.compute_dtype)
-    return StreamedModel(source, read, torch.device(options.device), dtype)
+    return StreamedModel(source, read, torch.device(options.device), dtype, options.ranks)
 
 
 def _walk(model: StreamedModel, texts: Sequence[Sequence[Tensor]]) -> Iterator[list[Seen]]:

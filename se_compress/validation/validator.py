@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from se_compress.artifacts import (
+    ALONE,
     Check,
     CompressionPlan,
     DomainReport,
@@ -29,6 +30,7 @@ from se_compress.model.checkpoint import Reader
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.recipe import Recipe, Validation
+from se_compress.running.ranks import call
 from se_compress.text.alike import text_check
 from se_compress.text.tokenizer import decoder_of
 from se_compress.validation.checks import (
@@ -84,11 +86,27 @@ def validate(
         reason = "a result with tensors missing cannot be run"
         return report_on(source, alone(stored.accounted, reason), NOTHING, on_disk)
     original = original or Original(source, tokens, recipe, options)
+    call(options.ranks, _compare_too, source, plan, directory, tokens, recipe, options)
     try:
         return _judge_stored(stored, original, recipe, options, reload)
     except Unusable as error:
         reason = "a tensor of the result cannot be used"
         return report_on(source, alone(stored.not_usable(error), reason), NOTHING, on_disk)
+
+
+def _compare_too(
+    source: ModelSource,
+    plan: CompressionPlan | None,
+    directory: Path,
+    tokens: Tokens | Mapping[str, Tokens],
+    recipe: Recipe,
+    options: RunOptions,
+) -> None:
+    """What other ranks than 0 do for `validate`: their part of running both models."""
+    on_disk = find_checkpoint(directory)
+    stored = planned(draw_blueprint(source, plan), on_disk) if plan else foreign(source, on_disk)
+    result = stream(stored.source, stored.read, recipe, options)
+    compare(Original(source, tokens, recipe, options), result, stored.small, options)
 
 
 def _judge_stored(
@@ -104,7 +122,7 @@ def _judge_stored(
     reloaded = Check("reload", None, RELOAD_LIMIT, None, "left out by the caller")
     if reload:
         engine = recipe.validation.reload.engine
-        reloaded = _reload(result, stored, original.tokens, options, engine)
+        reloaded = _reload(stored, original.tokens, recipe, options, engine)
     weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
     tasks, answers = _tasks(original, stored, recipe.validation, options)
     source = original.model.source
@@ -143,10 +161,9 @@ def try_again(
 ) -> ValidationReport:
     """The report on a result with its reload checked once more, and all else as it was."""
     stored = planned(draw_blueprint(source, plan), find_checkpoint(directory))
-    result = stream(stored.source, stored.read, recipe, options)
     texts = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
     engine = recipe.validation.reload.engine
-    again = _reload(result, stored, texts[0], options, engine)
+    again = _reload(stored, texts[0], recipe, options, engine)
     checks = tuple(again if check.name == again.name else check for check in report.checks)
     return replace(
         report,
@@ -228,13 +245,14 @@ def _domain_report(
 
 
 def _reload(
-    result: StreamedModel,
     stored: Stored,
     tokens: Sequence[Sequence[int]],
+    recipe: Recipe,
     options: RunOptions,
     engine: str,
 ) -> Check:
     """On the first held-out sequence, in a process of its own: engines patch what they import."""
+    result = stream(stored.source, stored.read, recipe, replace(options, ranks=ALONE))
     where, tensors = stored.on_disk.directory, stored.on_disk.tensors.values()
     checks = [
         check_reload(result, target, stored.form, where, tensors, tokens[0], options, engine)

@@ -1,0 +1,313 @@
+"""Several processes at one run: the ranks of torch.distributed.
+
+    torchrun --nproc-per-node 2 -m se_compress recipe.yaml
+
+Rank 0 leads. It alone reads the recipe, decides, shows what happens and publishes. Where there is
+work to share, it has the other ranks run the same stage (`call`); they do nothing else (`follow`).
+Within a stage every rank does its part of the work, and `exchange` gives each all parts in one
+order, so that no number depends on how many ranks there are.
+
+Everything goes in rounds, in which each rank says one thing to all. A rank that raises an error
+says that, and all raise it. A rank that is gone is noticed in the next round.
+
+Whatever starts the processes sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; nothing else is
+read, but LOCAL_RANK for the number of the GPU. All ranks see the same files.
+"""
+
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from se_compress.artifacts import ModelSource, Ranks, RunOptions
+from se_compress.errors import RecipeError, ResourceError, SourceError
+from se_compress.opening.source import open_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Part = TypeVar("Part")
+Item = TypeVar("Item")
+# A rank may wait for another one's tasks of hours; one that has died is noticed at once.
+PATIENCE = timedelta(days=7)
+ALIKE = ("se-compress", "torch", "transformers")
+
+
+class RankLost(ResourceError):
+    """Another rank has ended, or does something else."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"another rank of this run has ended ({reason}); the same command continues where it "
+            "stopped, with any number of ranks"
+        )
+
+
+class Dismissed(Exception):
+    """Rank 0 has ended."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"rank 0 has ended with code {code}")
+        self.code = code
+
+
+# ------------------------------------------------------------------------------------ come and go
+
+
+@cache
+def join() -> Ranks:
+    """Join the others, once: the ranks that this process was started with, or one alone.
+
+    Raises RecipeError if the environment says something else than ranks, or if they do not all
+    have the same versions.
+    """
+    if int(_setting("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    ranks = Ranks(int(_setting("RANK", "0")), int(_setting("WORLD_SIZE", "1")))
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.count, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: {error}") from None
+    import torch
+
+    mine = {name: version(name) for name in ALIKE} | {
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    for other, theirs in enumerate(exchange(ranks, lambda: mine)):
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise RecipeError(
+                    f"rank {other} has {name} {theirs[name]}, and rank {ranks.rank} has {value}: "
+                    "their results would differ"
+                )
+    return ranks
+
+
+def leads() -> bool:
+    """Whether this process is rank 0, which alone says anything."""
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0 or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _setting(name: str, default: str) -> str:
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise RecipeError(f"the environment's {name} is {value!r}: a number is needed")
+    return value
+
+
+def local_device(device: str) -> str:
+    """The device of this process where a run is on `device`: each on a machine has its own GPU."""
+    return f"cuda:{_setting('LOCAL_RANK', '0')}" if device == "cuda" else device
+
+
+# ---------------------------------------------------------------------------------------- rounds
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a rank says in a round.
+
+    part   its part of a work that is shared
+    error  what it raised instead
+    call   a stage that rank 0 calls, and its arguments
+    wait   it waits for a call; with the error that ended its last stage, if there was one
+    end    rank 0 ends, with an exit code
+    """
+
+    kind: Literal["part", "error", "call", "wait", "end"]
+    value: Any
+
+
+def exchange(ranks: Ranks, work: Callable[[], Part]) -> list[Part]:
+    """Do this rank's part of a work. Returns the parts of all ranks, in their order.
+
+    Raises what the first of them raised, on all; RankLost if one has ended; on other ranks than 0
+    Dismissed if that has.
+    """
+    if ranks.count == 1:
+        return [work()]
+    try:
+        mine = _Said("part", work())
+    except Exception as error:
+        mine = _Said("error", error)
+    said = _round(ranks, mine)
+    if said[0].kind == "end":
+        raise Dismissed(said[0].value)
+    for one in said:
+        if one.kind != "part" and one.value is not None:
+            raise one.value
+        if one.kind != "part":
+            raise RankLost("it is out of step")
+    return [one.value for one in said]
+
+
+def spread(ranks: Ranks, items: Sequence[Item], work: Callable[[Item], Part]) -> Iterator[Part]:
+    """What `work` makes of each item, in their order; the ranks take turns.
+
+    Raises as `exchange` does.
+    """
+    if ranks.count == 1:
+        yield from map(work, items)
+        return
+    parts = exchange(ranks, lambda: [work(item) for item in items[ranks.rank :: ranks.count]])
+    turns = [iter(part) for part in parts]
+    for at in range(len(items)):
+        yield next(turns[at % ranks.count])
+
+
+def first(ranks: Ranks, work: Callable[[], Part]) -> Part:
+    """What `work` gives on rank 0, which does it for all."""
+    return exchange(ranks, lambda: work() if ranks.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def owners(ranks: Ranks, costs: Sequence[float]) -> list[int]:
+    """The rank that does each of some pieces of work, by what they cost.
+
+    The longest come first, each to the rank that has least to do. That decides who works, and no
+    number.
+    """
+    load = [0.0] * ranks.count
+    found = [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda piece: (-costs[piece], piece)):
+        found[piece] = load.index(min(load))
+        load[found[piece]] += costs[piece]
+    return found
+
+
+def _round(ranks: Ranks, mine: _Said) -> list[_Said]:
+    """What each rank says, in their order. Raises RankLost."""
+    import torch
+    import torch.distributed as dist
+
+    data = _packed(mine)
+    try:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.count)]
+        dist.all_gather(sizes, torch.tensor([len(data)]))
+        said = []
+        for rank, size in enumerate(sizes):
+            if rank == ranks.rank:
+                dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), rank)
+                said.append(mine)
+            else:
+                theirs = torch.empty(int(size), dtype=torch.uint8)
+                dist.broadcast(theirs, rank)
+                said.append(_unpacked(theirs))
+    except RuntimeError as error:
+        raise RankLost(str(error).partition("\n")[0][:120]) from None
+    return said
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a tensor as its own values: pickled, a view would bring all that it is a view of."""
+
+    def reducer_override(self, value: object) -> Any:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        form = (str(value.dtype).removeprefix("torch."), tuple(value.shape), value.is_cuda)
+        return _tensor, (*form, flat.numpy().tobytes())
+
+
+def _tensor(dtype: str, shape: tuple[int, ...], is_cuda: bool, data: bytes) -> "Tensor":
+    import torch
+
+    kind: torch.dtype = getattr(torch, dtype)
+    if not data:
+        return torch.empty(shape, dtype=kind)
+    made = torch.frombuffer(bytearray(data), dtype=kind).reshape(shape)
+    return made.cuda() if is_cuda else made
+
+
+def _packed(said: _Said) -> bytearray:
+    file = io.BytesIO()
+    _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(said)
+    return bytearray(file.getbuffer())
+
+
+def _unpacked(data: "Tensor") -> _Said:
+    said: _Said = pickle.loads(data.numpy().data)
+    return said
+
+
+# -------------------------------------------------------------------------------- lead and follow
+
+
+def call(ranks: Ranks, stage: Callable[..., object], *arguments: object) -> None:
+    """Have the other ranks run a stage, while rank 0 does so too; nothing on these others.
+
+    Raises RankLost if one of them is not there for it.
+    """
+    if ranks.count > 1 and ranks.rank == 0:
+        said = _round(ranks, _Said("call", (stage, [*map(_sent, arguments)])))
+        for one in said[1:]:
+            if one.kind != "wait":
+                raise RankLost("it is out of step")
+
+
+def dismiss(ranks: Ranks, code: int) -> None:
+    """Let the other ranks end with an exit code."""
+    if ranks.count > 1 and ranks.rank == 0:
+        _round(ranks, _Said("end", code))
+
+
+def follow(ranks: Ranks) -> int:
+    """Run what rank 0 calls, until that ends. Returns its exit code.
+
+    What a stage raises, rank 0 raises too, and tells.
+    """
+    ended_with: Exception | None = None
+    while True:
+        try:
+            leader = _round(ranks, _Said("wait", ended_with))[0]
+        except RankLost as lost:
+            return lost.exit_code
+        if leader.kind == "end":
+            return int(leader.value)
+        if leader.kind != "call":
+            continue
+        stage, arguments = leader.value
+        ended_with = None
+        try:
+            received = [_received(argument, ranks) for argument in arguments]
+            stage(*received)
+        except Dismissed as dismissed:
+            return dismissed.code
+        except RankLost as lost:
+            return lost.exit_code
+        except Exception as error:
+            ended_with = error
+
+
+def _sent(argument: object) -> object:
+    """An argument of a stage, without what only the leading process can do."""
+    if isinstance(argument, RunOptions):
+        return replace(argument, notice=_leave_it, progress=_leave_it)
+    return argument
+
+
+def _leave_it(*said: object) -> None:
+    """Rank 0 tells and shows."""
+
+
+def _received(argument: object, ranks: Ranks) -> object:
+    """The same on another rank. Raises SourceError if it sees another model than rank 0."""
+    if isinstance(argument, RunOptions):
+        return replace(argument, ranks=ranks, device=local_device(argument.device))
+    if isinstance(argument, ModelSource):
+        seen = open_source(str(argument.path))
+        if seen.digest != argument.digest:
+            raise SourceError(f"{seen.path}: rank {ranks.rank} sees other files than rank 0")
+    return argument
