@@ -33,7 +33,7 @@ from se_compress.recipe import Recipe
 
 WORK = ROOT / "out" / "benchmark-widths"
 PARTS = ("widths", "granularity")
-BUDGETS = {"widths": (4.0, 4.5, 5.0, 6.0), "granularity": (3.5, 4.5)}
+BUDGETS = {"widths": (4.5, 5.0, 4.0, 6.0), "granularity": (4.5, 3.5)}
 # The first is planned at the budget; the others get its bytes.
 WIDTHS = ((3, 4, 8), (4, 8), (2, 3, 4, 8), (2, 3, 4, 5, 6, 8))
 FEW = (2, 3, 4, 8)  # what GPTQ files hold
@@ -108,31 +108,34 @@ def _of_granularities(budget: float) -> Iterator[Version]:
 def measure(
     model: Model, part: str, known: dict[str, dict[str, Any]], keep: Callable[[], None]
 ) -> None:
-    """Add what is not known yet. Two versions with one plan are measured once."""
+    """Add what is not known yet, every version on the first draw before any on the second. Two
+    versions with one plan are measured once."""
     measured = {row["plan"]: row for row in known.values()}
-    for version in versions(model, part):
-        recipe = recipe_for(model.name, version)
-        plan = make_plan(model.source, model.profile, recipe)
-        widths = [[d.bits_of(role) for role in ("gate", "down")] for d in plan.experts]
-        same = digest_of(version.target, version.form, widths)
-        if same not in measured:
-            measured[same] = {"plan": same} | judged(model, recipe, plan)
-            print(model.name, part, version.name, json.dumps(measured[same]), flush=True)
-        known[f"{part}: {version.name}"] = measured[same]
-        keep()
-
-
-def judged(model: Model, recipe: Recipe, plan: CompressionPlan) -> dict[str, Any]:
-    """A checkpoint of each draw of the calibration text."""
     every = len(model.calibration) // CALIBRATION
-    draws = [judge(model, recipe, plan, model.calibration[d::every]) for d in range(DRAWS)]
+    for draw in range(DRAWS):
+        for version in versions(model, part):
+            recipe = recipe_for(model.name, version)
+            plan = make_plan(model.source, model.profile, recipe)
+            widths = [[d.bits_of(role) for role in ("gate", "down")] for d in plan.experts]
+            same = digest_of(version.target, version.form, widths)
+            row = measured.setdefault(same, described(model, plan) | {"plan": same})
+            if len(row["draws"]) <= draw:
+                made = judge(model, recipe, plan, model.calibration[draw::every])
+                row["draws"].append(made["kl_divergence"])
+                row["perplexities"].append(made["perplexity"])
+                print(model.name, part, version.name, json.dumps(row), flush=True)
+            known[f"{part}: {version.name}"] = row
+            keep()
+
+
+def described(model: Model, plan: CompressionPlan) -> dict[str, Any]:
     return {
-        "size": draws[0]["size"],
+        "size": plan.size_bytes,
         "bits": plan.bits_per_weight,
         "predicted": predicted_loss(plan, model.profile),
         "widths": used(plan.experts),
-        "draws": [draw["kl_divergence"] for draw in draws],
-        "perplexity": mean(draw["perplexity"] for draw in draws),
+        "draws": [],
+        "perplexities": [],
     }
 
 
@@ -153,8 +156,8 @@ COLUMNS: Columns = {
     "bits": ("bits per weight", "{:.3f}"),
     "widths": ("experts", "{}"),
     "predicted": ("predicted loss", "{:.4f}"),
-    "kl": ("KL, mean of two draws", "{:.4f}"),
-    "each": ("draws", "{}"),
+    "kl": ("KL, mean", "{:.4f}"),
+    "each": ("KL by draw", "{}"),
     "perplexity": ("PPL", "{:.2f}"),
 }
 
@@ -168,12 +171,14 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         told = {
             **row,
             "kl": mean(row["draws"]),
+            "perplexity": mean(row["perplexities"]),
             "each": ", ".join(f"{draw:.4f}" for draw in row["draws"]),
         }
         other = first.setdefault(name.partition(":")[0], told)
         change = "" if other is told else "the same plan"
         if other["plan"] != row["plan"]:
-            loss, kl = (told[key] / other[key] - 1 for key in ("predicted", "kl"))
+            loss = told["predicted"] / other["predicted"] - 1
+            kl = mean(a / b for a, b in zip(row["draws"], other["draws"], strict=False)) - 1
             change = f"predicted {loss:+.0%}, KL {kl:+.1%}"
         lines.append(f"| {name} | {' | '.join(cells(told, COLUMNS))} | {change} |")
     return "\n".join(lines)
@@ -183,7 +188,7 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     lines = [
         "## More widths, and one for each layer",
         "",
-        f"`python benchmarks/widths.py`, {machine()}. GPTQ, groups of 64, two draws of"
+        f"`python benchmarks/widths.py`, {machine()}. GPTQ, groups of 64, up to {DRAWS} draws of"
         f" {CALIBRATION} x 256 calibration tokens, 8 x 256 held-out tokens. The first line of a"
         " budget is planned at it, the others at that one's bytes.",
     ]

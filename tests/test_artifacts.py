@@ -113,41 +113,41 @@ def first_expert(data: dict[str, object]) -> dict[str, object]:
     [
         (lambda d: d.update(bitz=4), "plan.json.bitz is unknown; known are target, scheme, "),
         (lambda d: d["scheme"].pop("method"), "plan.json.scheme.method is missing"),
-        (lambda d: d.update(target=7), "plan.json.target is 7, but str or tuple is expected"),
+        (lambda d: d.update(target=7), "plan.json.target is 7, but text or a list is expected"),
         (
             lambda d: d.update(size_bytes=1.5),
-            "plan.json.size_bytes is 1.5, but int is expected",
+            "plan.json.size_bytes is 1.5, but a whole number is expected",
         ),
         (
             lambda d: d.update(size_bytes=True),
-            "plan.json.size_bytes is true, but int is expected",
+            "plan.json.size_bytes is true, but a whole number is expected",
         ),
         (
             lambda d: d.update(bits_per_weight=False),
-            "plan.json.bits_per_weight is false, but float is expected",
+            "plan.json.bits_per_weight is false, but a number is expected",
         ),
         (
             lambda d: d.update(bits_per_weight=None),
-            "plan.json.bits_per_weight is null, but float is expected",
+            "plan.json.bits_per_weight is null, but a number is expected",
         ),
         (
             lambda d: d["scheme"].update(symmetric=1),
-            "plan.json.scheme.symmetric is 1, but bool is expected",
+            "plan.json.scheme.symmetric is 1, but true or false is expected",
         ),
-        (lambda d: d.update(experts={}), "plan.json.experts is {}, but tuple"),
+        (lambda d: d.update(experts={}), "plan.json.experts is {}, but a list"),
         (lambda d: d.update(experts=["x"]), 'plan.json.experts[0] is "x", but an object is'),
         (
             lambda d: first_expert(d).update(action="drop"),
             'plan.json.experts[0].action is "drop", but "keep" or "quantize" or "prune" or "merge"'
-            ' or "zero" is expected',
+            ' or "zero" or "average" is expected',
         ),
         (
             lambda d: first_expert(d).update(expert="common"),
-            'plan.json.experts[0].expert is "common", but int or "shared" is expected',
+            'plan.json.experts[0].expert is "common", but a whole number or "shared" is expected',
         ),
         (
             lambda d: first_expert(d).update(bits="4"),
-            'plan.json.experts[0].bits is "4", but int is expected',
+            'plan.json.experts[0].bits is "4", but a whole number is expected',
         ),
         (lambda d: first_expert(d).pop("layer"), "plan.json.experts[0].layer is missing"),
         (lambda d: d.update(protected=[{"layer": 1}]), "plan.json.protected[0].expert is missing"),
@@ -178,7 +178,7 @@ def test_text_that_no_file_can_hold_is_refused_where_it_stands(text: str) -> Non
 def test_a_wrong_field_of_an_optional_record_is_named() -> None:
     data = json.loads(to_json(example.example_profile()))
     data["super_experts"][0]["zeroed"]["sink_mass"] = "low"
-    message = 'profile.json.super_experts[0].zeroed.sink_mass is "low", but float is expected'
+    message = 'profile.json.super_experts[0].zeroed.sink_mass is "low", but a number is expected'
     with pytest.raises(RecipeError, match=re.escape(message)):
         from_json(ExpertProfile, json.dumps(data), "profile.json")
 

@@ -164,6 +164,11 @@ def _decode_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
 
 
 def _describe(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
+    """A kind of value in plain words."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
         return " or ".join(json.dumps(a) for a in typing.get_args(kind))
-    return getattr(kind, "__name__", str(kind))
+    if origin is tuple:
+        return "a list"
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(kind, "an object")

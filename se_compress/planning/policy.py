@@ -27,6 +27,7 @@ from se_compress.model.surgery import renumbered, restored, shrink, shrunk_profi
 from se_compress.planning import structure
 from se_compress.planning.bits import plan_bits
 from se_compress.planning.curve import cost_curve
+from se_compress.planning.granularity import bytes_of_granularity
 from se_compress.planning.protection import (
     ALL_BUT,
     protected_experts,
@@ -134,11 +135,13 @@ def predicted_loss(plan: CompressionPlan, profile: ExpertProfile) -> float:
 
 def price_of_granularity(task: Task, plan: CompressionPlan) -> str:
     """What it costs that the target takes one width per layer or model: beside the finest mix, a
-    width for each projection group of each expert, under the same budget. "" where the target takes
-    that, and before the first profile."""
+    width for each projection group of each expert, under the same budget; before the first profile
+    in bytes alone. "" where the target takes that."""
     terms, profile = task.terms, task.profile
     coarse = terms.rules.granularity
-    if profile is None or not terms.rules.widths or coarse == "projection":
+    if profile is None:
+        return bytes_of_granularity(task)
+    if not terms.rules.widths or coarse == "projection":
         return ""
     finer = replace(terms, rules=replace(terms.rules, granularity="projection"))
     finest = _plan(replace(task, terms=finer))
