@@ -1013,3 +1013,11 @@ def test_method_none_has_no_other_bits() -> None:
         lambda: make("transformers", other_bits=8, quantization={"method": "none"}),
         "policy.other_bits is 8; quantization.method none keeps 16",
     )
+
+
+def test_a_profile_without_a_width_is_told_and_not_a_key_error() -> None:
+    message = (
+        "policy.bits lists 5, 6; the profile has the losses of 2, 3, 4, 8 alone: it was measured "
+        "for another recipe"
+    )
+    refuse(lambda: make("vllm", bits=[4, 5, 6], bits_per_weight=5.0, protect="none"), message)

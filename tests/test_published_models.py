@@ -75,10 +75,13 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }  # fmt: skip
+# The same model for other engines.
+CONFIGS = {**CONFIGS, "qwen3-30b-a3b-cpu": CONFIGS["qwen3-30b-a3b"]}
 # Layers with experts, experts of a layer, and the super experts, from arXiv:2507.23279v3; those of
 # gpt-oss from m333il/not-all-drift.
 FACTS: Mapping[str, tuple[int, int, list[tuple[int, ExpertIndex]]]] = {
     "qwen3-30b-a3b": (48, 128, [(1, 68), (2, 92), (3, 82)]),
+    "qwen3-30b-a3b-cpu": (48, 128, [(1, 68), (2, 92), (3, 82)]),
     "deepseek-v2-lite": (26, 64, [(3, 54), (4, 38)]),
     "mixtral-8x7b": (32, 8, [(1, 3)]),
     "deepseek-r1": (
@@ -201,3 +204,19 @@ def recipe_for(name: str, model: Path) -> Recipe:
 
 def test_every_published_recipe_is_known_here() -> None:
     assert {file.stem for file in RECIPES.glob("*.yaml")} == set(CONFIGS) == set(FACTS)
+
+
+def test_one_file_for_vllm_on_cpus_lifts_three_layers_and_says_what_that_takes(
+    tmp_path: Path,
+) -> None:
+    write_headers(tmp_path, CONFIGS["qwen3-30b-a3b-cpu"])
+    found = preview(Request(recipe_for("qwen3-30b-a3b-cpu", tmp_path), ""))
+    widths = {d.layer: set[int | None]() for d in found.plan.experts}
+    for decision in found.plan.experts:
+        widths[decision.layer].add(decision.bits)
+    assert {layer for layer, bits in widths.items() if bits == {16}} == {1, 2, 3}
+    assert all(bits == {4} for layer, bits in widths.items() if layer not in (1, 2, 3))
+    cpu, gpu = found.serving[2], found.serving[1]
+    assert "4 bits: CPU with AMX; python -m vllm.entrypoints.openai.api_server" in cpu
+    assert gpu.endswith(" --quantization humming")
+    assert "0.246 bits per expert weight for each such layer" in found.finest

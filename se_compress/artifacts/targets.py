@@ -314,8 +314,9 @@ _ROWS: tuple[TargetRules, ...] = (
         target="sglang",
         widths=(4, 8),
         asymmetric=False,
-        source="SGLang: schemes are looked up per layer (get_moe_scheme, pull request 29761 of June"
-        " 2026), 4 and 8 bits, symmetric only (compressed_tensors_wNa16_moe.py). Read, not run",
+        source="SGLang 0.5.23: schemes are looked up per layer (get_moe_scheme, pull request 29761"
+        " of June 2026), 4 and 8 bits (compressed_tensors_wNa16_moe.py); zero points go through"
+        " moe_awq_to_marlin_zero_points there, which undoes an order that only AWQ has",
         versions="SGLang 0.5.23",
         needs=(Need((4, 8), "NVIDIA GPU (Marlin)"),),
     ),
@@ -324,14 +325,15 @@ _ROWS: tuple[TargetRules, ...] = (
         target="sglang",
         source="SGLang 0.5.23: --quantization humming reads 2 to 8 bits and looks `dynamic` up as"
         " vLLM does (layers/quantization/humming.py, is_layer_skipped, get_layer_weight_schema);"
-        " its GPTQ-Marlin experts take the base width. Read, not run",
+        " its GPTQ-Marlin experts take the base width",
         versions="SGLang 0.5.23",
         needs=(Need((2, 3, 4, 8), _HUMMING, "--quantization humming"),),
     ),
     replace(
         _AS_IT_IS,
         target="sglang",
-        source="SGLang reads what transformers writes. Not run",
+        source="SGLang 0.5.23 maps gate_proj, up_proj and down_proj of each expert as transformers"
+        " writes them (models/qwen3_moe.py, load_weights; the other models likewise)",
         versions="SGLang 0.5.23",
         needs=(Need((), "NVIDIA GPU"),),
         proven="",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import ceil, floor
 
 from se_compress.artifacts import (
+    NO_BITS,
     SOURCE_BITS,
     CompressionPlan,
     ExpertId,
@@ -33,11 +34,26 @@ def plan_bits(task: Task) -> CompressionPlan:
         return _unquantized(replace(task, protected={}))
     check_grid(task.source, terms.rules, terms.scheme)
     check_bits(terms)
+    _check_measured(task)
     task = with_raised(task)
     least = write_plan(task, task.least_bits)
     expert_bits, notes = _solve(task, least)
     plan = least if expert_bits == task.least_bits else write_plan(task, expert_bits)
     return replace(plan, notes=(*notes, *_price_of_protection(task, expert_bits)))
+
+
+def _check_measured(task: Task) -> None:
+    """The profile has losses of the widths that are asked for. Raises RecipeError."""
+    policy, profile = task.terms.policy, task.profile
+    if profile is None or not profile.widths:
+        return
+    unknown = sorted({*policy.bits} - {SOURCE_BITS} - profile.widths)
+    if unknown:
+        measured = sorted(profile.widths - {NO_BITS})
+        raise RecipeError(
+            f"policy.bits lists {', '.join(map(str, unknown))}; the profile has the losses of "
+            f"{', '.join(map(str, measured))} alone: it was measured for another recipe"
+        )
 
 
 def _unquantized(task: Task) -> CompressionPlan:

@@ -8,6 +8,7 @@ from se_compress.artifacts import (
     CompressionPlan,
     ExpertDecision,
     ModelSource,
+    Scheme,
     TensorInfo,
 )
 from se_compress.artifacts.targets import targets_of
@@ -24,6 +25,8 @@ from se_compress.engines.targets import (
 from se_compress.errors import RecipeError
 from se_compress.model.plan_checks import check_structure
 from se_compress.model.surgery import renumbered
+
+DATA_TYPES = ("nf4", "fp4", "int8")  # of bitsandbytes
 
 
 def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> CompressionPlan:
@@ -59,11 +62,33 @@ def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> Compre
 def _check_target(plan: CompressionPlan) -> TargetRules:
     """The row of the target that the plan is for."""
     known = list(dict.fromkeys(rules.target for rules in TARGETS))
-    for name in targets_of(plan.target):
+    names = targets_of(plan.target)
+    if not names:
+        raise RecipeError(f"target is an empty list; at least one of {', '.join(known)}")
+    for name in names:
         if name not in known:
             raise RecipeError(f"target {name!r} is not one of {', '.join(known)}")
+        if names.count(name) > 1:
+            raise RecipeError(f"target lists {name} twice")
     scheme = plan.scheme
-    return find_rules(plan.target, scheme.method, scheme.format, scheme.symmetric)
+    rules = find_rules(plan.target, scheme.method, scheme.format, scheme.symmetric)
+    _check_scheme(scheme)
+    return rules
+
+
+def _check_scheme(scheme: Scheme) -> None:
+    """Only one method has data types, and a plan names its format: auto is a recipe's word."""
+    if scheme.format == "auto":
+        raise RecipeError("scheme.format is auto; a plan names the format that its target loads")
+    if scheme.method == "bitsandbytes":
+        if scheme.data_type not in DATA_TYPES:
+            raise RecipeError(
+                f"scheme.data_type is {scheme.data_type}; accepted are {', '.join(DATA_TYPES)}"
+            )
+        return
+    for key, value in (("data_type", scheme.data_type), ("double_quant", scheme.double_quant)):
+        if value is not None:
+            raise RecipeError(f"scheme.{key} is {value}; method {scheme.method} has no such key")
 
 
 def _check_complete(plan: CompressionPlan, source: ModelSource) -> None:
