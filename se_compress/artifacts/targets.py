@@ -17,6 +17,7 @@ from se_compress.artifacts.target_rules import Need, TargetRules
 Target = Literal["transformers", "gptqmodel", "vllm", "vllm-cpu", "sglang"]
 Method = Literal["gptq", "rtn", "bitsandbytes", "none"]
 Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "auto-round-gptq", "compressed-tensors"]
+DataType = Literal["nf4", "fp4", "int8"]  # of the method that has types of its own
 Loader = Literal["transformers", "gptqmodel", "vllm"]
 Reloader = Literal["auto", "vllm"]
 

@@ -1,6 +1,7 @@
 """A plan from a file, edited by hand or not, held to the same rules as a fresh one."""
 
 from dataclasses import replace
+from typing import get_args
 
 from se_compress.artifacts import (
     SOURCE_BITS,
@@ -11,7 +12,7 @@ from se_compress.artifacts import (
     Scheme,
     TensorInfo,
 )
-from se_compress.artifacts.targets import targets_of
+from se_compress.artifacts.targets import DataType, targets_of
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.targets import (
     TARGETS,
@@ -23,10 +24,9 @@ from se_compress.engines.targets import (
     widths_of,
 )
 from se_compress.errors import RecipeError
+from se_compress.formats import FORMATS
 from se_compress.model.plan_checks import check_structure
 from se_compress.model.surgery import renumbered
-
-DATA_TYPES = ("nf4", "fp4", "int8")  # of bitsandbytes
 
 
 def check_plan(plan: CompressionPlan, source: ModelSource, where: str) -> CompressionPlan:
@@ -80,10 +80,12 @@ def _check_scheme(scheme: Scheme) -> None:
     """Only one method has data types, and a plan names its format: auto is a recipe's word."""
     if scheme.format == "auto":
         raise RecipeError("scheme.format is auto; a plan names the format that its target loads")
-    if scheme.method == "bitsandbytes":
-        if scheme.data_type not in DATA_TYPES:
+    form = FORMATS.get(scheme.format)
+    if form and form.quantize:  # by a library, in types of its own
+        accepted = get_args(DataType)
+        if scheme.data_type not in accepted:
             raise RecipeError(
-                f"scheme.data_type is {scheme.data_type}; accepted are {', '.join(DATA_TYPES)}"
+                f"scheme.data_type is {scheme.data_type}; accepted are {', '.join(accepted)}"
             )
         return
     for key, value in (("data_type", scheme.data_type), ("double_quant", scheme.double_quant)):

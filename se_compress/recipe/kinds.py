@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from se_compress.artifacts.targets import DataType as DataType
 from se_compress.artifacts.targets import Format as Format
 from se_compress.artifacts.targets import Method as Method
 from se_compress.artifacts.targets import Reloader as Reloader

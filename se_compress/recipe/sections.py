@@ -13,6 +13,7 @@ from se_compress.artifacts import ExpertId
 from se_compress.errors import brief
 from se_compress.recipe.kinds import (
     Bytes,
+    DataType,
     Format,
     Method,
     Natural,
@@ -241,7 +242,7 @@ class Quantization(Section):
     damping: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     shrinkage: Annotated[float, Field(ge=0.0, le=64.0)] = 1.0
     refine: Refine | None = None
-    data_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    data_type: DataType = "nf4"
     block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
     double_quant: bool = True
 
