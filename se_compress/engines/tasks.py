@@ -12,9 +12,13 @@ from typing import Any
 
 from se_compress.artifacts import TensorInfo, digest_of
 from se_compress.engines.bare import lay_bare
+from se_compress.engines.reloading import START_ELSEWHERE
 from se_compress.recipe import Tasks
+from se_compress.reload import ELSEWHERE
 from se_compress.running.places import expand
 
+# Engines that lm_eval itself runs: the source is asked through them, too.
+OF_LM_EVAL = ("vllm", "sglang")
 START = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
     "from se_compress.evaluate import start; sys.exit(start())"
@@ -35,8 +39,14 @@ def digest_of_files(include: str) -> str:
     return digest_of([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
 
 
+def engine_itself(tasks: Tasks) -> str | None:
+    """The engine that is asked by name; None where `reload` loads the model."""
+    return tasks.backend if tasks.backend in OF_LM_EVAL else None
+
+
 def answers_of_source(tasks: Tasks, model: Path) -> Answers | str:
-    """What the source gets right, through transformers; a sentence if it cannot be run here."""
+    """What the source gets right, through transformers or through an engine that the recipe names;
+    a sentence if it cannot be run here."""
     return _ask(
         tasks,
         {
@@ -77,6 +87,7 @@ def _ask(tasks: Tasks, about: Mapping[str, object]) -> Answers | str:
         answer, file = Path(scratch) / "answer.json", Path(scratch) / "request.json"
         request = {
             **about,
+            "engine": engine_itself(tasks),
             "names": tasks.names,
             "limit": tasks.limit,
             "include": include,
@@ -84,8 +95,11 @@ def _ask(tasks: Tasks, about: Mapping[str, object]) -> Answers | str:
             "parent": os.getpid(),
         }
         file.write_text(json.dumps(request), encoding="utf-8")
+        python, start = sys.executable, START
+        if tasks.backend == "vllm" and os.environ.get(ELSEWHERE):
+            python, start = os.environ[ELSEWHERE], START_ELSEWHERE.replace("reload", "evaluate")
         process = subprocess.run(
-            [sys.executable, "-P", "-c", START, home, str(file)],
+            [python, "-P", "-c", start, home, str(file)],
             env={
                 **os.environ,
                 "PYTHONSAFEPATH": "1",

@@ -167,13 +167,16 @@ class Tasks(Section):
     names    of the tasks, as `lm-eval ls tasks` lists them, or of those in `include`
     limit    questions of each task, from the first on; null: all of them
     include  directory with tasks of your own; what lies beside them is found by its name
-    backend  what loads the result. auto: what loads results of the target here
+    backend  what loads the models. auto: of the result what loads it here (for vLLM and SGLang what
+             stands in for them), of the source transformers; vllm, sglang: both models through
+             lm_eval's own class for the engine, or not run, with the reason; vllm may be in the
+             environment whose Python the variable SE_COMPRESS_VLLM_PYTHON names, beside lm_eval
     """
 
     names: tuple[Name, ...]
     limit: Positive | None = None
     include: Place | None = None
-    backend: Literal["auto"] | Loader = "auto"
+    backend: Literal["auto", "sglang"] | Loader = "auto"
 
     @field_validator("names", mode="before")
     @classmethod

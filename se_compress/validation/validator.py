@@ -25,11 +25,12 @@ from se_compress.artifacts import (
 from se_compress.artifacts.targets import targets_of
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.reloading import RELOAD_LIMIT, check_reload
-from se_compress.engines.tasks import answers_of_result
+from se_compress.engines.tasks import answers_of_result, engine_itself
 from se_compress.model.checkpoint import Reader
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.recipe import Recipe, Validation
+from se_compress.reload import loader_of
 from se_compress.running.ranks import call
 from se_compress.text.alike import text_check
 from se_compress.text.tokenizer import decoder_of
@@ -141,13 +142,16 @@ def _tasks(
     options.progress("tasks", 0, 2)
     source = original.answers(tasks)
     options.progress("tasks", 1, 2)
-    target = targets_of(stored.target)[0] if tasks.backend == "auto" else tasks.backend
+    named = None if tasks.backend == "auto" else tasks.backend
+    target = named or targets_of(stored.target)[0]
     where, path = stored.on_disk, original.model.source.path
     tensors = where.tensors.values()
     result = answers_of_result(tasks, where.directory, tensors, path, target, stored.form)
     options.progress("tasks", 2, 2)
     reports, check = answered(source, result, validation)
-    return reports, (check,)
+    through = engine_itself(tasks) or loader_of(target, stored.form)
+    detail = f"{check.detail}; result through {through}" if reports else check.detail
+    return reports, (replace(check, detail=detail),)
 
 
 def try_again(
