@@ -15,23 +15,28 @@ widths, text and solver are the same within a part:
     nf4          bitsandbytes, blocks of 64
     row-2        2 bits, one scale for each row, GPTQ
 
-A row also says which super experts the part's own profile found. Measurements are kept under
---work, and the section of RESULTS.md is rewritten from all of them, so a run can be made in parts.
+A row also says which super experts the part's own profile found; they are not confirmed by zeroing.
+Measurements are kept under --work, and the section of RESULTS.md is rewritten from all of them, so
+a run can be made in parts.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from reference import ROOT, Columns, Model, begin, cells, judge, open_model, random_experts
+from reference import ROOT, Columns, Model, begin, cells, judge, random_experts
 from reference import recipe_of as reference_recipe
 from results import machine, write_section
 
-from se_compress.artifacts import RunOptions
+from se_compress.artifacts import ModelSource, RunOptions
+from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 from se_compress.profiling.profiler import profile_experts
 from se_compress.recipe import Recipe
+from se_compress.text.calibrate import draw_sequences
+from se_compress.validation.validator import Original
 
 WORK = ROOT / "out" / "benchmark-protection"
 CALIBRATION = 8  # sequences that the quantiser sees
@@ -72,13 +77,36 @@ def recipe_for(name: str, part: str, protect: object = "super-experts") -> Recip
             "sink_decay": 1.0,
             "early_stop": False,
         },
+        super_experts={"confirm": False},
         target=target,
         policy={"bits": bits, "protect": protect},
         quantization=dict(quantization),
     )
 
 
-def tokens_of(model: Model, part: str) -> list[list[int]]:
+@dataclass(frozen=True)
+class Opened:
+    """A reference model with the source's side of every comparison; each part profiles it anew."""
+
+    name: str
+    source: ModelSource
+    calibration: list[list[int]]
+    original: Original
+    work: Path
+
+
+def opened(name: str, work: Path) -> Opened:
+    recipe = recipe_for(name, PARTS[0])
+    source = open_source(recipe.model)
+    calibration, held_out = (
+        [list(sequence) for sequence in draw_sequences(text, source.path, where)]
+        for text, where in ((recipe.calibration, "calibration"), (recipe.validation, "validation"))
+    )
+    original = Original(source, held_out, recipe, RunOptions(), keep=True)
+    return Opened(name, source, calibration, original, work)
+
+
+def tokens_of(model: Opened, part: str) -> list[list[int]]:
     """What the profile and the quantiser see."""
     some = model.calibration[:: len(model.calibration) // CALIBRATION]
     if part == "tiny":
@@ -88,11 +116,11 @@ def tokens_of(model: Model, part: str) -> list[list[int]]:
     return some
 
 
-def measure(model: Model, part: str) -> Iterator[dict[str, Any]]:
+def measure(model: Opened, part: str) -> Iterator[dict[str, Any]]:
     """One checkpoint after the other, by what was protected in it."""
     tokens, recipe = tokens_of(model, part), recipe_for(model.name, part)
     profile = profile_experts(model.source, tokens, recipe, RunOptions())
-    here = replace(model, profile=profile)
+    here = Model(**vars(model), profile=profile)
     found = ", ".join(str(expert.id) for expert in profile.super_experts) or "none"
     protections: dict[str, object] = {"super experts": "super-experts", "none": "none"}
     for draw in range(DRAWS if profile.super_experts else 0):
@@ -143,7 +171,7 @@ def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
 def main() -> None:
     arguments, saved, measured = begin(__doc__, PARTS, WORK)
     for name in arguments.models.split(","):
-        model = open_model(name, recipe_for(name, "gptq"), arguments.work)
+        model = opened(name, arguments.work)
         for part in [arguments.only] if arguments.only else PARTS:
             rows = measured.setdefault(name, {})[part] = []
             for row in measure(model, part):

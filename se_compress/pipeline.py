@@ -7,7 +7,7 @@ running/run_directory.py.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ from se_compress.planning.policy import (
     task_of,
 )
 from se_compress.planning.terms import terms_of
-from se_compress.recipe import Recipe
+from se_compress.recipe import Recipe, Validation
 from se_compress.recipe_file import PLAN_BYTES, read_text
 from se_compress.reporting.comparison import compare_outcomes
 from se_compress.reporting.files import write_comparison, write_reports
@@ -196,6 +196,7 @@ def judge_existing(request: Request, directory: Path, output: Path) -> Validatio
     check_place(output)
     source = open_source(request.recipe.model, request.keep_code, request.notice)
     check_positions(source, request.recipe)
+    _check_questions([request.recipe.validation], source)
     plan = _plan_in(directory)
     if plan is not None:
         plan = check_plan(plan, source, str(directory / OURS / "plan.json"))
@@ -230,11 +231,21 @@ def _check_before(requests: Mapping[str, Request], source: ModelSource, whole: R
             _check_request(one, source)
             plans.append(_plan(source, None, one))
             check_installed(plans[-1].scheme)
-    for tasks in {one.recipe.validation.tasks for one in requests.values()}:
-        if tasks and (reason := why_no_task(tasks)):
-            raise RecipeError(f"validation.tasks: {reason}")
+    _check_questions([one.recipe.validation for one in requests.values()], source)
     _tell(find_auxiliary(source.path, source.config, whole.keep_code).notes, whole.notice)
     check_disk(plans, source, whole.recipe)
+
+
+def _check_questions(sections: Sequence[Validation], source: ModelSource) -> None:
+    """Raises RecipeError for tasks that cannot be run, SourceError for answers to messages of a
+    model that takes none."""
+    from se_compress.text.prompts import frame_of
+
+    for tasks in {one.tasks for one in sections}:
+        if tasks and (reason := why_no_task(tasks)):
+            raise RecipeError(f"validation.tasks: {reason}")
+    if any(one.generation.tokens and one.generation.chat_template for one in sections):
+        frame_of(source.path)
 
 
 def _check_one_model(recipe: Recipe) -> None:

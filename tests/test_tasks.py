@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from se_compress import evaluate
-from se_compress.artifacts import GATES, ValidationReport
+from se_compress.artifacts import GATES, RunOptions, ValidationReport
 from se_compress.engines.tasks import answers_of_source, digest_of_files, why_no_task
-from se_compress.errors import RecipeError
+from se_compress.errors import RecipeError, SourceError
 from se_compress.opening.source import open_source
-from se_compress.pipeline import Request, run
+from se_compress.pipeline import Request, judge_existing, run
 from se_compress.recipe import Tasks, load_recipe
 from se_compress.text.tokenizer import load_tokenizer
 from se_compress.validation import validator
@@ -84,6 +84,46 @@ def test_what_lm_eval_does_not_know_is_told_before_the_work(
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"^validation.tasks: lm_eval knows no task x_y$"):
         run(Request(load_recipe(file), file.read_text("utf-8")))
+
+
+def test_messages_to_a_model_without_a_chat_template_are_refused_before_the_work(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 3000, encoding="utf-8")
+    held_out = {"data": str(text), "sequence_length": 32, "generation": {"chat_template": True}}
+    recipe = {
+        "model": str(tiny_model("qwen3_moe")),
+        "output": str(tmp_path / "out"),
+        "quantization": {"method": "none"},
+        "calibration": {"data": str(text), "samples": 2, "sequence_length": 32},
+        "validation": held_out,
+    }
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    seen: list[str] = []
+    options = RunOptions(progress=lambda stage, done, total: seen.append(stage))
+    request = Request(load_recipe(file), file.read_text("utf-8"), options)
+    with pytest.raises(SourceError, match=r"^validation.generation.chat_template is true, but the"):
+        run(request)
+    with pytest.raises(SourceError, match=r"^validation.generation.chat_template is true, but the"):
+        judge_existing(request, tiny_model("qwen3_moe"), tmp_path / "judged")
+    assert seen == []
+
+
+def test_a_directory_of_tasks_that_is_not_there_is_told(tmp_path: Path) -> None:
+    assert why_no_task(cloze(include=str(tmp_path / "nowhere"))) == (
+        f"include is {tmp_path}/nowhere, which is no directory"
+    )
+
+
+def test_backends_are_listed_in_one_line() -> None:
+    with pytest.raises(RecipeError) as refused:
+        tiny.recipe("m", validation={"data": "x", "tasks": {"names": "t", "backend": "vlm"}})
+    assert str(refused.value).endswith(
+        "validation.tasks.backend is 'vlm': input should be 'auto', 'transformers', 'gptqmodel', "
+        "'vllm' or 'sglang'"
+    )
 
 
 @pytest.mark.parametrize(

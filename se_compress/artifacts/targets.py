@@ -20,6 +20,7 @@ Format = Literal["auto", "gptq", "gptq_v2", "auto-round", "auto-round-gptq", "co
 DataType = Literal["nf4", "fp4", "int8"]  # of the method that has types of its own
 Loader = Literal["transformers", "gptqmodel", "vllm"]
 Reloader = Literal["auto", "vllm"]
+Backend = Literal["auto", "transformers", "gptqmodel", "vllm", "sglang"]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ Answers = Mapping[str, Mapping[str, Any]]
 
 def why_no_task(tasks: Tasks) -> str:
     """Why the tasks cannot be run on any model here; "" if they can: lm_eval knows them."""
+    if tasks.include is not None and not Path(expand(tasks.include)).is_dir():
+        return f"include is {tasks.include}, which is no directory"
     found = _ask(tasks, {"model": None})
     return found if isinstance(found, str) else ""
 

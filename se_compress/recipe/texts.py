@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from se_compress.artifacts import GATES, Gate
-from se_compress.artifacts.targets import Loader
+from se_compress.artifacts.targets import Backend
 from se_compress.errors import brief
 from se_compress.recipe.kinds import (
     Fraction,
@@ -176,7 +176,7 @@ class Tasks(Section):
     names: tuple[Name, ...]
     limit: Positive | None = None
     include: Place | None = None
-    backend: Literal["auto", "sglang"] | Loader = "auto"
+    backend: Backend = "auto"
 
     @field_validator("names", mode="before")
     @classmethod
