@@ -3,7 +3,7 @@ se_compress.evaluate REQUEST`. A process of its own, as the engines patch what t
 
 REQUEST is a JSON file: {"model": directory, "tokenizer": directory, "format": ..., "target": ...,
 "names": [...], "limit": ..., "include": directory or null, "answer": file, "parent": process id}.
-The model is loaded as `reload` loads it; with an "engine" of lm_eval's own (vllm, sglang), that
+The model is loaded as `reload` loads it; with an "engine" (OF_LM_EVAL), lm_eval's class for that
 loads it. `answer` gets {task: {"metric": ..., "right": {id: true or
 false}}}, from lm_eval's own samples. Without "model" the names are looked up, and nothing is run.
 """
@@ -16,14 +16,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from se_compress.artifacts.targets import OF_LM_EVAL
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.formats import FORMATS
 from se_compress.reload import (
     ELSEWHERE,
     end_with_parent,
     fault_of_machine,
+    is_elsewhere,
     load_with_engine,
-    vllm_settings,
+    settings_of,
 )
 
 # The metrics that say of one sample whether it is right, the better one first.
@@ -130,18 +132,17 @@ def _engine(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def engine_of(request: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
     """The name of the engine's class in lm_eval, and what that is given."""
-    common = {"pretrained": request["model"], "trust_remote_code": False}
-    if request["engine"] == "sglang":
-        given = {"tokenizer_path": request["tokenizer"], "dtype": "bfloat16", "device": "cuda"}
-        return {"model": "sglang", "model_args": common | given}
-    settings = vllm_settings(FORMATS.get(request["format"]), on_gpu)
-    given = {"tokenizer": request["tokenizer"], "max_model_len": _length(request["model"])}
-    return {"model": "vllm", "model_args": common | given | settings}
+    engine = OF_LM_EVAL[request["engine"]]
+    given = {"pretrained": request["model"], "trust_remote_code": False, **engine.given}
+    given[engine.tokenizer] = request["tokenizer"]
+    if engine.longest:
+        given[engine.longest] = _length(request["model"])
+    given |= settings_of(request["engine"], FORMATS.get(request["format"]), on_gpu)
+    return {"model": request["engine"], "model_args": given}
 
 
 def _length(directory: str) -> int:
-    """Tokens of a prompt: as lm_eval takes of a model in transformers, with fewer where the model
-    has no more."""
+    """LONGEST, or fewer where the model has no more."""
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     return min(LONGEST, int(config.get("max_position_embeddings") or LONGEST))
 
@@ -151,12 +152,12 @@ def _why_no_engine(engine: str | None) -> str:
     if not engine:
         return ""
     if importlib.util.find_spec(engine) is None:
-        elsewhere = f", and {ELSEWHERE} names no Python that has it" if engine == "vllm" else ""
-        return f"not run here: {engine} is not installed{elsewhere}"
+        elsewhere = f", and {ELSEWHERE} names no Python that has it"
+        return f"not run here: {engine} is not installed{elsewhere if is_elsewhere(engine) else ''}"
     import torch
 
-    if engine == "sglang" and not torch.cuda.is_available():
-        return "not run here: lm_eval runs sglang on CUDA only"
+    if OF_LM_EVAL[engine].on_cuda and not torch.cuda.is_available():
+        return f"not run here: lm_eval runs {engine} on CUDA only"
     return ""
 
 

@@ -37,6 +37,13 @@ from se_compress.running.memory import available_memory
 
 EXTRAS = {form.package: form.extra for form in FORMATS.values()}
 ELSEWHERE = "SE_COMPRESS_VLLM_PYTHON"
+# In an environment of an engine's own, which has none of our dependencies: the modules that load
+# need the standard library alone, and the package itself would import more.
+START_ELSEWHERE = (
+    "import sys, types; home = types.ModuleType('se_compress'); "
+    "home.__path__ = [sys.argv.pop(1) + '/se_compress']; sys.modules['se_compress'] = home; "
+    "from se_compress.{} import start; sys.exit(start())"
+)
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -159,6 +166,16 @@ def vllm_settings(form: Format | None, on_gpu: bool) -> dict[str, Any]:
         settings["quantization"] = "humming"
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return settings
+
+
+def settings_of(engine: str, form: Format | None, on_gpu: bool) -> dict[str, Any]:
+    """What an engine has to be told beside the directory."""
+    return vllm_settings(form, on_gpu) if engine == "vllm" else {}
+
+
+def is_elsewhere(engine: str) -> bool:
+    """Whether an engine may be in the environment that ELSEWHERE names."""
+    return engine == "vllm"
 
 
 def loader_of(target: str, form: str) -> Loader:

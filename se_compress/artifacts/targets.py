@@ -8,7 +8,7 @@ engines/engine_view.py.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,30 @@ DataType = Literal["nf4", "fp4", "int8"]  # of the method that has types of its 
 Loader = Literal["transformers", "gptqmodel", "vllm"]
 Reloader = Literal["auto", "vllm"]
 Backend = Literal["auto", "transformers", "gptqmodel", "vllm", "sglang"]
+
+
+@dataclass(frozen=True)
+class OfLmEval:
+    """An engine that lm_eval runs by a class of its own, under the engine's name.
+
+    tokenizer  what that class calls the tokenizer's directory
+    longest    what it calls the most tokens of a prompt with its answer; "" where it asks the model
+    given      what else it is given
+    on_cuda    it runs on CUDA only
+    """
+
+    tokenizer: str
+    longest: str = ""
+    given: Mapping[str, object] = field(default_factory=dict)
+    on_cuda: bool = False
+
+
+OF_LM_EVAL: Mapping[str, OfLmEval] = {
+    "vllm": OfLmEval("tokenizer", "max_model_len"),
+    "sglang": OfLmEval(
+        "tokenizer_path", given={"dtype": "bfloat16", "device": "cuda"}, on_cuda=True
+    ),
+}
 
 
 @dataclass(frozen=True)

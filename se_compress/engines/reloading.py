@@ -21,20 +21,13 @@ from se_compress.artifacts.targets import ENGINES
 from se_compress.engines.bare import lay_bare
 from se_compress.errors import CANNOT_RUN_EXIT_CODE, NOT_RUN_EXIT_CODE
 from se_compress.model.streaming import StreamedModel
-from se_compress.reload import ELSEWHERE
+from se_compress.reload import ELSEWHERE, START_ELSEWHERE
 
 RELOAD_LIMIT = GATES["reload"].limit
 RELOAD_TOKENS = 64
 # The package itself may be found through the current directory: it comes behind all others then.
 START = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
-    "from se_compress.reload import start; sys.exit(start())"
-)
-# In an environment of an engine's own, which has none of our dependencies: the modules that load
-# need the standard library alone, and the package itself would import more.
-START_ELSEWHERE = (
-    "import sys, types; home = types.ModuleType('se_compress'); "
-    "home.__path__ = [sys.argv.pop(1) + '/se_compress']; sys.modules['se_compress'] = home; "
     "from se_compress.reload import start; sys.exit(start())"
 )
 # What ends a process is the machine (memory first of all) or a person, but for these: a program
@@ -84,7 +77,8 @@ def _ask_engine(request: Mapping[str, object], scratch: Path) -> Tensor | Check:
     (scratch / "request.json").write_text(text)
     home, start, python = Path(__file__).parent.parent, START, sys.executable
     if request["loader"] == ENGINES[str(request["target"])].itself and os.environ.get(ELSEWHERE):
-        home, start, python = home.parent, START_ELSEWHERE, os.environ[ELSEWHERE]
+        home, python = home.parent, os.environ[ELSEWHERE]
+        start = START_ELSEWHERE.format("reload")
     process = subprocess.run(
         [python, "-P", "-c", start, str(home), str(scratch / "model"), str(scratch)],
         env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from se_compress.artifacts import TensorInfo, digest_of
+from se_compress.artifacts.targets import OF_LM_EVAL
 from se_compress.engines.bare import lay_bare
-from se_compress.engines.reloading import START_ELSEWHERE
 from se_compress.recipe import Tasks
-from se_compress.reload import ELSEWHERE
+from se_compress.reload import ELSEWHERE, START_ELSEWHERE, is_elsewhere
 from se_compress.running.places import expand
 
-# Engines that lm_eval itself runs: the source is asked through them, too.
-OF_LM_EVAL = ("vllm", "sglang")
 START = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
     "from se_compress.evaluate import start; sys.exit(start())"
@@ -98,8 +96,8 @@ def _ask(tasks: Tasks, about: Mapping[str, object]) -> Answers | str:
         }
         file.write_text(json.dumps(request), encoding="utf-8")
         python, start = sys.executable, START
-        if tasks.backend == "vllm" and os.environ.get(ELSEWHERE):
-            python, start = os.environ[ELSEWHERE], START_ELSEWHERE.replace("reload", "evaluate")
+        if is_elsewhere(tasks.backend) and os.environ.get(ELSEWHERE):
+            python, start = os.environ[ELSEWHERE], START_ELSEWHERE.format("evaluate")
         process = subprocess.run(
             [python, "-P", "-c", start, home, str(file)],
             env={
