@@ -18,7 +18,7 @@ import io
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
@@ -36,6 +36,7 @@ Part = TypeVar("Part")
 Item = TypeVar("Item")
 # A rank may wait for another one's tasks of hours; one that has died is noticed at once.
 PATIENCE = timedelta(days=7)
+ALIGNMENT = 16  # bytes
 ALIKE = ("se-compress", "torch", "transformers")
 
 
@@ -196,49 +197,91 @@ def _round(ranks: Ranks, mine: _Said) -> list[_Said]:
         dist.all_gather(sizes, torch.tensor([len(data)]))
         said = []
         for rank, size in enumerate(sizes):
-            if rank == ranks.rank:
-                dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), rank)
-                said.append(mine)
-            else:
-                theirs = torch.empty(int(size), dtype=torch.uint8)
-                dist.broadcast(theirs, rank)
-                said.append(_unpacked(theirs))
+            theirs = data if rank == ranks.rank else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(theirs, rank)
+            said.append(mine if rank == ranks.rank else _unpacked(theirs))
     except RuntimeError as error:
         raise RankLost(str(error).partition("\n")[0][:120]) from None
     return said
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a tensor as its own values: pickled, a view would bring all that it is a view of."""
+    """Pickles all but tensors, whose bytes it keeps apart: what is large is copied once.
 
-    def reducer_override(self, value: object) -> Any:
+    flat  the bytes of each tensor, uint8
+    """
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.flat: list[Tensor] = []
+        self._known: dict[int, tuple[object, ...]] = {}  # and sent once
+        self._alive: list[object] = []  # ids are of what lives
+
+    def persistent_id(self, value: object) -> tuple[object, ...] | None:
         import torch
 
         if not isinstance(value, torch.Tensor):
-            return NotImplemented
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        form = (str(value.dtype).removeprefix("torch."), tuple(value.shape), value.is_cuda)
-        return _tensor, (*form, flat.numpy().tobytes())
+            return None
+        if id(value) not in self._known:
+            dtype = str(value.dtype).removeprefix("torch.")
+            form = (len(self.flat), dtype, tuple(value.shape), value.is_cuda)
+            self._known[id(value)] = form
+            self._alive.append(value)
+            # its own values only: a view would bring all that it is a view of
+            self.flat.append(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+        return self._known[id(value)]
 
 
-def _tensor(dtype: str, shape: tuple[int, ...], is_cuda: bool, data: bytes) -> "Tensor":
+class _Unpickler(pickle.Unpickler):
+    """Makes views of the bytes of tensors that came with what is unpickled.
+
+    parts  those bytes, uint8
+    """
+
+    def __init__(self, file: io.BytesIO, parts: Sequence["Tensor"]) -> None:
+        super().__init__(file)
+        self._parts = parts
+
+    def persistent_load(self, form: tuple[int, str, tuple[int, ...], bool]) -> "Tensor":
+        import torch
+
+        place, dtype, shape, is_cuda = form
+        made = self._parts[place].view(getattr(torch, dtype)).reshape(shape)
+        return made.cuda() if is_cuda else made
+
+
+def _packed(said: _Said) -> "Tensor":
+    """Bytes, uint8: the sizes of all parts, what is pickled, and the tensors."""
     import torch
 
-    kind: torch.dtype = getattr(torch, dtype)
-    if not data:
-        return torch.empty(shape, dtype=kind)
-    made = torch.frombuffer(bytearray(data), dtype=kind).reshape(shape)
-    return made.cuda() if is_cuda else made
-
-
-def _packed(said: _Said) -> bytearray:
     file = io.BytesIO()
-    _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(said)
-    return bytearray(file.getbuffer())
+    pickler = _Pickler(file)
+    pickler.dump(said)
+    parts = [torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8), *pickler.flat]
+    sizes = torch.tensor([len(parts), *map(len, parts)]).view(torch.uint8)
+    places = list(_places([len(sizes), *map(len, parts)]))
+    data = torch.zeros(places[-1].stop + -places[-1].stop % ALIGNMENT, dtype=torch.uint8)
+    for place, part in zip(places, [sizes, *parts], strict=True):
+        data[place] = part
+    return data
+
+
+def _places(sizes: Iterable[int]) -> Iterator[slice]:
+    """Where parts of so many bytes lie, so that each may be of any dtype."""
+    at = 0
+    for size in sizes:
+        yield slice(at, at + size)
+        at += size + -size % ALIGNMENT
 
 
 def _unpacked(data: "Tensor") -> _Said:
-    said: _Said = pickle.loads(data.numpy().data)
+    import torch
+
+    head = 8 * (1 + int(data[:8].view(torch.int64)))
+    sizes = data[:head].view(torch.int64)[1:].tolist()
+    _, *places = _places([head, *sizes])
+    parts = [data[place] for place in places]
+    said: _Said = _Unpickler(io.BytesIO(parts[0].numpy().tobytes()), parts[1:]).load()
     return said
 
 
