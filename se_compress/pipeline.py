@@ -55,6 +55,7 @@ from se_compress.running.preflight import (
     check_places,
     check_positions,
     disk_shortage,
+    memory_sentence,
 )
 from se_compress.running.publishing import publish, recover
 from se_compress.running.records import load, save, save_settings
@@ -131,7 +132,7 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     _tell(doubts, request.notice)
     beside = [file.name for file in source.path.iterdir()]
     check_replaceable(output, beside)
-    check_memory(source, recipe, len(calibration) * len(calibration[0]))
+    request.notice(check_memory(source, recipe, len(calibration) * len(calibration[0])))
     with locked(output, request.notice) as work:
         prepare(output, settings, request.fresh, request.notice)
         options, staged = request.options_in(work), work / STAGED
@@ -278,7 +279,9 @@ def _preview(request: Request, source: ModelSource) -> Preview:
     plan = _plan(source, profile, request)
     cautions = (*cautions_before(request.recipe), *domain_cautions(plan, request.recipe))
     serving = tuple(one.sentence for one in serving_of(plan, request.recipe.output))
-    found = Preview(source, plan, profile, (), "", cautions, serving, "")
+    text = request.recipe.calibration
+    memory = memory_sentence(source, request.recipe, text.samples * text.sequence_length)
+    found = Preview(source, plan, profile, (), "", cautions, serving, "", memory)
     if request.plan_file:
         return found
     task = task_of(source, profile, request.recipe)

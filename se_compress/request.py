@@ -181,6 +181,7 @@ class Preview:
     cautions   what is doubtful in the recipe
     serving    how each target serves the result, a sentence each
     finest     what the target's granularity costs beside the finest one; "" if nothing is known
+    memory     what the run takes, a sentence
     """
 
     source: ModelSource
@@ -191,3 +192,4 @@ class Preview:
     cautions: tuple[str, ...] = ()
     serving: tuple[str, ...] = ()
     finest: str = ""
+    memory: str = ""

@@ -176,7 +176,7 @@ class Screen:
             self.out.print(table)
             if found.curve:
                 self.out.print(curve_table(found.curve))
-            for line in filter(None, (*found.serving, found.finest)):
+            for line in filter(None, (*found.serving, found.finest, found.memory)):
                 self.out.print(line, soft_wrap=True)
             for note in (*plan.notes, *found.cautions):
                 self.out.print(f"note: {note}", soft_wrap=True)

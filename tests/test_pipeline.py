@@ -127,7 +127,12 @@ class Workplace:
         self.recipe.write_text(text, encoding="utf-8")
         recipe = load_recipe(self.recipe, overrides)
         self.said = []
-        return Request(recipe, self.recipe.read_text("utf-8"), notice=self.said.append, **how)
+        return Request(recipe, self.recipe.read_text("utf-8"), notice=self._note, **how)
+
+    def _note(self, sentence: str) -> None:
+        """Every run says what it takes of memory; what it says beside that is looked at."""
+        if "memory: " not in sentence:
+            self.said.append(sentence)
 
     def run(self, *overrides: str, **how: Any) -> Outcome:
         return run(self.request(*overrides, **how))
@@ -654,14 +659,16 @@ def test_held_out_text_that_calibration_saw_is_told_everywhere(place: Workplace)
 def test_too_little_memory_is_found_before_the_work(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=300_000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_300_000))
     with pytest.raises(ResourceError, match=r"lower calibration\.samples to \d|set compute_dtype"):
         place.run()
     assert place.listing() == set()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("available", [50_000, 160_000, 250_000, 300_000, 400_000, 550_000])
+@pytest.mark.parametrize(
+    "available", [500_000, 1_000_000, 1_150_000, 1_300_000, 1_500_000, 1_900_000]
+)
 def test_what_the_message_about_memory_advises_makes_room(
     available: int, dtype: str, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,6 +696,16 @@ def test_what_the_message_about_memory_advises_makes_room(
         if samples:
             changes[0] = f"calibration.samples={int(samples[1]) + 1}"
             assert shortage(*changes)
+
+
+def test_a_run_says_what_it_takes_of_memory_before_it_begins(place: Workplace) -> None:
+    said: list[str] = []
+    with pytest.raises(Stop):
+        run(replace(place.request(options=stop_at("profile", 0)), notice=said.append))
+    recipe = place.request().recipe
+    sentence = preflight.memory_sentence(open_source(recipe.model), recipe, 8 * 32)
+    assert said == [sentence]
+    assert preview(place.request()).memory == sentence
 
 
 def test_too_little_disk_is_found_before_the_work(

@@ -62,7 +62,10 @@ def write(directory: Path, model: Path, **sections: Any) -> Path:
 
 
 def request_of(recipe: Path, said: list[str] | None = None, fresh: bool = False) -> Request:
-    notice = (lambda sentence: None) if said is None else said.append
+    def notice(sentence: str) -> None:
+        if said is not None and not sentence.startswith("memory: "):  # which every run says
+            said.append(sentence)
+
     return Request(load_recipe(recipe), recipe.read_text("utf-8"), notice=notice, fresh=fresh)
 
 

@@ -1,5 +1,6 @@
 """Whether it can be done here, asked before the hours and not after them."""
 
+import bisect
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ from se_compress.artifacts import CompressionPlan, ModelSource
 from se_compress.errors import RecipeError, ResourceError
 from se_compress.opening.auxiliary import find_auxiliary
 from se_compress.recipe import Recipe
+from se_compress.running.footprint import LIBRARIES, Footprint, largest_stage
 from se_compress.running.memory import MACHINE, Available, available_memory
 from se_compress.running.places import check_apart, expand, output_of, partial, rejected
 from se_compress.running.run_directory import check_output
@@ -115,37 +117,43 @@ def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe:
     )
 
 
-def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> None:
-    """The largest layer and the hidden states of all calibration tokens fit into memory.
+def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> str:
+    """What every stage holds fits into memory (footprint.py). Returns a sentence on the largest.
 
     tokens   how many are drawn for calibration
 
     Raises ResourceError.
     """
-    item_bytes = _item_bytes(recipe)
-    weights: dict[int | None, int] = {}
-    for info in source.tensors.values():
-        count = 1
-        for extent in info.shape:
-            count *= extent
-        weights[info.layer] = weights.get(info.layer, 0) + count
-    layer = max(count for index, count in weights.items() if index is not None) * item_bytes
-    # A coded matrix is decoded beside its place in the layer.
-    layer += max((info.size_bytes for info in source.tensors.values() if info.stored), default=0)
-    # Both streams before and after a layer, and the kept input of its experts.
-    hidden = 6 * tokens * int(source.text["hidden_size"]) * item_bytes
+    found = largest_stage(source, recipe, tokens)
     available = available_memory()
     if recipe.quantization.refine is not None:
-        _check_refining(source, layer + hidden, available)
-    if layer + hidden > available.size_bytes:
-        advice = memory_advice(recipe, layer, hidden / tokens, available.size_bytes)
+        _check_refining(source, found.size_bytes, available)
+    if found.size_bytes > available.size_bytes:
+        advice = memory_advice(source, recipe, available.size_bytes)
         if available.limit != MACHINE:
             advice += ", or raise that limit"
         raise ResourceError(
-            f"the largest layer takes {in_units(layer)} and the hidden states of {tokens} "
-            f"calibration tokens {in_units(hidden)}, but {in_units(available.size_bytes)} of "
-            f"memory {available.limit} are available; {advice}"
+            f"{found.stage} takes {_in_parts(found, tokens)}, but "
+            f"{in_units(available.size_bytes)} of memory {available.limit} are available; {advice}"
         )
+    return memory_sentence(source, recipe, tokens)
+
+
+def memory_sentence(source: ModelSource, recipe: Recipe, tokens: int) -> str:
+    """What a run takes at the most, libraries included, and in which stage."""
+    found = largest_stage(source, recipe, tokens)
+    return (
+        f"memory: {in_units(LIBRARIES + found.size_bytes)} at the most, in {found.stage}: "
+        f"{in_units(LIBRARIES)} for the libraries, {_in_parts(found, tokens)}"
+    )
+
+
+def _in_parts(found: Footprint, tokens: int) -> str:
+    return (
+        f"{in_units(found.states)} for hidden states ({tokens} calibration tokens), "
+        f"{in_units(found.layer)} for a layer without its experts, {in_units(found.work)} for the "
+        "work on blocks of experts or a batch"
+    )
 
 
 def _check_refining(source: ModelSource, rest: int, available: Available) -> None:
@@ -173,24 +181,26 @@ def _item_bytes(recipe: Recipe) -> int:
     return 4 if recipe.compute_dtype == "float32" else 2
 
 
-def memory_advice(recipe: Recipe, layer: float, token: float, available: int) -> str:
-    """Settings with which a layer and the hidden states fit into the memory that there is.
+def memory_advice(source: ModelSource, recipe: Recipe, available: int) -> str:
+    """Settings with which a run fits into the memory that there is, in bytes."""
 
-    layer       bytes of the largest layer, as the recipe stands
-    token       bytes of all hidden states of one token, as the recipe stands
-    available   bytes of memory
-    """
-    calibration, advice = recipe.calibration, []
-    half = 0.5 if recipe.compute_dtype == "float32" else 1.0
-    as_it_is, in_bfloat16 = (
-        int((available - share * layer) // (share * token * calibration.sequence_length))
-        for share in (1.0, half)
-    )
-    if as_it_is >= 1:
-        advice.append(f"lower calibration.samples to {as_it_is}")
-    if half < 1 and in_bfloat16 >= calibration.samples:
-        advice.append("set compute_dtype: bfloat16")
-    elif half < 1 and in_bfloat16 > max(as_it_is, 0):
-        lowered = f"set compute_dtype: bfloat16 and lower calibration.samples to {in_bfloat16}"
-        advice.append(lowered)
+    def fits(samples: int, dtype: str) -> bool:
+        changed = recipe.model_copy(update={"compute_dtype": dtype})
+        tokens = samples * recipe.calibration.sequence_length
+        return largest_stage(source, changed, tokens).size_bytes <= available
+
+    def most(dtype: str) -> int:
+        """Samples that fit, fewer than the recipe has; 0 if none do."""
+        choices = range(1, samples)
+        return bisect.bisect_left(choices, True, key=lambda count: not fits(count, dtype))
+
+    samples, advice = recipe.calibration.samples, []
+    lowered = most(recipe.compute_dtype)
+    if lowered:
+        advice.append(f"lower calibration.samples to {lowered}")
+    if recipe.compute_dtype == "float32":
+        if fits(samples, "bfloat16"):
+            advice.append("set compute_dtype: bfloat16")
+        elif (both := most("bfloat16")) > lowered:
+            advice.append(f"set compute_dtype: bfloat16 and lower calibration.samples to {both}")
     return " or ".join(advice) or "no setting of the recipe makes it fit"
