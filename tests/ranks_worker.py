@@ -5,12 +5,16 @@ RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1234 python ranks_worker.p
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from se_compress.artifacts import ALONE, Ranks, RunOptions, to_json
+from se_compress.compression import experts as solver_blocks
 from se_compress.compression.execute import compress
 from se_compress.errors import SeCompressError
+from se_compress.model import experts as model_blocks
 from se_compress.opening.source import open_source
 from se_compress.planning.policy import make_plan
 from se_compress.profiling.profiler import profile_experts
@@ -19,6 +23,18 @@ from se_compress.running.ranks import dismiss, follow, join
 from se_compress.validation.validator import validate
 
 
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """Tiny models have several blocks a layer in here."""
+    before = model_blocks.BLOCK_EXPERTS, solver_blocks.BLOCK_EXPERTS
+    model_blocks.BLOCK_EXPERTS, solver_blocks.BLOCK_EXPERTS = 3, {"cpu": 2, "cuda": 2}
+    try:
+        yield
+    finally:
+        model_blocks.BLOCK_EXPERTS, solver_blocks.BLOCK_EXPERTS = before
+
+
+@small_blocks()
 def make(case: dict[str, Any], directory: Path, ranks: Ranks = ALONE) -> None:
     """The result of a case, with what was measured of it beside the weights; or its error.
 
@@ -43,7 +59,8 @@ def make(case: dict[str, Any], directory: Path, ranks: Ranks = ALONE) -> None:
 def main() -> int:
     ranks = join()
     if ranks.rank:
-        return follow(ranks)
+        with small_blocks():
+            return follow(ranks)
     for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
         make(case, Path(sys.argv[2]) / name, ranks)
     dismiss(ranks, 0)

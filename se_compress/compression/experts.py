@@ -55,7 +55,7 @@ from se_compress.recipe import Recipe, Refine
 # The most experts of a block, and float32 elements of its Hessians and stacks: 128 MiB on the CPU,
 # which gains nothing from more; 1 GiB on a GPU. Results of the two differ anyway; nothing else
 # decides.
-BLOCK_EXPERTS = {"cpu": 4, "cuda": 16}
+BLOCK_EXPERTS = {"cpu": 8, "cuda": 16}
 BLOCK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 # Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
 # calibrated.
