@@ -10,11 +10,11 @@ Other widths are made once, for their quality; peers' results that lie there are
 clock is that of peers/worker.py, memory the process's largest resident set. Quality is measured by
 peers/evaluate.py, which shares no code with any of them, on held-out text.
 
-The peers get a virtual environment of their own, .venv-peers, made on the first run from
-peers/constraints.txt. A small model goes through each tool before the clock runs: GPTQModel
-compiles its packing kernel then. Measurements are kept under --work, and the section of RESULTS.md
-is rewritten from all of them, so a run can be made in parts (--steps, --tools, --models, --bits,
---threads).
+GPTQModel and llm-compressor get a virtual environment of their own, .venv-peers, made on the first
+run from peers/constraints.txt; auto-round runs in this one, an hour or more at 200 steps a block. A
+small model goes through each tool before the clock runs: GPTQModel compiles its packing kernel
+then. Measurements are kept under --work, and the section of RESULTS.md is rewritten from all of
+them, so a run can be made in parts (--steps, --tools, --models, --bits, --threads).
 """
 
 import argparse
@@ -42,6 +42,7 @@ SKIP = [r".*self_attn.*", r".*shared_expert.*"]
 GROUP_SIZE, SEQUENCE = 64, 256
 THREADS = ("all", "1")
 REFINE_STEPS = 100
+DISTILL_STEPS = 13
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Tool:
 
     routed     llm-compressor only: see peers/worker.py
     refine     ours only: steps of refining
+    distill    ours only: steps of distilling
+    tuned      auto-round only: steps for each block
     symmetric  whether groups have no zero point of their own
     """
 
@@ -58,16 +61,29 @@ class Tool:
     routed: bool = False
     symmetric: bool = True
     refine: int = 0
+    distill: int = 0
+    tuned: int = 0
 
 
 OURS = Tool("se-compress", "se_compress_worker.py")
+# Workers that run in the environment of this script; auto-round is one of its extras.
+BESIDE = (OURS.worker, "autoround_worker.py")
 TOOLS = (
     OURS,
     Tool("GPTQModel", "gptqmodel_worker.py"),
     Tool("llm-compressor", "llmcompressor_worker.py"),
     Tool("llm-compressor, routed tokens only", "llmcompressor_worker.py", routed=True),
+    Tool("auto-round, 200 steps", "autoround_worker.py", tuned=200),
+    Tool("auto-round, rounding alone", "autoround_worker.py"),
     Tool("se-compress, asymmetric", "se_compress_worker.py", symmetric=False),
     Tool("se-compress, refined", "se_compress_worker.py", refine=REFINE_STEPS),
+    Tool("se-compress, scales distilled", "se_compress_worker.py", distill=DISTILL_STEPS),
+    Tool(
+        "se-compress, refined and distilled",
+        "se_compress_worker.py",
+        refine=REFINE_STEPS,
+        distill=DISTILL_STEPS,
+    ),
 )
 
 
@@ -75,7 +91,9 @@ def main() -> None:
     options = _options()
     work = Path(options.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    _make_environment()
+    chosen = options.tools.split(";")
+    if any(tool.worker not in BESIDE for tool in TOOLS if tool.name in chosen):
+        _make_environment()
     _write_tokens(work, options.held_out, options.other_text)
     tools = [tool for tool in TOOLS if tool.name in options.tools.split(";")]
     steps = options.steps.split(",")
@@ -142,7 +160,7 @@ def _write_tokens(work: Path, held_out: int, other_text: str = "") -> None:
 
 
 def _model(name: str, work: Path) -> Path:
-    if name == "smollm2-moe":
+    if name.startswith("smollm2"):
         return ROOT / "models" / name
     layers, experts = {"random-qwen3": (4, 64), "warm-up": (1, 8)}[name]
     path = work / name
@@ -218,11 +236,13 @@ def _run(
         "skip": SKIP,
         "routed": tool.routed,
         "refine": tool.refine,
+        "distill": tool.distill,
+        "tuned": tool.tuned,
     }
     files = [output.with_name(f"{output.name}.{part}.json") for part in ("job", "report")]
     files[0].write_text(json.dumps(job))
     files[1].unlink(missing_ok=True)
-    python = sys.executable if tool.worker == OURS.worker else str(PEERS / "bin" / "python")
+    python = sys.executable if tool.worker in BESIDE else str(PEERS / "bin" / "python")
     command = [*under.split(), python, str(WORKERS / tool.worker), *map(str, files)]
     # GPTQModel 7.6 does not start on two cores without its variable.
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}

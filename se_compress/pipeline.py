@@ -24,6 +24,8 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
+from se_compress.engines.blueprint import draw_blueprint
+from se_compress.engines.distilling import parts_to_distill
 from se_compress.engines.serving import serving_of
 from se_compress.engines.targets import check_installed
 from se_compress.engines.tasks import why_no_task
@@ -298,7 +300,8 @@ def _check_request(request: Request, source: ModelSource) -> None:
 
 
 def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) -> CompressionPlan:
-    """The plan, made or handed in, with notes on the files that lie beside the weights."""
+    """The plan, made or handed in, with notes on the files that lie beside the weights. Raises
+    RecipeError if it leaves nothing of what the recipe wants distilled."""
     plan, name = request.plan, str(request.plan_file)
     if plan is None:
         plan = make_plan(source, profile, request.recipe)
@@ -306,6 +309,8 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
         plan = check_plan(plan, source, name)
         _check_agrees(plan, request.recipe, name)
         plan = plan.noting(cautions_of(plan, source, profile))
+    if rule := request.recipe.distill:
+        parts_to_distill(draw_blueprint(source, plan), rule)
     return plan.noting(find_auxiliary(source.path, source.config, request.keep_code).notes)
 
 

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from se_compress.artifacts import COMPRESSION_FILE, Compressed, from_json
 from se_compress.compression import refine
 from se_compress.compression.execute import compress
-from se_compress.compression.refine import (
-    SELECTION,
-    Aim,
-    aim_of,
-    folds_of,
-    records_of_folds,
-    refine_experts,
-)
+from se_compress.compression.folds import SELECTION, folds_of, records_of_folds
+from se_compress.compression.refine import Aim, aim_of, refine_experts
 from se_compress.compression.stacks import SolvedExperts, solve_stack
 from se_compress.errors import RecipeError
 from se_compress.model.experts import RoutedExperts, fused_experts

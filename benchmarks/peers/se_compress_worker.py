@@ -24,6 +24,7 @@ def quantize(job: Job) -> str:
             "calibration": {"data": "the tokens of the job"},
             "policy": {"protect": "none", "bits": job.bits},
             "quantization": quantization,
+            "distill": {"steps": job.distill} if job.distill else None,
             "validation": {"data": "none"},
         },
         "the job",

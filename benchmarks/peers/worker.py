@@ -23,7 +23,8 @@ class Job:
     tokens  calibration sequences of equal length, ids
     skip    regular expressions of modules that stay as they are, beside router and head
     routed  llm-compressor only: tokens go to their own experts alone, not to all of them
-    refine  se-compress only: steps of refining, 0 for none
+    refine, distill  se-compress only: steps of refining and of distilling, 0 for none
+    tuned   auto-round only: steps of tuning for each block, 0 to round alone
     """
 
     model: str
@@ -35,6 +36,8 @@ class Job:
     skip: list[str]
     routed: bool = False
     refine: int = 0
+    distill: int = 0
+    tuned: int = 0
 
 
 def main(quantize: Callable[[Job], str | None]) -> None:

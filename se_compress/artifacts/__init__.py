@@ -30,6 +30,7 @@ from se_compress.artifacts.comparison import (
 from se_compress.artifacts.compression import (
     COMPRESSION_FILE,
     Compressed,
+    DistillRecord,
     ExpertRecord,
     FoldRecord,
     LayerRecord,
@@ -139,6 +140,7 @@ __all__ = [
     "Continuation",
     "CurvePoint",
     "Departure",
+    "DistillRecord",
     "DomainReport",
     "Encoding",
     "ExpertDecision",

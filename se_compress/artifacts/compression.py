@@ -78,7 +78,7 @@ class RefineRecord:
 
 @dataclass(frozen=True)
 class FoldRecord:
-    """A share of the calibration text, which refining uses for one purpose.
+    """A share of the calibration text, which refining and distilling use for one purpose.
 
     fold       tuning: gradients; selection: which state is kept; report: what is said of it
     sequences  their number
@@ -88,6 +88,31 @@ class FoldRecord:
     fold: str
     sequences: int
     digest: str
+
+
+@dataclass(frozen=True)
+class DistillRecord:
+    """How distilling the whole result went, on calibration text.
+
+    trained            what was trained: scales, routers
+    step               after which its state was kept; 0: distilling did not help and was undone
+    selection_before   KL divergence from the source, mean over positions, nats, of the text by
+                       which a state is chosen, before distilling
+    selection          the same with the state that was kept
+    report_before, report   the same of text that decided nothing
+    covered            probability that the words have which the source's predictions keep, mean
+                       over positions; all others count as one
+    seconds            it took, the source's predictions included
+    """
+
+    trained: tuple[str, ...]
+    step: int
+    selection_before: float
+    selection: float
+    report_before: float
+    report: float
+    covered: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,8 @@ class LayerRecord:
     failed         the gate that the compressed stream failed here: compressing stopped
     refined        how refining its routed experts went; their errors are those before it
     digests        hashes of the tensors that were made and not copied, see digests.py
+    distilled      names of the result's tensors that distilling has changed since, and that are
+                   known by their hashes alone; none without it. hidden_error is that before it
     """
 
     layer: int
@@ -113,18 +140,21 @@ class LayerRecord:
     failed: Check | None = field(default=None, metadata=UNLESS_NONE)
     refined: RefineRecord | None = field(default=None, metadata=UNLESS_NONE)
     digests: Mapping[str, str] = field(default_factory=dict)
+    distilled: tuple[str, ...] | None = field(default=None, metadata=UNLESS_NONE)
 
 
 @dataclass(frozen=True)
 class Compressed:
     """compression.json: what `compress` says of each layer, in order.
 
-    layers   up to the last; if compressing stopped early, to the one behind which it did
-    folds    of the calibration text, as refining used them; none without it
+    layers      up to the last; if compressing stopped early, to the one behind which it did
+    folds       of the calibration text, as refining and distilling used them; none without them
+    distilled   how distilling the whole result went; none without it
     """
 
     layers: tuple[LayerRecord, ...]
     folds: tuple[FoldRecord, ...] | None = field(default=None, metadata=UNLESS_NONE)
+    distilled: DistillRecord | None = field(default=None, metadata=UNLESS_NONE)
 
     @property
     def stopped(self) -> Check | None:

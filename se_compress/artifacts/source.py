@@ -135,6 +135,20 @@ class ModelSource:
                 found.setdefault(ExpertId(info.layer, info.expert), {})[info.role] = info
         return {identity: found[identity] for identity in sorted(found)}
 
+    @cached_property
+    def router_weights(self) -> tuple[str, ...]:
+        """The matrices by which routers score the experts, a row for each, by name. None of a
+        layer that is not run, or of a router that works otherwise."""
+        return tuple(
+            name
+            for name, info in self.tensors.items()
+            if info.kind == "router"
+            and info.layer in self.moe_layers
+            and len(info.shape) == 2
+            and info.shape[0] == self.expert_count > 1
+            and info.dtype in ("F32", "BF16", "F16")
+        )
+
     @property
     def text(self) -> Mapping[str, Any]:
         """What config.json says of the language model: all of it, or that part of a composite."""

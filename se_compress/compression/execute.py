@@ -32,8 +32,9 @@ from se_compress.artifacts import (
     to_json,
     write_atomically,
 )
+from se_compress.compression.distill import distill, sentence_of, with_distilled
+from se_compress.compression.folds import records_of_folds
 from se_compress.compression.layer import Models, Streams, compress_layer
-from se_compress.compression.refine import records_of_folds
 from se_compress.compression.stacks import Packed
 from se_compress.engines.accounting import change_since
 from se_compress.engines.blueprint import Blueprint, draw_blueprint
@@ -85,8 +86,12 @@ def compress(
     files = lay_out(blueprint.on_disk.values(), directory, recipe.shard_size)
     first(options.ranks, partial(_reserve, files, directory, options))
     layout = blueprint.found_in(files)
-    folds = records_of_folds(tokens) if recipe.quantization.refine else None
-    made = Compressed(_fill(blueprint, tokens, recipe, layout, options), folds)
+    made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
+    if recipe.quantization.refine or recipe.distill:
+        made = replace(made, folds=records_of_folds(tokens))
+    if recipe.distill and made.stopped is None:
+        train = partial(_distill, blueprint, tokens, recipe, layout, options, made)
+        made = first(options.ranks, train)
     if options.ranks.rank == 0:
         if made.stopped is None:
             export_config(blueprint, settings, directory, options.keep_code)
@@ -139,6 +144,23 @@ def _tell_undone(record: LayerRecord, options: RunOptions) -> None:
     if record.refined is not None and not record.refined.step:
         error = f"{record.refined.selection_before:.2%}"
         options.notice(f"layer {record.layer}: refining left the error at {error} and was undone")
+
+
+def _distill(
+    blueprint: Blueprint,
+    tokens: Sequence[Sequence[int]],
+    recipe: Recipe,
+    layout: Mapping[str, TensorInfo],
+    options: RunOptions,
+    made: Compressed,
+) -> Compressed:
+    """Train the finished result on this rank, and put what has changed into its place. A run that
+    is killed between that and its record starts the stage again."""
+    done = distill(blueprint, tokens, recipe, layout, options)
+    options.notice(sentence_of(done.record))
+    write_tensors(layout, done.tensors)
+    layers = (with_distilled(record, blueprint, layout, done.tensors) for record in made.layers)
+    return replace(made, layers=tuple(layers), distilled=done.record)
 
 
 # ---------------------------------------------------------------------------------------- progress

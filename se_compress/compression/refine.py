@@ -8,23 +8,22 @@ layer's activation function does to an error, and for some of what the layers be
 row's squared error counts relative to the row itself, as the norms of later layers see it: a token
 with a massive activation would outweigh all others otherwise.
 
-Sequences of the calibration text are in one of three folds. Gradients come from `tuning`. Of the
-states met at every quarter of the steps, and the solver's own, the one of least error on
-`selection` is kept: if that is the solver's own, refining is undone. `report` decides nothing; its
-errors are what is said of the layer.
+Sequences of the calibration text are in one of three folds (folds.py). Gradients come from
+`tuning`. Of the states met at every quarter of the steps, and the solver's own, the one of least
+error on `selection` is kept: if that is the solver's own, refining is undone. `report` decides
+nothing; its errors are what is said of the layer.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from math import sqrt
 
 import torch
 from torch import Tensor
 
-from se_compress.artifacts import FoldRecord, RefineRecord
+from se_compress.artifacts import RefineRecord
+from se_compress.compression.folds import FOLDS, rows_of_folds
 from se_compress.compression.stacks import SolvedExperts, SolvedStack
 from se_compress.model.experts import RoutedExperts
 from se_compress.model.routing import Routing, bunched
@@ -32,8 +31,6 @@ from se_compress.quant.grid import QuantizedStack, dequantize
 from se_compress.quant.tuned import TunedStack, changed_share
 from se_compress.recipe import Refine
 
-FOLDS = ("tuning", "selection", "report")
-SELECTION, REPORT = 8, 16  # of so many sequences one
 # Adam's step sizes at the start, falling to nothing: of positions, in steps of the grid; of scales,
 # relative. Four times as much brought layers nearer to the source, but, in one run, not the logits.
 CODE_RATE, SCALE_RATE = 2e-3, 5e-4
@@ -41,39 +38,6 @@ BETAS = (0.9, 0.99)
 EPSILON = 1e-20  # errors are relative, and a gradient is of one weight of millions
 LOOKS = 4  # how often the error on `selection` is measured
 PIECE_ROWS = 1024  # of a measurement, at once
-
-
-# ------------------------------------------------------------------------------------------- folds
-
-
-def folds_of(count: int) -> dict[str, list[int]]:
-    """Which of `count` sequences tune, select and report; ascending, the same every time.
-
-    They are scattered by a hash, since sources of text may take turns.
-    """
-    drawn = sorted(range(count), key=lambda i: hashlib.sha256(str(i).encode()).digest())
-    selection, report = max(1, count // SELECTION), max(1, count // REPORT)
-    cuts = pairwise((0, count - selection - report, count - report, count))
-    return {fold: sorted(drawn[a:b]) for fold, (a, b) in zip(FOLDS, cuts, strict=True)}
-
-
-def records_of_folds(tokens: Sequence[Sequence[int]]) -> tuple[FoldRecord, ...]:
-    """What is recorded of the folds of calibration sequences of token ids."""
-    records = []
-    for fold, members in folds_of(len(tokens)).items():
-        text = json.dumps([list(tokens[i]) for i in members])
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        records.append(FoldRecord(fold, len(members), digest))
-    return tuple(records)
-
-
-def _rows_of_folds(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """The rows of each fold, int64, of sequences that lie one after another."""
-    ends = list(pairwise(accumulate(lengths, initial=0)))
-    return {
-        fold: torch.cat([torch.arange(*ends[i]) for i in members])
-        for fold, members in folds_of(len(lengths)).items()
-    }
 
 
 # ------------------------------------------------------------------------------------------ the aim
@@ -118,7 +82,7 @@ def aim_of(
     )
     lengths = [states.shape[1] for states in source for _ in range(states.shape[0])]
     counts = 1 / behind.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    rows = {fold: rows.to(hidden.device) for fold, rows in _rows_of_folds(lengths).items()}
+    rows = {fold: rows.to(hidden.device) for fold, rows in rows_of_folds(lengths).items()}
     return Aim(hidden, chosen, weights, behind - beside, counts, rows)
 
 

@@ -87,21 +87,29 @@ class _Known:
 
     found    headers of the result
     written  stored tensor -> its digest, taken when it was made
+    trained  of these, those that are known by nothing else: distilling has changed them
     made     reader of what surgery makes, by the names of the smaller model
     """
 
     found: Mapping[str, TensorInfo]
     written: Mapping[str, str]
+    trained: frozenset[str]
     made: Reader
 
 
 def _known(
     blueprint: Blueprint, found: Mapping[str, TensorInfo], records: Sequence[LayerRecord]
 ) -> _Known:
-    made = [tensor for tensor in blueprint.tensors.values() if tensor.making != "copied"]
+    trained = frozenset(name for record in records for name in record.distilled or ())
+    made = [
+        slot.name
+        for tensor in blueprint.tensors.values()
+        for slot in tensor.stored
+        if tensor.making != "copied" or slot.name in trained
+    ]
     digests = {owner: text for record in records for owner, text in record.digests.items()}
-    written = by_name(digests, (slot.name for tensor in made for slot in tensor.stored))
-    return _Known(found, written, open_shrunk(blueprint.shrunk))
+    written = by_name(digests, made)
+    return _Known(found, written, trained & written.keys(), open_shrunk(blueprint.shrunk))
 
 
 def _changes(tensor: PlannedTensor, known: _Known) -> list[str]:
@@ -113,7 +121,7 @@ def _changes(tensor: PlannedTensor, known: _Known) -> list[str]:
         for slot in tensor.stored
         if slot.name in written and digest_on_disk(found[slot.name]) != written[slot.name]
     ]
-    if changed or tensor.making == "packed":
+    if changed or tensor.making == "packed" or name in known.trained:
         return changed
     if tensor.making == "copied":
         same = same_bytes(tensor.info, found[name])

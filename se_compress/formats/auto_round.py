@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from se_compress.quant.grid import Grid
+    from se_compress.quant.packing import Codes
 
 
 def parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
@@ -39,12 +40,17 @@ def _pack(
     return pack_qweight(codes, scales, zeros, grid.bits, offset)
 
 
+def read_codes(offset: int, stored: "Mapping[str, Tensor]", columns: int) -> "Codes":
+    """What GPTQ and auto-round both store, read back."""
+    from se_compress.quant.packing import unpack_qweight
+
+    return unpack_qweight(stored, columns, offset)
+
+
 def _unpack(
     offset: int, stored: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Scheme
 ) -> "Tensor":
-    from se_compress.quant.packing import unpack_qweight
-
-    return unpack_qweight(stored, shape[1], offset).dequantized()
+    return read_codes(offset, stored, shape[1]).dequantized()
 
 
 def _settings(
@@ -91,6 +97,7 @@ AUTO_ROUND = Format(
     parts=parts,
     settings=partial(_settings, "auto_round"),
     unpack=partial(_unpack, 0),
+    codes=partial(read_codes, 0),
     pack=partial(_pack, 0),
     quantize=None,
     scale_dtype="float16",
@@ -106,5 +113,6 @@ AUTO_ROUND_GPTQ = replace(
     name="auto-round-gptq",
     settings=partial(_settings, "auto_round:auto_gptq"),
     unpack=partial(_unpack, 1),
+    codes=partial(read_codes, 1),
     pack=partial(_pack, 1),
 )

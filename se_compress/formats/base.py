@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # planning reads formats, and needs no torch
     from torch import Tensor
 
     from se_compress.quant.grid import Grid
+    from se_compress.quant.packing import Codes
 
 Parts = Iterator[StoredPart]
 
@@ -36,6 +37,8 @@ class Format:
     extra        of ours, that brings the package
     has_float32  whether its linears compute in float32 under transformers
     own_file     of the engine's own that holds the settings as well; "" if config.json alone does
+    codes        (parts, columns) -> codes, scales and zeros of one matrix; None for a format whose
+                 scales cannot be tuned
     """
 
     name: str
@@ -53,6 +56,7 @@ class Format:
     extra: str
     has_float32: bool
     own_file: str = ""
+    codes: "Callable[[Mapping[str, Tensor], int], Codes] | None" = None
 
 
 def groups_of(columns: int, scheme: Scheme) -> int:

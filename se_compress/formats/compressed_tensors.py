@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from se_compress.quant.grid import Grid
+    from se_compress.quant.packing import Codes
 
 
 def _parts(rows: int, columns: int, bits: int, scheme: Scheme) -> Parts:
@@ -38,10 +39,14 @@ def _pack(codes: "Tensor", scales: "Tensor", zeros: "Tensor", grid: "Grid") -> "
     return pack_rows(codes, scales, zeros, grid.bits, with_zeros=not grid.symmetric)
 
 
-def _unpack(stored: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Scheme) -> "Tensor":
+def _codes(stored: "Mapping[str, Tensor]", columns: int) -> "Codes":
     from se_compress.quant.packing import unpack_rows
 
-    return unpack_rows(stored, shape[1]).dequantized()
+    return unpack_rows(stored, columns)
+
+
+def _unpack(stored: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Scheme) -> "Tensor":
+    return _codes(stored, shape[1]).dequantized()
 
 
 def _settings(linears: Sequence[PlannedTensor], scheme: Scheme, base: int) -> dict[str, Any]:
@@ -107,6 +112,7 @@ COMPRESSED_TENSORS = Format(
     parts=_parts,
     settings=_settings,
     unpack=_unpack,
+    codes=_codes,
     pack=_pack,
     quantize=None,
     scale_dtype="bfloat16",

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from se_compress.artifacts import SOURCE_BITS, Scheme
+from se_compress.formats.auto_round import read_codes
 from se_compress.formats.base import Format, Parts
 from se_compress.formats.planned import PlannedTensor
 
@@ -59,9 +60,7 @@ def _pack(
 def _unpack(
     offset: int, parts: "Mapping[str, Tensor]", shape: tuple[int, int], scheme: Scheme
 ) -> "Tensor":
-    from se_compress.quant.packing import unpack_qweight
-
-    return unpack_qweight(parts, shape[1], offset).dequantized()
+    return read_codes(offset, parts, shape[1]).dequantized()
 
 
 def _settings(
@@ -178,6 +177,7 @@ GPTQ = Format(
     parts=_parts,
     settings=partial(_settings, "gptq"),
     unpack=partial(_unpack, 1),
+    codes=partial(read_codes, 1),
     pack=partial(_pack, 1),
     quantize=None,
     scale_dtype="float16",
@@ -195,5 +195,6 @@ GPTQ_V2 = replace(
     layout="gptq_v2",
     settings=partial(_settings, "gptq_v2"),
     unpack=partial(_unpack, 0),
+    codes=partial(read_codes, 0),
     pack=partial(_pack, 0),
 )

@@ -1,4 +1,4 @@
-"""Codes and scales of a quantised stack while they are tuned by gradients.
+"""Codes and scales of a quantised stack, or scales alone, while they are tuned by gradients.
 
 E members, R rows, C columns, G groups.
 
@@ -75,6 +75,38 @@ class TunedStack:
         grid, columns = self._start.grid, self.positions.shape[-1]
         codes = self.positions.round() + per_column(self._start.zeros.float(), columns, grid)
         return replace(self._start, codes=codes.to(torch.uint8), scales=self._scales().detach())
+
+
+class ScaledStack:
+    """A stack whose scales alone follow gradients, which are given; its codes and zeros stay.
+
+    ratios  [E, R, G] float32, by which the scales differ from their start; their `grad` is that of
+            `follow`
+    """
+
+    def __init__(self, start: QuantizedStack) -> None:
+        self._start = start
+        self.ratios = torch.zeros_like(start.scales)
+
+    @torch.no_grad()
+    def keep_in_bounds(self) -> None:
+        """Bring back what a step has taken too far."""
+        self.ratios.clamp_(-RATIO, RATIO)
+
+    @torch.no_grad()
+    def hardened(self) -> QuantizedStack:
+        """The stack as it is now, with scales as they are stored."""
+        exact = self._start.scales * (1 + self.ratios)
+        return replace(self._start, scales=as_stored(exact, self._start.grid))
+
+    @torch.no_grad()
+    def follow(self, gradient: Tensor) -> None:
+        """Take the gradient of the weight, [E, R, C], for that of the ratios; rounding a scale to
+        what is stored is passed as if it were not there."""
+        grid = self._start.grid
+        zeros = per_column(self._start.zeros.float(), gradient.shape[-1], grid)
+        of_scales = by_group(gradient * (self._start.codes - zeros), grid).sum(-1)
+        self.ratios.grad = of_scales * self._start.scales
 
 
 class _Through(torch.autograd.Function):

@@ -17,6 +17,7 @@ from se_compress.recipe.kinds import (
 )
 from se_compress.recipe.reading import load_recipe, parse_recipe, read_recipe, recipe_of
 from se_compress.recipe.sections import (
+    Distill,
     ExpertName,
     Merge,
     Policy,
@@ -40,6 +41,7 @@ __all__ = [
     "Bytes",
     "Calibration",
     "DataSource",
+    "Distill",
     "Domain",
     "ExpertName",
     "Format",

@@ -208,6 +208,31 @@ class Refine(Section):
     tokens: Positive = 512
 
 
+class Distill(Section):
+    """The finished result is trained as a whole, in memory, on what the source predicts.
+
+    train      auto: scales of the quantised routed experts, and the routers if experts are pruned
+               or merged; or a list of scales and routers
+    steps      of the optimiser
+    sequences  of calibration text in each step
+    """
+
+    train: Literal["auto"] | tuple[Literal["scales", "routers"], ...] = "auto"
+    steps: Positive
+    sequences: Positive = 4
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        if value == "auto":
+            return value
+        names = one_or_more(value, "part is needed: scales, routers; or auto")
+        for name in names:
+            if name not in ("scales", "routers"):
+                raise ValueError(f"{brief(name)} is not one of auto, scales, routers")
+        return tuple(dict.fromkeys(names))
+
+
 class Quantization(Section):
     """How a width is reached.
 
@@ -279,6 +304,7 @@ class Recipe(Section):
     super_experts   how super experts are found
     policy          what may be done to the experts, and under which budget
     quantization    how a width is reached
+    distill         train scales and routers of the finished result on what the source predicts
     validation      held-out text, and the limits of the gates
     variants        several results from one profile: name -> the recipe with the variant's own keys
                     merged in, and OUTPUT/name as its output. In the file a variant holds only what
@@ -295,6 +321,7 @@ class Recipe(Section):
     super_experts: SuperExperts = SuperExperts()
     policy: Policy = Policy()
     quantization: Quantization = Quantization()
+    distill: Distill | None = None
     validation: Validation
     variants: Mapping[str, "Recipe"] = {}
     require: tuple[str, ...] = ()
@@ -313,11 +340,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _enough_to_refine(self) -> "Recipe":
         samples = self.calibration.samples
-        if self.quantization.refine is not None and samples < LEAST_TO_REFINE:
-            raise ValueError(
-                f"quantization.refine sets some calibration samples apart: calibration.samples is "
-                f"{samples}, {LEAST_TO_REFINE} or more are needed"
-            )
+        given = {"quantization.refine": self.quantization.refine, "distill": self.distill}
+        for key, section in given.items():
+            if section is not None and samples < LEAST_TO_REFINE:
+                raise ValueError(
+                    f"{key} sets some calibration samples apart: calibration.samples is "
+                    f"{samples}, {LEAST_TO_REFINE} or more are needed"
+                )
         return self
 
     @field_validator("require", mode="before")

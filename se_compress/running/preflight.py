@@ -20,6 +20,13 @@ from se_compress.running.run_directory import check_output
 # What refining keeps for each routed weight of a layer: position, gradient, two moments, the weight
 # it makes and that of each bunch, what autograd keeps of these, codes before and after.
 REFINING_BYTES = 48
+# What distilling keeps for each weight of the model, float32, and more for each routed one whose
+# scale is trained: gradient, the weight anew, code.
+WHOLE_BYTES, SCALED_BYTES = 4, 9
+# Tokens of a piece of its gradients, as compression/distill.py takes them; float32 numbers that
+# autograd keeps of each: of the channels of a layer, of the inputs and outputs of each of its
+# chosen experts, and of the logits.
+PIECE_TOKENS, OF_CHANNELS, OF_EXPERTS, OF_LOGITS = 1024, 30, 5, 4
 
 
 def check_place(directory: Path) -> None:
@@ -128,6 +135,8 @@ def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> str:
     available = available_memory()
     if recipe.quantization.refine is not None:
         _check_refining(source, found.size_bytes, available)
+    if recipe.distill is not None:
+        _check_distilling(source, recipe, available)
     if found.size_bytes > available.size_bytes:
         advice = memory_advice(source, recipe, available.size_bytes)
         if available.limit != MACHINE:
@@ -169,6 +178,30 @@ def _check_refining(source: ModelSource, rest: int, available: Available) -> Non
             f"quantization.refine takes {in_units(refining)} for the largest layer beside "
             f"{in_units(rest)}, but {in_units(available.size_bytes)} of memory {available.limit} "
             "are available; leave it out"
+        )
+
+
+def _check_distilling(source: ModelSource, recipe: Recipe, available: Available) -> None:
+    """The whole model and what its gradients take fit. Raises ResourceError."""
+    weights, routed, inner = 0, 0, 0
+    for info in source.tensors.values():
+        size = math.prod(info.shape)
+        weights += size
+        if info.kind == "expert":
+            routed += size
+            inner = max(inner, min(info.shape, default=0))
+    hidden = int(source.text["hidden_size"])
+    of_layer = OF_CHANNELS * hidden + OF_EXPERTS * source.top_k * (hidden + inner)
+    of_token = source.layer_count * of_layer + OF_LOGITS * int(source.text["vocab_size"])
+    tokens = max(PIECE_TOKENS, recipe.calibration.sequence_length)
+    size = WHOLE_BYTES * weights + SCALED_BYTES * routed
+    activations = 4 * tokens * of_token
+    if size + activations > available.size_bytes:
+        raise ResourceError(
+            f"distill trains the whole model in memory: it takes {in_units(size)} and "
+            f"{in_units(activations)} for the gradients of {tokens} tokens, but "
+            f"{in_units(available.size_bytes)} of memory {available.limit} are available; leave it "
+            "out"
         )
 
 
