@@ -4,8 +4,8 @@ se_compress.evaluate REQUEST`. A process of its own, as the engines patch what t
 REQUEST is a JSON file: {"model": directory, "tokenizer": directory, "format": ..., "target": ...,
 "names": [...], "limit": ..., "include": directory or null, "answer": file, "parent": process id}.
 The model is loaded as `reload` loads it; with an "engine" (OF_LM_EVAL), lm_eval's class for that
-loads it. `answer` gets {task: {"metric": ..., "right": {id: true or
-false}}}, from lm_eval's own samples. Without "model" the names are looked up, and nothing is run.
+loads it. `answer` gets {task: {"metric": ..., "right": {id: true or false}}}, from lm_eval's own
+samples. Without "model" the names are looked up, and nothing is run.
 """
 
 import importlib.util

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from se_compress.validation.side_by_side import _new_ids
 __all__ = ["planted"]  # the fixture
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
 Planted = tuple[ModelSource, ExpertProfile]
+TinyModel = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
@@ -192,3 +194,17 @@ def test_averaging_needs_two_experts_whose_shares_add_up(planted: Planted) -> No
     ]
     with pytest.raises(RecipeError, match="layer 1 has averaged experts with the shares"):
         check_structure(source, replace(plan, experts=tuple(alone)), "plan.json")
+
+
+def test_a_shared_expert_is_not_averaged_and_that_is_told(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("deepseek_v3")))
+    layer = source.moe_layers[0]
+    named = [{"layer": layer, "expert": "shared"}, {"layer": layer, "expert": 0}]
+    policy = {"average": named, "protect": "none"}
+    recipe = tiny.recipe("m", policy=policy, quantization={"method": "none"})
+    plan = make_plan(source, None, recipe)
+    told = f"not averaged, for its layer has no other shared expert: ({layer}, shared)"
+    assert noted(plan, told) == [told]
+    assert sorted(str(d.id) for d in plan.experts if d.action == "average") == [
+        f"({layer}, 0)", f"({layer}, 1)"
+    ]  # fmt: skip

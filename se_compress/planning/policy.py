@@ -78,7 +78,8 @@ def _plan(task: Task) -> CompressionPlan:
         averaged = structure.average(task)
         mixed = {decision.id for decision in averaged}
         alone = {i: why for i, why in task.protected.items() if i not in mixed}
-        return _with_structure(replace(task, protected=alone), averaged, ())
+        notes = structure.average_notes(task)
+        return _with_structure(replace(task, protected=alone), averaged, notes)
     if policy.merge:
         count = structure.count_of(task, policy.merge.fraction, "policy.merge.fraction")
         notes = structure.notes(task.source, count, "merged into others")

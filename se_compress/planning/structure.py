@@ -170,17 +170,27 @@ def average(task: Task) -> list[ExpertDecision]:
     """Make the experts of `policy.average` the average of themselves and, in each layer, the other
     one whose mean outputs are nearest to those of any of them; the weight of each is its share of
     the tokens. Without a profile no super expert is known, and the first other one is nearest."""
-    named, profile = task.terms.policy.average, task.profile
-    if isinstance(named, tuple):
-        chosen = listed(task.source, named, "policy.average")
-    else:
-        chosen = [expert.id for expert in profile.super_experts] if profile else []
-    chosen = [identity for identity in chosen if identity.expert != "shared"]
-    decisions = []
+    profile, decisions = task.profile, []
+    chosen = [identity for identity in _to_average(task) if identity.expert != "shared"]
     for layer in sorted({identity.layer for identity in chosen}):
         few = sorted({identity for identity in chosen if identity.layer == layer})
         decisions += _averaged([*few, _nearest(task, few)], profile)
     return decisions
+
+
+def _to_average(task: Task) -> list[ExpertId]:
+    named = task.terms.policy.average
+    if isinstance(named, tuple):
+        return listed(task.source, named, "policy.average")
+    return [expert.id for expert in task.profile.super_experts] if task.profile else []
+
+
+def average_notes(task: Task) -> tuple[str, ...]:
+    """A line on what is to be averaged and cannot be."""
+    shared = [str(identity) for identity in _to_average(task) if identity.expert == "shared"]
+    if not shared:
+        return ()
+    return (f"not averaged, for its layer has no other shared expert: {', '.join(shared)}",)
 
 
 def _nearest(task: Task, few: Sequence[ExpertId]) -> ExpertId:
