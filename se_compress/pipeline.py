@@ -307,18 +307,18 @@ def _plan(source: ModelSource, profile: ExpertProfile | None, request: Request) 
         plan = make_plan(source, profile, request.recipe)
     else:
         plan = check_plan(plan, source, name)
-        _check_agrees(plan, request.recipe, name)
+        _check_agrees(plan, source, request.recipe, name)
         plan = plan.noting(cautions_of(plan, source, profile))
     if rule := request.recipe.distill:
         parts_to_distill(draw_blueprint(source, plan), rule)
     return plan.noting(find_auxiliary(source.path, source.config, request.keep_code).notes)
 
 
-def _check_agrees(plan: CompressionPlan, recipe: Recipe, name: str) -> None:
+def _check_agrees(plan: CompressionPlan, source: ModelSource, recipe: Recipe, name: str) -> None:
     """Target and scheme of a plan that is handed in are the recipe's. Raises RecipeError."""
     wanted = {"target": recipe.target}
     if plan.target == recipe.target:
-        wanted |= asdict(terms_of(recipe).scheme)
+        wanted |= asdict(terms_of(recipe, source).scheme)
     planned = {"target": plan.target, **asdict(plan.scheme)}
     for key, value in wanted.items():
         if planned[key] != value:

@@ -60,6 +60,8 @@ def dequantised(directory: Path) -> dict[str, Tensor]:
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             stored |= {name: tensors.get_tensor(name) for name in tensors.keys()}
+    if settings.get("quant_method") == "se-compress":
+        return _bitsandbytes(stored, settings)
     parts = (
         r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_shape|weight_zero_point)"
     )
@@ -74,6 +76,24 @@ def dequantised(directory: Path) -> dict[str, Tensor]:
         elif packed[2] in ("qweight", "weight_packed"):
             matrix = _gptq if packed[2] == "qweight" else _compressed_tensors
             weights[f"{packed[1]}.weight"] = torch.from_numpy(matrix(stored, packed[1], settings))
+    return weights
+
+
+def _bitsandbytes(stored: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """nf4 without double quantisation: [R * C / 2, 1] bytes, the upper half first; a maximum for
+    each block of a row."""
+    from bitsandbytes.functional import get_4bit_type
+
+    table = get_4bit_type(settings["data_type"], device="cpu")
+    weights = {}
+    for name, tensor in stored.items():
+        maxima = stored.get(f"{name}.absmax")
+        if maxima is None:
+            weights |= {name: tensor.float()} if not name.endswith(".absmax") else {}
+            continue
+        packed = tensor.flatten()
+        codes = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+        weights[name] = (table[codes].view(len(maxima), -1) * maxima[:, None]).flatten()
     return weights
 
 

@@ -28,7 +28,7 @@ from se_compress.artifacts import (
     Scheme,
 )
 from se_compress.errors import SeCompressError
-from se_compress.opening.families import FAMILIES, unfused_name
+from se_compress.opening.families import FAMILIES, live_prefix, unfused_name
 from se_compress.opening.source import open_source
 
 TOKENS = tiny.random_tokens(2, 24, seed=5)
@@ -39,6 +39,7 @@ CASES: Mapping[str, tuple[str, str, str]] = {
     "auto-round": ("transformers", "rtn", "auto-round"),
     "auto-round-gptq": ("transformers", "rtn", "auto-round-gptq"),
     "compressed-tensors": ("transformers", "rtn", "compressed-tensors"),
+    "bitsandbytes": ("transformers", "bitsandbytes", "bitsandbytes"),
 }
 # Loads every directory, and writes the logits, or why there are none, beside it.
 LOADER = """
@@ -78,18 +79,19 @@ for directory in sys.argv[3:]:
 
 
 def write(source: ModelSource, case: str, directory: Path) -> Path:
-    """The file of a case: four bits, groups of 32 columns, routed experts alone, whatever the table
-    of model types says."""
+    """The file of a case: four bits, groups of 32 columns, routed experts alone, of these one in 16
+    bits where the engine takes that, whatever the table of model types says."""
     target, method, form = CASES[case]
+    kept = ("shared",) if form == "compressed-tensors" else ("shared", 1)
     decisions = tuple(
-        ExpertDecision(i.layer, i.expert, "keep", SOURCE_BITS, "shared")
-        if i.expert == "shared"
-        else ExpertDecision(i.layer, i.expert, "quantize", 4, "all alike")
+        ExpertDecision(i.layer, i.expert, "keep", SOURCE_BITS, "kept")
+        if i.expert in kept
+        else ExpertDecision(i.layer, i.expert, "quantize", 4, "others alike")
         for i in source.experts
     )
     plan = CompressionPlan(
         target=target,
-        scheme=Scheme(form, method, 32, True),
+        scheme=Scheme(form, method, 32, True, *(("nf4", False) if form == "bitsandbytes" else ())),
         bits_per_weight=4.0,
         size_bytes=0,
         source_size_bytes=source.size_bytes,
@@ -126,8 +128,11 @@ def expected_logits(source: ModelSource, directory: Path) -> Tensor:
             continue
         module, found = experts[identity.layer], {}
         for role, info in roles.items():
-            names = (info.name, unfused_name(family.at(source.prefix), info.name))
-            found[role] = next(weights[name] for name in names if name in weights).float()
+            row = family.at(source.prefix)
+            live = (unfused_name(row, info.name, p) for p in (None, live_prefix(source.config)))
+            names = (info.name, *live)
+            weight = next(weights[name] for name in names if name in weights)
+            found[role] = weight.float().view(info.shape)  # bitsandbytes stores no shape
         put(module, identity.expert, found)
     logits: Tensor = model(torch.tensor(TOKENS), use_cache=False).logits
     return logits
@@ -139,8 +144,7 @@ def put(module: Any, expert: int, found: Mapping[str, Tensor]) -> None:
     if len(ups) == 1:
         up, parameter = ups[0], module.up_proj
     else:
-        up = torch.cat(ups) if module.is_concatenated else torch.stack(ups, 1).flatten(0, 1)
-        parameter = module.gate_up_proj
+        up, parameter = torch.cat(ups), module.gate_up_proj
     for weight, whole in ((up, parameter), (found["down"], module.down_proj)):
         whole[expert] = weight.T if module.is_transposed else weight
 
@@ -184,13 +188,13 @@ def measure(work: Path, case: str, names: Sequence[str]) -> dict[str, tuple[floa
 
 def right_types(work: Path, case: str) -> list[str]:
     """The model types that the engine of a case loads right, after measuring all."""
-    found = measure(work, case, [*tiny_types.CONFIGS])
+    found = measure(work, case, [*tiny_types.CONFIGS, *tiny_types.COMPOSITES])
     return [name for name, (error, _) in found.items() if error < limit(name, case)]
 
 
 def main() -> None:
     work, case, *names = sys.argv[1:]
-    found = measure(Path(work), case, names or [*tiny_types.CONFIGS])
+    found = measure(Path(work), case, names or [*tiny_types.CONFIGS, *tiny_types.COMPOSITES])
     for name, (error, why) in found.items():
         said = "right" if error < limit(name, case) else f"WRONG {why[:150]}"
         print(f"{name:20} {case:20} {error:.2g} {said}")

@@ -95,8 +95,7 @@ def matrices(dtype: torch.dtype = BF16) -> dict[str, torch.Tensor]:
 
 def as_fused(parts: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
     gate, up, down = parts["gate"], parts["up"], parts["down"]
-    gate_up = torch.stack([gate, up], 2).flatten(1, 2) if family.interleaved else None
-    gate_up = torch.cat([gate, up], 1) if gate_up is None else gate_up
+    gate_up = torch.cat([gate, up], 1)
     if family.transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     stem = "model.layers.5.mlp.experts."
@@ -104,18 +103,15 @@ def as_fused(parts: dict[str, torch.Tensor], family: Family) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_layouts(tmp_path: Path, transposed: bool, interleaved: bool, dtype: torch.dtype) -> None:
+def test_layouts(tmp_path: Path, transposed: bool, dtype: torch.dtype) -> None:
     biased = {"mlp.experts.gate_up_proj_bias": "gate_up_proj_bias",
               "mlp.experts.down_proj_bias": "down_proj_bias"}  # fmt: skip
     family = FAMILIES["qwen3_moe"]
-    family = replace(
-        family, transposed=transposed, interleaved=interleaved, fused={**family.fused, **biased}
-    )
+    family = replace(family, transposed=transposed, fused={**family.fused, **biased})
     parts = matrices(dtype)
     biases = {role: tensor[:, :, 0].contiguous() for role, tensor in parts.items()}
-    rows = torch.stack([biases["gate"], biases["up"]], 2 if interleaved else 1).flatten(1)
+    rows = torch.cat([biases["gate"], biases["up"]], 1)
     stem = "model.layers.5.mlp.experts."
     stored = {f"{stem}gate_up_proj_bias": rows, f"{stem}down_proj_bias": biases["down"]}
     save_file({**as_fused(parts, family), **stored}, tmp_path / "model.safetensors")
@@ -134,13 +130,13 @@ def test_layouts(tmp_path: Path, transposed: bool, interleaved: bool, dtype: tor
     assert sum(i.disk_bytes for i in found.values()) == sum(i.size_bytes for i in disk.values())
     whole = [n for n, info in found.items() if info.stored is None]
     assert bool(whole) is (not transposed or bool([n for n in whole if n.endswith("bias")]))
-    if not transposed and not interleaved:
+    if not transposed:
         assert len(whole) == len(found)
 
 
 def test_fp8_is_turned_where_the_family_is(tmp_path: Path) -> None:
     """Blocks of 16, over matrices [C, R]."""
-    family = replace(FAMILIES["qwen3_moe"], transposed=True, interleaved=True)
+    family = replace(FAMILIES["qwen3_moe"], transposed=True)
     stored = source_formats.fused_fp8(as_fused(matrices(), family), 16)
     save_file(stored, tmp_path / "model.safetensors")
     found = unfused(decoded(read_headers(tmp_path), Packing((16, 16)), "config.json"), family)
@@ -148,13 +144,13 @@ def test_fp8_is_turned_where_the_family_is(tmp_path: Path) -> None:
     stem = "model.layers.5.mlp.experts."
     for expert in range(E):
         gate_up = one_expert(stored, f"{stem}gate_up_proj", expert).T
-        assert torch.equal(read(f"{stem}{expert}.gate_proj.weight"), gate_up[0::2])
-        assert torch.equal(read(f"{stem}{expert}.up_proj.weight"), gate_up[1::2])
+        assert torch.equal(read(f"{stem}{expert}.gate_proj.weight"), gate_up[:WIDTH])
+        assert torch.equal(read(f"{stem}{expert}.up_proj.weight"), gate_up[WIDTH:])
 
 
 def test_mxfp4_has_rows_whatever_the_plain_layout(tmp_path: Path) -> None:
     """gpt-oss: the blocks are [E, rows, ...] though its plain matrices are transposed."""
-    family = replace(FAMILIES["qwen3_moe"], transposed=True, interleaved=True)
+    family = replace(FAMILIES["qwen3_moe"], transposed=True)
     plain = replace(family, transposed=False)
     stored = source_formats.in_mxfp4(as_fused(matrices(), plain))
     path = tmp_path / "model.safetensors"
@@ -170,14 +166,11 @@ def test_mxfp4_has_rows_whatever_the_plain_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("shard_bytes", [10**9, 1000])
-def test_written_into_fused_tensors(
-    tmp_path: Path, transposed: bool, interleaved: bool, shard_bytes: int
-) -> None:
+def test_written_into_fused_tensors(tmp_path: Path, transposed: bool, shard_bytes: int) -> None:
     """Matrix by matrix, in any order, each beside the others, and found where it was put."""
     family = FAMILIES["qwen3_moe"]
-    family = replace(family, transposed=transposed, interleaved=interleaved, fused={
+    family = replace(family, transposed=transposed, fused={
         **family.fused, "mlp.input_linear.weight": "gate_up_proj",
         "mlp.experts.gate_up_proj_bias": "gate_up_proj_bias",
     })  # fmt: skip

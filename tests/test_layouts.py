@@ -12,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_types import kept_of, logits, plan_of
+from tiny_types import composite_config
 from torch import Tensor
 
 from se_compress.errors import SourceError
@@ -74,11 +75,6 @@ MTP = {"mtp.fc.weight": torch.ones(H, 2 * H), "mtp.norm.weight": torch.ones(H)}
 MODEL = (r"^model\.", "model.language_model.")
 
 
-def composite(model_type: str, text: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    inner = {key: value for key, value in text.items() if key != "architectures"}
-    return {"model_type": model_type, "text_config": inner, **more}
-
-
 def layout(name: str, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and config as they are published."""
     if name == "qwen3_next":
@@ -103,17 +99,11 @@ def layout(name: str, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors
     if name == "qwen3_5_moe_text":
         more = of_layer(fused(tensors), 3, "mtp.layers.0.")
         tower = {"model.visual.blocks.0.attn.qkv.weight": torch.ones(4, 4)}
-        vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32,
-                  "out_hidden_size": H}  # fmt: skip
-        return (
-            {**renamed(fused(tensors), MODEL), **more, **MTP, **tower},
-            composite("qwen3_5_moe", config, vision_config=vision, tie_word_embeddings=False),
-        )
+        whole = {**renamed(fused(tensors), MODEL), **more, **MTP, **tower}
+        return whole, composite_config("qwen3_5_moe", config)
     assert name == "gemma4_text"
     tower = {"model.vision_tower.patch_embedder.input_proj.weight": torch.ones(4, 4)}
-    text = {**config, "pad_token_id": 0}  # to put in the place of pictures
-    whole = composite("gemma4", text, vision_config=None, audio_config=None)
-    return {**renamed(tensors, MODEL), **tower}, {**whole, "tie_word_embeddings": True}
+    return {**renamed(tensors, MODEL), **tower}, composite_config("gemma4", config)
 
 
 LAYOUTS = (

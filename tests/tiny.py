@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from se_compress.artifacts import CompressionPlan, ExpertIndex, ModelSource
+from se_compress.artifacts import CompressionPlan, ExpertIndex, ModelSource, Scheme
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.export import checked_settings, export_config
 from se_compress.formats import FORMATS
@@ -330,17 +330,22 @@ def write_result(
         if planned.making in ("made", "decoded"):
             write_tensors(layout, {planned.name: read_made(info.name)})
             continue
-        form = FORMATS[scheme.format]
-        scale_dtype = getattr(torch, str(form.scale_dtype))
-        weight = read(info.name).float()[None]
-        grid = Grid(bits, scheme.group_size, scheme.symmetric, scale_dtype)
-        stack = rtn(weight, grid, torch.ones(1, weight.shape[2]))
-        assert form.pack is not None
-        parts = form.pack(*(part[0] for part in (stack.codes, stack.scales, stack.zeros)), grid)
+        parts = _rounded(read(info.name), scheme, bits)
         stored = {f"{planned.module}.{part}": tensor for part, tensor in parts.items()}
         write_tensors(layout, stored)
     export_config(blueprint, checked_settings(blueprint), directory)
     return directory
+
+
+def _rounded(weight: Tensor, scheme: Scheme, bits: int) -> dict[str, Tensor]:
+    """The parts of a matrix, rounded to nearest."""
+    form = FORMATS[scheme.format]
+    if form.quantize is not None:
+        return form.quantize(weight, scheme)
+    grid = Grid(bits, scheme.group_size, scheme.symmetric, getattr(torch, str(form.scale_dtype)))
+    stack = rtn(weight.float()[None], grid, torch.ones(1, weight.shape[1]))
+    assert form.pack is not None
+    return form.pack(*(part[0] for part in (stack.codes, stack.scales, stack.zeros)), grid)
 
 
 def plain_model(directory: Path) -> Any:

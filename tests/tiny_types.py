@@ -5,6 +5,7 @@ A type is here if transformers 5.17 has it as a causal language model whose expe
 `use_experts_implementation`. NOT_RUN says of the other types with experts why they are not.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,14 @@ from typing import Any
 
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 _COMMON: Mapping[str, Any] = {
@@ -399,7 +406,48 @@ def build(directory: Path, model_type: str, **changes: Any) -> Path:
 def build_named(directory: Path, name: str) -> Path:
     """A type, or with "-published" behind it the same with the settings of published ones."""
     model_type, _, published = name.partition("-")
+    if model_type in COMPOSITES:
+        return build_composite(directory, model_type)
     return build(directory, model_type, **(PUBLISHED[model_type] if published else {}))
+
+
+# Composites -> the type of their language model, and what their config has beside it.
+_VISION = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32,
+           "out_hidden_size": tiny.HIDDEN}  # fmt: skip
+COMPOSITES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gemma4": (
+        "gemma4_text",
+        {"vision_config": None, "audio_config": None, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": _VISION, "tie_word_embeddings": False}),
+    "qwen4_exp": ("qwen4_exp_text", {"vision_config": _VISION, "tie_word_embeddings": False}),
+}
+
+
+def composite_config(model_type: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a composite with a language model of this config."""
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    # Gemma 4 puts the padding in the place of pictures.
+    inner |= {"pad_token_id": 0} if model_type == "gemma4" else {}
+    return {"model_type": model_type, "text_config": inner, **COMPOSITES[model_type][1]}
+
+
+def build_composite(directory: Path, model_type: str) -> Path:
+    """The tiny model of a composite, under the names of published ones, with its tower."""
+    path = build(directory, COMPOSITES[model_type][0])
+    file = path / "model.safetensors"
+    stored = load_file(file)
+    whole = {re.sub(r"^model\.", "model.language_model.", n): t for n, t in stored.items()}
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = composite_config(model_type, config)
+    if config["vision_config"]:
+        kind = AutoConfig.for_model(**config)
+        model = AutoModelForImageTextToText.from_config(kind, dtype=torch.float32)
+        tower = model.model.visual.state_dict()
+        whole |= {f"model.visual.{name}": t.clone().contiguous() for name, t in tower.items()}
+    save_file(whole, file, metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
 
 
 @torch.no_grad()

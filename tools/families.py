@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny_types import CONFIGS, PUBLISHED  # noqa: E402
+from tiny_types import CONFIGS, PUBLISHED, composite_config  # noqa: E402
 
 from se_compress.errors import SourceError  # noqa: E402
 from se_compress.model.binding import bind, experts_modules, meta_model  # noqa: E402
@@ -129,6 +129,7 @@ def derive(model_type: str) -> dict[str, Any]:
     if grouped:
         row["grouped_if"], standard = {}, (*standard, "n_group", "topk_group")
     row["defaults"] = _defaults(model_type, by_hand.pop("defaults", standard))
+    row |= {"merged": merged} if (merged := _merged(base)) else {}
     return {**row, **by_hand, "outer": layout.outer, "leaves": layout.leaves()}
 
 
@@ -232,7 +233,6 @@ def _form(model: Any) -> dict[str, Any]:
         "gated": bool(experts.has_gate),
         "biased": bool(experts.has_bias),
         "transposed": bool(experts.is_transposed),
-        "interleaved": bool(experts.has_gate and not experts.is_concatenated),
         "own_activation": not (experts.has_gate and common),
     }
 
@@ -436,6 +436,17 @@ def _converted(model: Any) -> set[str]:
     return {name for name, entry in bound.items() if entry.converter is not None}
 
 
+def _merged(model: Any) -> dict[str, list[str]]:
+    """The tensors of layers that are made of several on disk, one above the other."""
+    bound = bind(model, revert_weight_conversion(model, model.state_dict())).bound
+    return {
+        _rest(name): [_rest(entry.sources[p][0]) for p in entry.converter.source_patterns]
+        for name, entry in bound.items()
+        if [(type(o).__name__, getattr(o, "dim", None)) for o in entry.operations]
+        == [("Concatenate", 0)]
+    }
+
+
 def _axis(shape: Sequence[int], other: Sequence[int]) -> int | None:
     """The axis that runs over the experts: its extent is another in the twin."""
     return next((i for i, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b), None)
@@ -488,14 +499,17 @@ def _outer_kind(name: str) -> str:
 
 
 def composites() -> dict[str, list[str]]:
-    """Model type of a composite that transformers loads as its language model -> the key of
-    config.json that holds it, and the family."""
+    """Model type of a composite whose language model transformers runs -> the key of config.json
+    that holds that, its family, and what precedes `layers.N.` in the model."""
     found = {}
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         parts = CONFIG_MAPPING[model_type].sub_configs if model_type in CONFIG_MAPPING else {}
         for key, part in parts.items():
             if getattr(part, "model_type", None) in CONFIGS:
-                found[model_type] = [key, part.model_type]
+                text = {"model_type": part.model_type, **CONFIGS[part.model_type]}
+                model = meta_model(composite_config(model_type, text))
+                path = experts_modules(model)[0][0]
+                found[model_type] = [key, part.model_type, path.partition("layers.")[0]]
     return found
 
 

@@ -27,7 +27,7 @@ class Stored:
     disk_bytes  of its parts; of a part that others share, its own share
     block       rows and columns that share a scale of FP8
     transposed  the parts hold [columns, rows]
-    rows        first, end and step of its rows among those of the parts; None for all of them
+    rows        first and end of its rows among those of the parts; None for all of them
     """
 
     encoding: Encoding
@@ -36,7 +36,7 @@ class Stored:
     disk_bytes: int
     block: tuple[int, int] = (1, 1)
     transposed: bool = False
-    rows: tuple[int, int, int] | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ from functools import cached_property
 
 from se_compress.artifacts import SOURCE_BITS, CompressionPlan, ModelSource, TensorInfo
 from se_compress.engines.adapting import adapted
-from se_compress.engines.targets import packed_parts, rules_of, stored_bytes
+from se_compress.engines.targets import engine_name, packed_parts, rules_of, stored_bytes
 from se_compress.formats import UNQUANTISED, Making, PlannedTensor
 from se_compress.model.surgery import Shrunk, is_made, shrink
-from se_compress.opening.families import FAMILIES, Family, live_name, unfused_name
+from se_compress.opening.families import FAMILIES, Family, live_name, live_prefix
 from se_compress.opening.fused import fused, unfused
 from se_compress.opening.headers import Slot
+from se_compress.opening.merged import merged, parted
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,17 @@ class Blueprint:
 
     @cached_property
     def on_disk(self) -> dict[str, Slot]:
-        """The tensors of the files: those, or experts fused where the family is published so."""
-        return fused(self.slots, self._family) if self._is_fused else self.slots
+        """The tensors of the files: those, or experts fused where the family is published so, and
+        what is one in memory as one where the engine looks for names in memory."""
+        if self._is_fused:
+            return fused(self.slots, self._family)
+        return merged(self.slots, self._family) if self._is_merged else self.slots
 
     def found_in(self, headers: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
         """Where `slots` are in files with these headers."""
-        return unfused(headers, self._family) if self._is_fused else headers
+        if self._is_fused:
+            return unfused(headers, self._family)
+        return parted(headers, self.slots, self._family) if self._is_merged else headers
 
     @property
     def _family(self) -> Family:
@@ -69,6 +75,10 @@ class Blueprint:
     @property
     def _is_fused(self) -> bool:
         return self._family.published_fused and self.plan.scheme.format == UNQUANTISED
+
+    @property
+    def _is_merged(self) -> bool:
+        return bool(self._family.merged) and rules_of(self.plan).unfused_names
 
     @cached_property
     def size_bytes(self) -> int:
@@ -111,12 +121,12 @@ def draw_blueprint(source: ModelSource, plan: CompressionPlan) -> Blueprint:
 def list_tensors(source: ModelSource, plan: CompressionPlan) -> dict[str, PlannedTensor]:
     """Every tensor of a result, by its name in the source, of a plan without surgery."""
     source = adapted(source, plan.target)
-    unfused = rules_of(plan).unfused_names
-    family = FAMILIES[source.family].at(source.prefix)
+    rules = rules_of(plan)
+    family, prefix = FAMILIES[source.family].at(source.prefix), live_prefix(source.config)
     tensors = {}
     for info in source.tensors.values():
-        name = unfused_name(family, info.name) if unfused else info.name
-        live = "" if family.exact else live_name(family, info.name)
+        name = engine_name(source, rules, info.name)
+        live = "" if family.exact else live_name(family, info.name, prefix)
         planned = _planned(info, name, plan)
         tensors[info.name] = replace(planned, live=live) if live not in ("", name) else planned
     return tensors

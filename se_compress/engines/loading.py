@@ -29,7 +29,7 @@ from se_compress.errors import SourceError
 from se_compress.formats import FORMATS
 from se_compress.model.checkpoint import TORCH_DTYPES
 from se_compress.model.routing import sum_routed
-from se_compress.opening.families import FAMILIES, Family
+from se_compress.opening.families import FAMILIES, Family, live_name, live_prefix
 from se_compress.opening.headers import read_header
 from se_compress.quant.bnb import dequantize_bnb
 
@@ -180,15 +180,19 @@ def pack_model(model: "PreTrainedModel", config: SeCompressConfig) -> None:
     Raises SourceError if the family is not known, its layout is not, or a listed name does not
     exist.
     """
-    family = FAMILIES.get(model.config.model_type)
+    model_type = model.config.get_text_config().model_type  # of a composite's language model
+    family = FAMILIES.get(model_type)
     if family is None:
-        raise SourceError(f"model_type {model.config.model_type!r} is not known to se-compress")
+        raise SourceError(f"model_type {model_type!r} is not known to se-compress")
     scheme = Scheme(
         *("bitsandbytes", "bitsandbytes", config.block_size, True),
         data_type=config.data_type,
         double_quant=config.double_quant,
     )
-    plain = set(config.in_16_bit)
+    # In files of composites more may precede `layers.N.` than in the family's names.
+    stems = (*config.in_16_bit, *config.others, family.expert)
+    prefix = stems[0].partition("layers.")[0]
+    family, plain = family.at(prefix), set(config.in_16_bit)
     for name, fused in _fused_experts(model):
         layer = int(re.findall(r"layers\.(\d+)\.", name)[-1])
         experts = list(_expert_modules(fused, family, layer, scheme, plain))
@@ -237,10 +241,9 @@ def _expert_modules(
 
 
 def _in_memory(model: "PreTrainedModel", family: Family, stem: str) -> str:
-    for disk, memory in family.renames:
-        stem = stem.replace(disk, memory)
-    prefix = f"{model.base_model_prefix}."
-    return stem if hasattr(model, model.base_model_prefix) else stem.removeprefix(prefix)
+    name = live_name(family, f"{stem}.weight", live_prefix(model.config.to_dict()))
+    name, prefix = name.removesuffix(".weight"), f"{model.base_model_prefix}."
+    return name if hasattr(model, model.base_model_prefix) else name.removeprefix(prefix)
 
 
 # ------------------------------------------------------------------------------------------- checks

@@ -25,22 +25,29 @@ from se_compress.artifacts.targets import spoken, targets_of
 from se_compress.errors import RecipeError
 from se_compress.formats import FORMATS, StoredPart
 from se_compress.opening.encodings import ACTIVATION_PARTS
-from se_compress.opening.families import FAMILIES, unfused_name
+from se_compress.opening.families import FAMILIES, live_prefix, unfused_name
 from se_compress.opening.headers import Slot
 
 
 def find_rules(
-    target: str | tuple[str, ...], method: str, form: str = "auto", symmetric: bool = True
+    target: str | tuple[str, ...],
+    method: str,
+    form: str = "auto",
+    symmetric: bool = True,
+    source: ModelSource | None = None,
 ) -> TargetRules:
-    """The row of a target for a method, and for a format unless that is "auto"; of several targets
-    what their rows have in common, see `meet`. Raises RecipeError if there is no such file."""
+    """The row of a target for a method, and for a format unless that is "auto": the first whose
+    files of the source's model type it loads, if there is one. Of several targets what their rows
+    have in common, see `meet`. Raises RecipeError if there is no such file."""
     names = targets_of(target)
     rows = [_able(name, method, form, symmetric) for name in names]
     shared = [r.format for r in rows[0] if all(r.format in {o.format for o in t} for t in rows)]
-    for name in shared:
-        met = meet([next(r for r in row if r.format == name) for row in rows])
-        if met.widths or not rows[0][0].widths:
-            return met
+    every = (meet([next(r for r in row if r.format == name) for row in rows]) for name in shared)
+    met = [rules for rules in every if rules.widths or not rows[0][0].widths]
+    if source is not None and (served := [r for r in met if not not_served(source, r)]):
+        return served[0]
+    if met:
+        return met[0]
     loaded = "; ".join(
         f"{name} loads {', '.join(rules.format for rules in row)}"
         for name, row in zip(names, rows, strict=True)
@@ -133,7 +140,7 @@ def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
         for identity, roles in source.experts.items()
         for info in (roles.values() if identity.expert != "shared" else ())
     ]
-    if obstacle := _not_served(source, rules):
+    if obstacle := not_served(source, rules):
         raise RecipeError(obstacle)
     if scheme.group_size not in rules.group_sizes:
         obstacle = f"target {rules.target} does not load {_size_key(scheme)} {scheme.group_size}"
@@ -142,15 +149,16 @@ def check_grid(source: ModelSource, rules: TargetRules, scheme: Scheme) -> None:
         raise RecipeError(f"{obstacle}; {_accepted_instead(packed, rules, scheme)}")
 
 
-def _not_served(source: ModelSource, rules: TargetRules) -> str:
+def not_served(source: ModelSource, rules: TargetRules) -> str:
     """Why the target loads no quantised experts of this model, whatever the grid; "" if it does."""
-    family = FAMILIES[source.family]
+    family, known_as = FAMILIES[source.family], model_type_of(source)
     hidden = source.text.get("hidden_size", 0)
-    if rules.model_types is not None and source.family not in rules.model_types:
-        return f"target {rules.target} is not known to load {rules.format} of {source.family}; " + (
-            _loaded_instead(source)
+    if rules.model_types is not None and known_as not in rules.model_types:
+        return f"target {rules.target} is not known to load {rules.format} of {known_as}; " + (
+            _loaded_instead(known_as)
         )
-    if rules.one_spelling and any(unfused_name(family, name) != name for name in source.tensors):
+    unfused = replace(rules, unfused_names=True)
+    if rules.one_spelling and any(engine_name(source, unfused, n) != n for n in source.tensors):
         return (
             f"target {rules.target}: they look for the experts of {source.family} by different "
             "names, so that no one file serves them all; a file for each does"
@@ -168,11 +176,24 @@ def _not_served(source: ModelSource, rules: TargetRules) -> str:
     return ""
 
 
-def _loaded_instead(source: ModelSource) -> str:
-    """What loads quantised experts of a model."""
+def model_type_of(source: ModelSource) -> str:
+    """What the table knows a model by: a composite is loaded by code of its own."""
+    return str(source.config["model_type"])
+
+
+def engine_name(source: ModelSource, rules: TargetRules, name: str) -> str:
+    """What a target calls a tensor of the source."""
+    if not rules.unfused_names:
+        return name
+    family = FAMILIES[source.family].at(source.prefix)
+    return unfused_name(family, name, live_prefix(source.config))
+
+
+def _loaded_instead(model_type: str) -> str:
+    """What loads quantised experts of a model type."""
     found: dict[str, list[str]] = {}
     for rules in TARGETS:
-        if rules.model_types is not None and source.family in rules.model_types:
+        if rules.model_types is not None and model_type in rules.model_types:
             found.setdefault(rules.target, []).append(rules.format)
     said = "; ".join(f"target {name} loads {', '.join(forms)}" for name, forms in found.items())
     return f"{said or 'no target is'}; quantization.method none is loaded by transformers"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from se_compress.artifacts import Scheme
+from se_compress.artifacts import SOURCE_BITS, Scheme
 from se_compress.formats.base import Format, Parts, groups_of
 from se_compress.formats.planned import PlannedTensor
 
@@ -61,7 +61,8 @@ def _settings(
     (multi-token prediction) too. vLLM 0.32 looks the experts of a layer up by the name of what
     holds them, and by that alone (quantization/inc/config_parser.py): a layer of one width that is
     not the base has that key as well."""
-    blocks = "model.layers"
+    blocks = next(t.module.partition("layers.")[0] for t in linears if t.bits != SOURCE_BITS)
+    blocks += "layers"
     differing = {
         module: {"bits": tensor.bits}
         for tensor in linears

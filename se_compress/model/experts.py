@@ -2,9 +2,9 @@
 
 transformers 5 fuses a layer's experts into two tensors. Those of a large model's layer fit into no
 memory, so they are never made: its module stays on the meta device and says how experts compute,
-with and without a gate, with biases, transposed, interleaved, with an activation of the family's
-own. `LayerExperts` loads blocks of them, and all that is computed of an expert, here or in a stage,
-goes through the `RoutedExperts` of a block.
+with and without a gate, with biases, transposed, gate and up row by row in turn or one above the
+other, with an activation of the family's own. `LayerExperts` loads blocks of them, and all that is
+computed of an expert, here or in a stage, goes through the `RoutedExperts` of a block.
 
 N rows (tokens of a batch) with H channels, E experts of I neurons, e of them in a block, k of them
 chosen per row, n rows of one. R is 2I, or I without a gate. Dtypes are the model's.
@@ -126,11 +126,10 @@ class RoutedExperts:
 
 
 def roles_of(module: Any, rows: int) -> Mapping[Role, slice]:
-    """The projections in the fused gate_up_proj of so many rows, and which of these are theirs."""
+    """The projections in the fused gate_up_proj of so many rows, and which of these are theirs: its
+    halves, see opening/fused.py."""
     if not module.has_gate:
         return {"up": slice(None)}
-    if not module.is_concatenated:
-        return {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
     return {"gate": slice(0, rows // 2), "up": slice(rows // 2, None)}
 
 

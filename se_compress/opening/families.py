@@ -51,8 +51,8 @@ class Family:
     live_experts   path of the experts' module in a live layer
     fused          tensors of a layer that hold all its experts -> parameter of that module
     published_fused   the family's checkpoints hold those, not a tensor for each expert
-    gated, biased, transposed, interleaved   form of the fused parameters: up and down alone or with
-                   a gate; with biases; [E, in, out]; gate and up in turns, not one above the other
+    gated, biased, transposed   form of the fused parameters: up and down alone or with a gate;
+                   with biases; [E, in, out]
     own_activation   between the projections there is more than act(gate) * up
     router         [experts, hidden]
     per_expert     other tensors with an axis that runs over the experts
@@ -64,6 +64,7 @@ class Family:
     width_key      config key of the routed experts' intermediate width
     leaves         every name of a layer, behind `layers.N.`
     outer          every name outside of the layers -> its kind
+    merged         tensor of a live layer -> those on disk that it is made of, one above the other
     renames        (on disk, in memory) name parts, where transformers' live module differs
     grouped_if     config values with which the router is group-limited; None: it never is
     defaults       what transformers takes for config keys that are not there
@@ -88,7 +89,6 @@ class Family:
     gated: bool = True
     biased: bool = False
     transposed: bool = False
-    interleaved: bool = False
     own_activation: bool = False
     router: str = "model.layers.{layer}.mlp.gate.weight"
     per_expert: tuple[str, ...] = ()
@@ -100,6 +100,7 @@ class Family:
     width_key: str = "moe_intermediate_size"
     leaves: Mapping[str, Leaf] = field(default_factory=dict)
     outer: Mapping[str, TensorKind] = field(default_factory=dict)
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
     grouped_if: Mapping[str, str] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -154,6 +155,7 @@ def _family(model_type: str, row: Mapping[str, Any], version: str) -> Family:
     lists = ("projections", "per_expert", "ids", "count_keys", "top_k_keys", "shared_width")
     fields: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in row.items()}
     fields["renames"] = tuple(map(tuple, row.get("renames", ())))
+    fields["merged"] = {live: tuple(disk) for live, disk in row.get("merged", {}).items()}
     fields["leaves"] = {name: Leaf(*leaf) for name, leaf in row["leaves"].items()}
     source = f"transformers {version}, {fields.pop('model_class')}"
     return Family(model_type=model_type, source=source, **fields)
@@ -164,8 +166,11 @@ FAMILIES: Mapping[str, Family] = {
     name: _family(name, row, _FILE["transformers"]) for name, row in _FILE["families"].items()
 }
 # Model type of a composite -> the key of its config that holds the language model's.
-COMPOSITES: Mapping[str, str] = {name: key for name, (key, _) in _FILE["composites"].items()}
-_TEXT_TYPES: Mapping[str, str] = {name: text for name, (_, text) in _FILE["composites"].items()}
+COMPOSITES: Mapping[str, str] = {name: row[0] for name, row in _FILE["composites"].items()}
+_TEXT_TYPES: Mapping[str, str] = {name: row[1] for name, row in _FILE["composites"].items()}
+# And what precedes `layers.N.` in the model that transformers builds of it; of any other, this.
+_LIVE_PREFIXES: Mapping[str, str] = {name: row[2] for name, row in _FILE["composites"].items()}
+_LIVE_PREFIX = "model."
 # Model types of remote code that transformers does not have -> the type that is the same model.
 ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 # Why a type with experts is not read, where more can be said than that it is unknown.
@@ -260,6 +265,11 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else config
 
 
+def live_prefix(config: Mapping[str, Any]) -> str:
+    """What precedes `layers.N.` in the causal language model that transformers builds."""
+    return _LIVE_PREFIXES.get(str(config.get("model_type")), _LIVE_PREFIX)
+
+
 def is_foreign(config: Mapping[str, Any], key: str) -> bool:
     """The key shapes models of other families only, so that nothing goes by it here."""
     family = FAMILIES.get(str(config.get("model_type")))
@@ -333,15 +343,19 @@ def top_k_of(family: Family, config: Mapping[str, Any]) -> int:
     return int(max(value) if isinstance(value, list) else value)
 
 
-def unfused_name(family: Family, name: str) -> str:
+def unfused_name(family: Family, name: str, prefix: str | None = None) -> str:
     """What `name` (or a template of names) is called in a live model whose experts are modules of
-    their own, with gate_proj, up_proj and down_proj."""
+    their own, with gate_proj, up_proj and down_proj.
+
+    prefix  what precedes `layers.N.` there; None: the same as in `name`
+    """
     start, number, rest = _split(family, name)
     if not number:
-        return name
+        return name if prefix is None else _moved(name, family.prefix, prefix)
+    start = start if prefix is None else f"{prefix}layers."
     leaf = family.leaves.get(rest)
     if leaf is not None:
-        return name if leaf.converted else f"{start}{number}.{leaf.live or rest}"
+        return start + (f"{number}.{rest}" if leaf.converted else f"{number}.{leaf.live or rest}")
     path = _experts_path(family)
     if rest.startswith(path):
         expert, _, projection = rest.removeprefix(path).partition(".")
@@ -351,13 +365,16 @@ def unfused_name(family: Family, name: str) -> str:
     return f"{start}{number}.{rest}"
 
 
-def live_name(family: Family, name: str) -> str:
-    """What transformers calls the tensor that `name` becomes, experts apart."""
+def live_name(family: Family, name: str, prefix: str) -> str:
+    """What transformers calls the tensor that `name` becomes, experts apart.
+
+    prefix  what precedes `layers.N.` in the model that it builds, see `live_prefix`
+    """
     _, number, rest = _split(family, name)
     leaf = family.leaves.get(rest)
     if number and leaf is not None:
-        return f"model.layers.{number}.{leaf.live or rest}"
-    return "lm_head.weight" if name in HEADS else name
+        return f"{prefix}layers.{number}.{leaf.live or rest}"
+    return "lm_head.weight" if name in HEADS else _moved(name, family.prefix, prefix)
 
 
 def _split(family: Family, name: str) -> tuple[str, str, str]:

@@ -1,11 +1,16 @@
 """Experts that a file holds fused, as the matrices of each expert.
 
 Whatever `Family.fused` lists is one tensor [E, ...] for the E experts of a layer: gate and up, one
-above the other or row by row in turn ("interleaved"), and down; each with its rows as rows, or
-"transposed". Every expert gets matrices [R, C] of its own, with the names that the family gives to
-those of one expert. A matrix that lies in one piece is that piece of the file, and copied as any
-other tensor; of any other, and of coded ones, `TensorInfo.stored` says how it is made. Standard
-library only.
+above the other, and down; each with its rows as rows, or "transposed". Every expert gets matrices
+[R, C] of its own, with the names that the family gives to those of one expert. A matrix that lies
+in one piece is that piece of the file, and copied as any other tensor; of any other, and of coded
+ones, `TensorInfo.stored` says how it is made. Standard library only.
+
+Where rows of gate and up take turns (gpt-oss), what is called gate and up are the halves all the
+same, with rows of both in each. They have the same inputs, and rows are rounded one by one, so that
+nothing but the names depends on it; and engines that have a linear for each take the halves, and
+set them one above the other again before the activation (defuser 0.0.28,
+modeling/moe_experts_interface.py, _apply_expert_gate).
 """
 
 import re
@@ -25,14 +30,14 @@ _ROLES: Mapping[str, tuple[Role, ...]] = {
     "up_proj": ("up",),
     "down_proj": ("down",),
 }
-Rows = tuple[int, int, int]
+Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Lies:
     """How the rows of one projection lie in what is fused of an expert.
 
-    rows        first, end and step
+    rows        first and end
     transposed  the matrix has to be turned before it has these rows
     """
 
@@ -92,14 +97,12 @@ def _taken_apart(info: TensorInfo, family: Family, start: str, live: str) -> Ite
         for place, role in enumerate(roles):
             name = template.format(expert=expert, projection=names[role])
             name = f"{start}{name}.{'bias' if bias else 'weight'}"
-            lies = Lies(_rows(info.shape[axis], len(roles), place, family), transposed)
+            lies = Lies(_rows(info.shape[axis], len(roles), place), transposed)
             yield _part(replace(info, name=name), expert, lies, len(roles), place)
 
 
-def _rows(count: int, roles: int, place: int, family: Family) -> Rows:
-    if family.interleaved:
-        return place, count, roles
-    return place * count // roles, (place + 1) * count // roles, 1
+def _rows(count: int, roles: int, place: int) -> Rows:
+    return place * count // roles, (place + 1) * count // roles
 
 
 def _part(info: TensorInfo, expert: int, lies: Lies, roles: int, place: int) -> TensorInfo:
@@ -107,13 +110,13 @@ def _part(info: TensorInfo, expert: int, lies: Lies, roles: int, place: int) -> 
 
     roles, place  projections that the tensor holds, and which one of them this is
     """
-    first, end, step = lies.rows
-    count = len(range(first, end, step))
+    first, end = lies.rows
+    count = end - first
     shape = (count, *info.shape[2:])
     if lies.transposed:
         shape = (count, info.shape[1])
     whole = _of_expert(info, expert)
-    if info.stored is None and step == 1 and not lies.transposed:
+    if info.stored is None and not lies.transposed:
         row_bytes = whole.size_bytes // whole.shape[0]
         begin = whole.begin + first * row_bytes
         return replace(whole, shape=shape, begin=begin, end=begin + count * row_bytes)

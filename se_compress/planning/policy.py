@@ -49,12 +49,12 @@ def make_plan(
     if profile is not None and plan.protected and recipe.policy.protect != ALL_BUT:
         plan = replace(plan, rescued=rescued(plan, _plan(replace(task, protected={}))))
     said = (*protection_notes(plan, profile, recipe), *cautions_of(plan, source, profile))
-    return plan.noting(said)
+    return plan.noting((task.terms.note, *said) if task.terms.note else said)
 
 
 def task_of(source: ModelSource, profile: ExpertProfile | None, recipe: Recipe) -> Task:
     """What a recipe asks for a model. Raises RecipeError for what cannot be asked."""
-    task = Task(source, profile, terms_of(recipe))
+    task = Task(source, profile, terms_of(recipe, source))
     return replace(task, protected=protected_experts(task))
 
 

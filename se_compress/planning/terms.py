@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from se_compress.artifacts import SOURCE_BITS, Scheme
+from se_compress.artifacts import SOURCE_BITS, ModelSource, Scheme
 from se_compress.artifacts.targets import ENGINES, spoken, targets_of
-from se_compress.engines.targets import TargetRules, find_rules, widths_of
+from se_compress.engines.targets import TargetRules, find_rules, not_served, widths_of
 from se_compress.errors import RecipeError
 from se_compress.formats import FORMATS
 from se_compress.recipe import Policy, Recipe
@@ -18,26 +18,32 @@ class Terms:
     rules   what the target loads of it
     scheme  how everything that is quantised is stored
     widths  bits that the target loads of that
+    note    why it is not the target's first format; "" where it is, or one was asked for
     """
 
     recipe: Recipe
     rules: TargetRules
     scheme: Scheme
     widths: tuple[int, ...]
+    note: str = ""
 
     @property
     def policy(self) -> Policy:
         return self.recipe.policy
 
 
-def terms_of(recipe: Recipe) -> Terms:
-    """The terms of a recipe. Raises RecipeError if the target loads no such file, or is not what is
-    to reload it."""
+def terms_of(recipe: Recipe, source: ModelSource) -> Terms:
+    """The terms of a recipe for a model. Raises RecipeError if the target loads no such file, or is
+    not what is to reload it."""
     _check_reload(recipe)
     asked = recipe.quantization
-    rules = find_rules(recipe.target, asked.method, asked.format, asked.symmetric)
+    wanted = (recipe.target, asked.method, asked.format, asked.symmetric)
+    first, rules = find_rules(*wanted), find_rules(*wanted, source)
     scheme = _scheme(recipe, rules)
-    return Terms(recipe, rules, scheme, widths_of(scheme, rules))
+    note = ""
+    if rules.format != first.format:
+        note = f"format {rules.format}: {not_served(source, first).partition(';')[0]}"
+    return Terms(recipe, rules, scheme, widths_of(scheme, rules), note)
 
 
 def _check_reload(recipe: Recipe) -> None:

@@ -136,7 +136,7 @@ def foreign(source: ModelSource, on_disk: OnDisk) -> Stored:
     a format that is not read.
     """
     form, target = _form_of(on_disk.directory)
-    family = FAMILIES[source.family]
+    family = FAMILIES[source.family].at(source.prefix)
     found = unfused(on_disk.tensors, family)
     names = {name: name if name in found else unfused_name(family, name) for name in source.tensors}
     accounted, complete = _account_by_names(source, names, form, found)
