@@ -186,15 +186,18 @@ def measure(work: Path, case: str, names: Sequence[str]) -> dict[str, tuple[floa
     return found
 
 
-def right_types(work: Path, case: str) -> list[str]:
-    """The model types that the engine of a case loads right, after measuring all."""
-    found = measure(work, case, [*tiny_types.CONFIGS, *tiny_types.COMPOSITES])
+ALL = (*tiny_types.CONFIGS, *tiny_types.COMPOSITES)
+
+
+def right_types(work: Path, case: str, names: Sequence[str] = ALL) -> list[str]:
+    """Of these model types, those that the engine of a case loads right."""
+    found = measure(work, case, names)
     return [name for name, (error, _) in found.items() if error < limit(name, case)]
 
 
 def main() -> None:
     work, case, *names = sys.argv[1:]
-    found = measure(Path(work), case, names or [*tiny_types.CONFIGS, *tiny_types.COMPOSITES])
+    found = measure(Path(work), case, names or ALL)
     for name, (error, why) in found.items():
         said = "right" if error < limit(name, case) else f"WRONG {why[:150]}"
         print(f"{name:20} {case:20} {error:.2g} {said}")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import source_types
 import tiny
+import tiny_types
 import torch
 from safetensors.torch import load_file, save_file
 from test_types import kept_of, logits, plan_of
@@ -229,3 +231,35 @@ def test_the_config_of_a_composite_is_that_of_its_language_model(
     assert source.text["hidden_size"] == H
     assert source.config["text_config"] == source.text
     assert "vision_config" in source.config
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("gemma4_text", "mlp"), ("granitemoeshared", "shared_mlp"),
+     ("minimax_m3_vl_text", "mlp.shared_experts"), ("inkling_text", "mlp.shared_experts"),
+     ("granitemoe", ""), ("dots1", "")],
+)  # fmt: skip
+def test_what_is_not_profiled_is_told(tiny_type: TinyType, name: str, path: str) -> None:
+    source = open_source(str(tiny_type(name)))
+    chosen = tiny.recipe(source.path, target="transformers", quantization={"method": "none"})
+    told = [note for note in make_plan(source, None, chosen).notes if "not profiled" in note]
+    note = (
+        f"of {name}, {path}, which every token passes beside the routed experts, is not profiled: "
+        "no super expert is looked for in it"
+    )
+    assert told == ([note] if path else [])
+
+
+def test_layers_that_share_keys_and_values_are_refused(tiny_type: TinyType, tmp_path: Path) -> None:
+    path = tiny_types.build(tmp_path / "model", "gemma4_text", num_kv_shared_layers=2)
+    match = r"num_kv_shared_layers is 2; accepted is 0: the last layers would need keys and values"
+    with pytest.raises(SourceError, match=match):
+        open_source(str(path))
+
+
+def test_a_checkpoint_saved_under_the_names_in_memory(tiny_type: TinyType, tmp_path: Path) -> None:
+    """Nemotron-H is published as `backbone.layers.N`, and `model.layers.N` in memory."""
+    form, plain = source_types.write(tiny_type("nemotron_h"), "fused", tmp_path)
+    assert open_source(str(form)).prefix == "model."
+    assert open_source(str(plain)).prefix == "backbone."
+    assert source_types.difference(form, plain) < source_types.LIMIT

@@ -534,3 +534,39 @@ def test_the_order_of_targets_is_no_matter(tiny_model: TinyModel) -> None:
     turned = by_hand(source, target=["vllm", "gptqmodel"])
     assert turned.experts == by_hand(source).experts
     assert turned.size_bytes == by_hand(source).size_bytes
+# ----------------------------------------------------------------------------------- format: auto
+
+
+def test_auto_is_the_first_format_that_loads_the_model(tiny_type: TinyModel) -> None:
+    """And the plan says why it is not the target's first."""
+    chosen = {"quantization": {"method": "rtn", "group_size": 32}, "policy": {"bits": 4}}
+    found = {}
+    for name in ("nemotron_h", "afmoe"):
+        settings = tiny.recipe(tiny_type(name), target="transformers", **chosen)
+        plan = make_plan(open_source(str(tiny_type(name))), None, settings)
+        found[name] = (plan.scheme.format, [note for note in plan.notes if "format" in note])
+    note = (
+        "format compressed-tensors: target transformers is not known to load auto-round of "
+        "nemotron_h"
+    )
+    assert found == {"nemotron_h": ("compressed-tensors", [note]), "afmoe": ("auto-round", [])}
+
+
+def test_auto_without_a_format_that_loads_the_model(tiny_type: TinyModel) -> None:
+    quantization = {"method": "rtn", "group_size": 32}
+    settings = tiny.recipe(
+        tiny_type("afmoe"), target="gptqmodel", quantization=quantization, policy={"bits": 4}
+    )
+    match = "^target gptqmodel is not known to load gptq of afmoe; target transformers loads"
+    with pytest.raises(RecipeError, match=match):
+        make_plan(open_source(str(tiny_type("afmoe"))), None, settings)
+
+
+def test_a_format_that_is_asked_for_is_not_replaced(tiny_type: TinyModel) -> None:
+    quantization = {"method": "rtn", "group_size": 32, "format": "auto-round"}
+    settings = tiny.recipe(
+        tiny_type("nemotron_h"), target="transformers", quantization=quantization,
+        policy={"bits": 4},
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="is not known to load auto-round of nemotron_h; target"):
+        make_plan(open_source(str(tiny_type("nemotron_h"))), None, settings)

@@ -246,10 +246,10 @@ ENGINES: Mapping[str, Engine] = {
         serve="python -m sglang.launch_server --model-path {model}",
     ),
 }
-# Written by tools/model_types.py: target -> format -> model types.
+# Written by tools/model_types.py: target -> format -> model types, composites by their own name.
 _LOADED: Mapping[str, Mapping[str, Sequence[str]]] = json.loads(
     Path(__file__).with_name("model_types.json").read_text(encoding="utf-8")
-)
+)["loads"]
 _ROWS: tuple[TargetRules, ...] = (
     _GPTQMODEL,
     replace(

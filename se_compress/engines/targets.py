@@ -243,11 +243,30 @@ def _accepted_instead(packed: Sequence[TensorInfo], rules: TargetRules, scheme: 
 
 def cautions(source: ModelSource) -> tuple[str, ...]:
     """What becomes of coded weights, and what of the model was not looked at yet."""
-    told = _coded(source)
+    told = (*_coded(source), *_not_profiled(source))
     if FAMILIES[source.family].exact:
         return told
     looked_at = f"of {source.family}, a dry run looks at names, experts, routers and counts"
     return (*told, f"{looked_at}; other shapes are looked at when a run starts")
+
+
+def _not_profiled(source: ModelSource) -> tuple[str, ...]:
+    """What stands beside the routed experts of a layer without being a shared expert of the
+    profile: other than a gate, an up and a down of plain linears, or a dense MLP."""
+    if FAMILIES[source.family].shared:
+        return ()
+    layers = set(source.moe_layers)
+    beside = {
+        info.name.partition(f"layers.{info.layer}.")[2].removesuffix(".weight").rpartition(".")[0]
+        for info in source.tensors.values()
+        if info.layer in layers and info.kind in ("shared_expert", "dense_mlp")
+    }
+    if not beside:
+        return ()
+    return (
+        f"of {source.family}, {min(beside)}, which every token passes beside the routed experts, "
+        "is not profiled: no super expert is looked for in it",
+    )
 
 
 def _coded(source: ModelSource) -> tuple[str, ...]:

@@ -66,6 +66,9 @@ def check_rules(config: Mapping[str, Any], family: Family, tensors: int, where: 
     if not family.exact:
         # What else has to hold is transformers' to say, at the start of a run.
         _check_routing(config, family, where)
+        if config.get("num_kv_shared_layers"):
+            alone = "0: the last layers would need keys and values of others, and each runs alone"
+            raise _refused(config, "num_kv_shared_layers", where, alone)
         return
     if _has_dense(config) and config.get("intermediate_size") is None:
         raise SourceError(f"{where}: intermediate_size is missing; an integer from 1 is needed")

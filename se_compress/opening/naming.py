@@ -20,9 +20,9 @@ from se_compress.opening.families import HEADS, Family, Leaf, count_key, layer_c
 from se_compress.opening.modelfiles import shown
 
 WEIGHTS, IDS = ("BF16", "F16", "F32"), ("I64", "I32")
-# What precedes `layers.N.` in published checkpoints beside a family's own: composites, and files
-# of a model without its head.
-_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "")
+# What precedes `layers.N.` in published checkpoints beside a family's own: composites, files saved
+# under the names in memory, and those of a model without its head.
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 # What a running language model has no place for, and why it is in the file. The names of the
 # models' publishers; layers behind the decoder's last are told by their number.
 _UNUSED: Mapping[str, re.Pattern[str]] = {

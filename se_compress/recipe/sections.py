@@ -239,6 +239,7 @@ class Quantization(Section):
     method        gptq: rounding errors are made good in later columns; rtn: to the nearest;
                   bitsandbytes: its blocks of nf4, fp4 or int8; none: nothing is quantised
     format        of the file; auto: the first one of the target (targets.py) that holds the rest
+                  and loads this type of model
     group_size    input columns that share a scale; -1 means one scale per row
     symmetric     false: each group has a zero point of its own
     act_order     order in which gptq rounds columns. static: those with larger activations first;
