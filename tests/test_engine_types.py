@@ -81,7 +81,7 @@ def test_a_type_is_read_as_the_table_says(
         assert source_types.difference(coded, plain) < source_types.LIMIT
     else:
         coded, _ = source_types.write(tiny_type(name), form, tmp_path)
-        with pytest.raises(SourceError, match="quantization_config|weight_packed is I32"):
+        with pytest.raises(SourceError, match=r"quantization_config|weight_packed is I32"):
             open_source(str(coded))
 
 
