@@ -534,6 +534,8 @@ def test_the_order_of_targets_is_no_matter(tiny_model: TinyModel) -> None:
     turned = by_hand(source, target=["vllm", "gptqmodel"])
     assert turned.experts == by_hand(source).experts
     assert turned.size_bytes == by_hand(source).size_bytes
+
+
 # ----------------------------------------------------------------------------------- format: auto
 
 
