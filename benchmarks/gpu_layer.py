@@ -82,13 +82,15 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.ends: dict[tuple[str, int], float] = {}
+        own = self.device.type == "cpu" and torch.get_num_threads() == 1
+        self.now = time.process_time if own else time.perf_counter  # as roofline.seconds_of
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.ends.setdefault((stage, done), time.perf_counter())
+        self.ends.setdefault((stage, done), self.now())
 
     def last_layer(self, stage: str) -> float | None:
         """Seconds of the second of two layers; None of a stage that did not run."""
