@@ -52,6 +52,7 @@ STAGES = (
     "reload",
     "hash",
 )
+PROFILING = STAGES[1:4]
 NOTHING, EARLIER, NEW, HALF = "nothing", "the earlier result", "the new result", "HALF A RESULT"
 
 
@@ -153,8 +154,8 @@ def main() -> None:
     for run in killed_again_and_again(place, ranks, options.kills, options.seed, options.warm):
         runs.append(run)
         print(len(runs), json.dumps(asdict(run)), flush=True)
+        (work / "section.md").write_text(report(options.model, ranks, options.seed, runs))
     text = report(options.model, ranks, options.seed, runs)
-    (work / "section.md").write_text(text)
     print(text)
     if not options.dry:
         write_section(f"kills-{options.model}", text)
@@ -256,10 +257,13 @@ def killed_again_and_again(
     dice = random.Random(seed)
     done, finished = 0, 0
     while done < kills or not finished:
-        place.begin_anew(earlier=finished % 2 == 1)
+        replaces = finished % 2 == 1
+        place.begin_anew(replaces)
+        early = not replaces  # a profile is taken from an earlier result
         while True:
             last = done >= kills
-            run = run_and_kill(place, draw(dice, ranks, place.seconds), warm, spare=last)
+            aim = draw(dice, ranks, place.seconds, early)
+            run, early = run_and_kill(place, aim, warm, spare=last), False
             yield run
             done += bool(run.stage)
             if not run.stage:
@@ -267,8 +271,11 @@ def killed_again_and_again(
         finished += 1
 
 
-def draw(dice: random.Random, ranks: Sequence[int], seconds: Mapping[str, float]) -> Aim:
-    stages = [stage for stage in STAGES if stage in seconds]
+def draw(
+    dice: random.Random, ranks: Sequence[int], seconds: Mapping[str, float], early: bool
+) -> Aim:
+    """When the next run is killed. `early`: while it makes the profile."""
+    stages = [stage for stage in (PROFILING if early else STAGES) if stage in seconds]
     return Aim(dice.choice(ranks), dice.choice(stages), dice.random(), dice.random() < 0.5)
 
 

@@ -3,6 +3,7 @@
     python benchmarks/scale.py [--parts qwen3,deepseek,growth] [--work out/scale]
 
 qwen3     two layers of Qwen3-30B-A3B's shape, 128 experts each: GPTQ at 4 bits, under 2 GB.
+qwen3-few the same with 16 experts, one a token: as many tokens an expert, in an eighth of the time.
 deepseek  a dense and a MoE layer of DeepSeek-V3's, 256 experts: rounding to 4 bits, under 6 GB. The
           model takes 24 GB of disk, the result 7 more; both go afterwards (--keep).
 growth    a smaller shape, and the same with twice the experts, layers, tokens: seconds of the whole
@@ -64,7 +65,12 @@ GROWTH = {
     "twice the layers": replace(BASE, shape=replace(SMALL, layers=2 * SMALL.layers)),
     "twice the tokens": replace(BASE, samples=2 * BASE.samples),
 }
-LARGE = {"qwen3": QWEN3, "deepseek": DEEPSEEK}
+# As much on a block of experts and on each of them, in an eighth of the time.
+FEW = replace(
+    QWEN3,
+    shape=replace(QWEN3_30B, experts=16, config={**QWEN3_30B.config, "num_experts_per_tok": 1}),
+)
+LARGE = {"qwen3": QWEN3, "qwen3-few": FEW, "deepseek": DEEPSEEK}
 
 
 def main() -> None:
