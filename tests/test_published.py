@@ -1,5 +1,6 @@
 """Published models with coded weights, as they lie on the Hub: names, shapes, sizes, and a plan."""
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,25 @@ COUNTS = {
     "Qwen/Qwen3-30B-A3B-FP8": (48, 48, 128, 8),
     "MiniMaxAI/MiniMax-M2": (62, 62, 256, 8),
 }
+
+
+# Billions of parameters as their makers tell (arXiv:2508.10925; the model cards).
+PARAMETERS = {
+    "openai/gpt-oss-20b": "20.9",
+    "openai/gpt-oss-120b": "116.8",
+    "Qwen/Qwen3-30B-A3B-FP8": "30.5",
+    "MiniMaxAI/MiniMax-M2": "229",
+    "moonshotai/Kimi-K2-Instruct": "1026",
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_coded_model_has_the_parameters_that_its_makers_tell(tmp_path: Path, name: str) -> None:
+    """Codes, scales and fused tensors are counted as the weights that they stand for."""
+    source = open_source(str(write_published(name, tmp_path / "model")))
+    found = sum(prod(info.shape) for info in source.tensors.values()) / 1e9
+    told = PARAMETERS[name]
+    assert f"{found:.{len(told.partition('.')[2])}f}" == told
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
