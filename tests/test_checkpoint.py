@@ -326,7 +326,10 @@ def test_a_model_with_a_bad_weight_names_it(
 def run_all(model: StreamedModel) -> None:
     hidden = model.embed([torch.tensor(random_tokens(1, 8))])
     for layer in range(model.source.layer_count):
-        hidden = model.run_layer(layer, model.load_layer(layer), hidden)
+        module = model.load_layer(layer)
+        hidden = model.run_layer(layer, module, hidden)
+        if layer in model.source.moe_layers:  # also those that no token went to
+            model.layer_experts(module).load(range(model.source.expert_count))
     list(model.logits(hidden))
 
 

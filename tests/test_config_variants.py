@@ -100,6 +100,8 @@ NAMES = [
     (family, name)
     for family in tiny.CONFIGS
     for name in dict.fromkeys((*BUILT, *OWN[family], *EDITED, HEAD, STRAY))
+    # transformers multiplies its head_dim, which is null there, when it scales dynamically
+    if (family, name) != ("mixtral", "old-dynamic")
 ]
 
 

@@ -147,7 +147,7 @@ def test_missing_text_is_named() -> None:
 
 TOP = (
     "known are model, output, target, compute_dtype, shard_size, calibration, super_experts, "
-    "policy, quantization, validation, variants, require"
+    "policy, quantization, distill, validation, variants, require"
 )
 
 
@@ -644,5 +644,6 @@ def test_all_sections_are_looked_at() -> None:
     names = {kind.__name__ for kind in sections(Recipe)}
     assert names == {
         "Recipe", "Calibration", "DataSource", "SuperExperts", "Policy", "ExpertName", "Prune",
-        "Merge", "Quantization", "Refine", "Validation", "Generation", "Domain", "Reload", "Tasks",
+        "Merge", "Quantization", "Refine", "Distill", "Validation", "Generation", "Domain",
+        "Reload", "Tasks",
     }  # fmt: skip

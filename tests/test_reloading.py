@@ -171,7 +171,9 @@ def test_a_python_that_is_not_there_is_told(
 def test_the_modules_that_load_need_nothing_of_ours_in_another_environment() -> None:
     """As in one that has vLLM and none of our dependencies: no site-packages at all."""
     home = str(Path(__file__).parents[1])
-    code = START_ELSEWHERE.replace("start; sys.exit(start())", "start; print('imported')")
+    code = START_ELSEWHERE.format("reload").replace(
+        "start; sys.exit(start())", "start; print('imported')"
+    )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, home], capture_output=True, text=True, check=False
     )

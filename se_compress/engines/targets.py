@@ -178,7 +178,7 @@ def not_served(source: ModelSource, rules: TargetRules) -> str:
 
 def model_type_of(source: ModelSource) -> str:
     """What the table knows a model by: a composite is loaded by code of its own."""
-    return str(source.config["model_type"])
+    return str(source.config.get("model_type", source.family))
 
 
 def engine_name(source: ModelSource, rules: TargetRules, name: str) -> str:

@@ -20,6 +20,7 @@ LIBRARIES = 450_000_000
 # As in model/experts.py, compression/experts.py, compression/layer.py and model/states.py, which
 # know torch.
 LOADED_ELEMENTS = SOLVED_ELEMENTS = 2**25
+LOADED_EXPERTS, SOLVED_EXPERTS = 4, 8
 PIECE_TOKENS, WITNESS_TOKENS = 256, 1024
 # What is measured below, on models of hidden 512 to 2048: what the work on something takes beside
 # it, as a multiple of it. Blocks in float32, rounded to see what it costs; stacks with their
@@ -127,11 +128,11 @@ class _Sizes:
         attention = PROBABILITIES * sequences * heads * length**2 * 4
         return attention + 6 * sequences * length * self.hidden * 4
 
-    def blocks(self, elements: int, each: int) -> tuple[int, int]:
-        """Experts of a block that has so many elements, `each` of them of one; and its bytes, with
-        those of the next one, which is read ahead."""
+    def blocks(self, most: int, elements: int, each: int) -> tuple[int, int]:
+        """Experts of a block that has at most so many, and so many elements, `each` of them of one;
+        and its bytes, with those of the next one, which is read ahead."""
         count = self.source.expert_count if self.expert else 0
-        experts = min(count, max(1, elements // max(1, each)))
+        experts = min(count, most, max(1, elements // max(1, each)))
         return experts, self.expert * min(count, 2 * experts) * self.item
 
     def logits(self, length: int) -> int:
@@ -160,7 +161,7 @@ def _states(sizes: _Sizes, tokens: int) -> int:
 
 
 def _profile(sizes: _Sizes, tokens: int) -> Footprint:
-    experts, blocks = sizes.blocks(LOADED_ELEMENTS, sizes.expert)
+    experts, blocks = sizes.blocks(LOADED_EXPERTS, LOADED_ELEMENTS, sizes.expert)
     rows = sizes.rows(tokens) * (6 * sizes.hidden + 3 * sizes.inner) * sizes.item
     text = sizes.recipe.calibration
     return Footprint(
@@ -178,7 +179,7 @@ def _profile(sizes: _Sizes, tokens: int) -> Footprint:
 def _compress(sizes: _Sizes, tokens: int) -> Footprint:
     hidden, inner, rows = sizes.hidden, sizes.inner, sizes.rows(tokens)
     each = hidden**2 + inner**2 + 3 * hidden * inner
-    experts, blocks = sizes.blocks(SOLVED_ELEMENTS, each)
+    experts, blocks = sizes.blocks(SOLVED_EXPERTS, SOLVED_ELEMENTS, each)
     text = sizes.recipe.calibration
     solving = SOLVING * experts * each * 4
     # inputs of down of the whole block, and those of one expert on their way there
@@ -195,7 +196,7 @@ def _compress(sizes: _Sizes, tokens: int) -> Footprint:
 def _validate(sizes: _Sizes) -> Footprint:
     text = sizes.recipe.validation
     tokens = text.samples * text.sequence_length * max(1, len(text.domain_names))
-    _, blocks = sizes.blocks(LOADED_ELEMENTS, sizes.expert)
+    _, blocks = sizes.blocks(LOADED_EXPERTS, LOADED_ELEMENTS, sizes.expert)
     return Footprint(
         stage="validate",
         # of both models: behind a layer, and given there; of one before it too, and put out
