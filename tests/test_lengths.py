@@ -161,6 +161,7 @@ def test_layers_that_fit_are_loaded_once_and_the_tokens_are_the_same(
     ):
         with resident(model, room):
             assert torch.equal(model.generate(prompts, 6), alone)
+        assert layer_watch.experts_alive() == 0
         assert layer_watch.loaded == loaded
         layer_watch.loaded.clear()
     model.load_layer(0)

@@ -412,6 +412,8 @@ class LayerWatch:
     ) -> RoutedExperts:
         block = self._load_experts(weights, module, path, ids)
         self._blocks.append((len(ids), StorageWeakRef(block.down_proj.untyped_storage())))
-        alive = sum(count for count, storage in self._blocks if not storage.expired())
-        self.most_experts = max(self.most_experts, alive)
+        self.most_experts = max(self.most_experts, self.experts_alive())
         return block
+
+    def experts_alive(self) -> int:
+        return sum(count for count, storage in self._blocks if not storage.expired())

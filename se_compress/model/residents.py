@@ -44,6 +44,10 @@ def resident(model: StreamedModel, size_bytes: int | None = None) -> Iterator[No
         yield
     finally:
         del vars(model)["load_layer"]
+        # A layer's experts and what loads them know each other: nothing else would free them now.
+        for module in kept.values():
+            for _, experts in experts_modules(module):
+                experts.layer_experts.kept = None
 
 
 def free_bytes(device: torch.device) -> int:
