@@ -155,12 +155,13 @@ class LayerExperts:
     """All routed experts of a layer, most of them on disk.
 
     module  transformers' module, on the meta device
-    read    loads some of them, by their ids
+    load    gives some of them with their weights, by their ids; these may be changed. Raises
+            SourceError for a weight that is missing, is NaN or infinite
     kept    all of them, if they stay in memory
     """
 
     module: Any
-    read: Callable[[Sequence[int]], RoutedExperts]
+    load: Callable[[Sequence[int]], RoutedExperts]
     kept: RoutedExperts | None = None
 
     def __len__(self) -> int:
@@ -181,16 +182,9 @@ class LayerExperts:
         rows, hidden, inner = self.shapes
         return max(1, min(BLOCK_EXPERTS, BLOCK_ELEMENTS // (hidden * (rows + inner))))
 
-    def load(self, ids: Sequence[int]) -> RoutedExperts:
-        """Some experts with their weights, which may be changed unless all are kept.
-
-        Raises SourceError for a weight that is missing, is NaN or infinite.
-        """
-        return self.read(ids)
-
     def keep(self) -> None:
         """Load all experts for good."""
-        self.kept = self.read(range(len(self)))
+        self.kept = self.load(range(len(self)))
 
     def each(
         self,
@@ -243,10 +237,10 @@ class LayerExperts:
             yield self.kept
             return
         with ThreadPoolExecutor(1) as ahead:
-            coming = [ahead.submit(self.read, part) for part in parts[:1]]
+            coming = [ahead.submit(self.load, part) for part in parts[:1]]
             for at in range(len(parts)):
                 block = coming.pop().result()
-                coming += [ahead.submit(self.read, part) for part in parts[at + 1 : at + 2]]
+                coming += [ahead.submit(self.load, part) for part in parts[at + 1 : at + 2]]
                 yield block
                 del block
 

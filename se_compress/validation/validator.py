@@ -44,7 +44,14 @@ from se_compress.validation.checks import (
 from se_compress.validation.continuations import continue_both
 from se_compress.validation.predictions import Decode, tail_of
 from se_compress.validation.side_by_side import Compared, Original, Tokens, compare, stream
-from se_compress.validation.stored import Stored, Unusable, find_checkpoint, foreign, planned
+from se_compress.validation.stored import (
+    OnDisk,
+    Stored,
+    Unusable,
+    find_checkpoint,
+    foreign,
+    planned,
+)
 from se_compress.validation.tasks import answered
 from se_compress.validation.verdict import NOTHING, Judged, alone, report_on
 from se_compress.validation.weights import weight_checks
@@ -82,7 +89,7 @@ def validate(
     if last and last.failed:
         reason = f"compressing stopped after layer {last.layer}"
         return report_on(source, alone(last.failed, reason), NOTHING, on_disk)
-    stored = planned(draw_blueprint(source, plan), on_disk) if plan else foreign(source, on_disk)
+    stored = _made_sense_of(source, plan, on_disk)
     if not stored.complete:
         reason = "a result with tensors missing cannot be run"
         return report_on(source, alone(stored.accounted, reason), NOTHING, on_disk)
@@ -95,6 +102,10 @@ def validate(
         return report_on(source, alone(stored.not_usable(error), reason), NOTHING, on_disk)
 
 
+def _made_sense_of(source: ModelSource, plan: CompressionPlan | None, on_disk: OnDisk) -> Stored:
+    return planned(draw_blueprint(source, plan), on_disk) if plan else foreign(source, on_disk)
+
+
 def _compare_too(
     source: ModelSource,
     plan: CompressionPlan | None,
@@ -105,7 +116,7 @@ def _compare_too(
 ) -> None:
     """What other ranks than 0 do for `validate`: their part of running both models."""
     on_disk = find_checkpoint(directory)
-    stored = planned(draw_blueprint(source, plan), on_disk) if plan else foreign(source, on_disk)
+    stored = _made_sense_of(source, plan, on_disk)
     result = stream(stored.source, stored.read, recipe, options)
     compare(Original(source, tokens, recipe, options), result, stored.small, options)
 
