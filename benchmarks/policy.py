@@ -39,6 +39,7 @@ from reference import (
     open_model,
     random_experts,
     recipe_of,
+    rows_by_part,
 )
 from results import machine, write_section
 from scipy.stats import spearmanr
@@ -267,17 +268,11 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         f" calibration and {HELD_OUT} x 256 held-out tokens; repetition and loops are result minus"
         " source. A file is GPTQ unless its name says otherwise.",
     ]
-    for name, known in measured.items():
-        for part in PARTS:
-            rows = {k.partition(": ")[2]: v for k, v in known.items() if k.startswith(f"{part}: ")}
-            if rows:
-                lines += ["", f"### {name}: {TITLES[part]}", "", table(rows)]
-            rises = [row["rises"] for row in rows.values() if "rises" in row]
-            if rises:
-                lines += [
-                    "",
-                    f"The predicted loss of a layer and its depth: Spearman {rises[0]:+.2f}.",
-                ]
+    for name, part, rows in rows_by_part(measured, PARTS):
+        lines += ["", f"### {name}: {TITLES[part]}", "", table(rows)]
+        rises = [row["rises"] for row in rows.values() if "rises" in row]
+        if rises:
+            lines += ["", f"The predicted loss of a layer and its depth: Spearman {rises[0]:+.2f}."]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ What benchmarks/policy.py and benchmarks/surgery.py share.
 import argparse
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,3 +146,17 @@ def begin(
     arguments.work.mkdir(parents=True, exist_ok=True)
     saved = arguments.work / "measured.json"
     return arguments, saved, json.loads(saved.read_text()) if saved.exists() else {}
+
+
+def rows_by_part(
+    measured: Mapping[str, Mapping[str, Mapping[str, Any]]], parts: Sequence[str]
+) -> Iterator[tuple[str, str, dict[str, Mapping[str, Any]]]]:
+    """Model, part, and the rows of the part by their names; of parts that have rows.
+
+    measured  model -> "part: name" -> row
+    """
+    for name, known in measured.items():
+        for part in parts:
+            rows = {k.partition(": ")[2]: v for k, v in known.items() if k.startswith(f"{part}: ")}
+            if rows:
+                yield name, part, rows

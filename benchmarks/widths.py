@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from reference import ROOT, Columns, Model, begin, cells, judge, open_model
+from reference import ROOT, Columns, Model, begin, cells, judge, open_model, rows_by_part
 from reference import recipe_of as reference_recipe
 from results import machine, write_section
 
@@ -192,11 +192,8 @@ def section(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         f" {CALIBRATION} x 256 calibration tokens, 8 x 256 held-out tokens. The first line of a"
         " budget is planned at it, the others at that one's bytes.",
     ]
-    for name, known in measured.items():
-        for part in PARTS:
-            rows = {k.partition(": ")[2]: v for k, v in known.items() if k.startswith(f"{part}: ")}
-            if rows:
-                lines += ["", f"### {name}: {TITLES[part]}", "", table(rows)]
+    for name, part, rows in rows_by_part(measured, PARTS):
+        lines += ["", f"### {name}: {TITLES[part]}", "", table(rows)]
     return "\n".join(lines)
 
 
