@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -41,6 +42,15 @@ from se_compress.running.ranks import RankLost, dismiss, follow, join, leads, lo
 from se_compress.screen import Screen, surviving
 from se_compress.tracking import tracked
 from se_compress.uploading import check_hub, push
+
+# What takes seconds to import, and every rank needs: while rank 0 reads the recipe and the source.
+NEEDED_BY_STAGES = (
+    "se_compress.profiling.profiler",
+    "se_compress.compression.execute",
+    "se_compress.validation.validator",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -245,6 +255,8 @@ def main() -> None:
         ranks = join()
         if ranks.rank:
             with _hushed(verbose=False):
+                for name in NEEDED_BY_STAGES:
+                    import_module(name)
                 sys.exit(follow(ranks))
         code = command.main(standalone_mode=False)
         if code == INTERRUPTED_EXIT_CODE:  # what typer makes of it

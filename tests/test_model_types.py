@@ -139,8 +139,9 @@ def test_a_streamed_model_is_the_plain_model(run: Callable[[str], Run], name: st
     found = it.model.logits(it.states[-1])
     for ours, theirs in zip(found, it.whole, strict=True):
         # What routed and shared experts put out is added in another order, and state spaces and
-        # linear attention hand the rounding on from token to token.
-        assert distance(ours, theirs) < 2e-5
+        # linear attention hand the rounding on from token to token: 2.6e-5 has been seen, depending
+        # on the processor. What is left out or scaled wrongly is away by 1e-2.
+        assert distance(ours, theirs) < 1e-4
         assert float(theirs.std()) > 1e-3
 
 
@@ -199,7 +200,7 @@ def test_experts_computed_outside_give_the_whole_layer(
         output = run_experts(model.layer_experts(module), [given])
         added = model.add_routed(layer, module, before, without, output)
         for ours, theirs in zip(hidden_of(added), hidden_of(whole), strict=True):
-            assert distance(ours, theirs) < 1e-5
+            assert distance(ours, theirs) < 1e-4
     assert set(model._adds.values()) == {name not in RUN_AGAIN}
 
 

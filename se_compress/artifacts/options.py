@@ -35,7 +35,7 @@ class RunOptions:
 
     device: str = "cpu"
     work: Path | None = None
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
     keep_code: bool = False
     notice: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
