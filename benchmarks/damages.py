@@ -92,7 +92,7 @@ def settings(directory: Path, tiny: bool, seed: int = 0) -> Recipe:
                 "samples": 8,
                 "sequence_length": length,
                 "seed": seed,
-                "generation": {"prompts": 4, "prompt_tokens": 16, "tokens": 48},
+                "generation": {"prompts": 8, "prompt_tokens": 16, "tokens": 48},
             },
         },
         "benchmarks/damages.py",

@@ -154,7 +154,7 @@ class Generation(Section):
     chat_template  true: a beginning is put to the model as the message of a user, which it answers
     """
 
-    prompts: Positive = 4
+    prompts: Positive = 8
     prompt_tokens: Positive = 32
     tokens: Natural = 32
     chat_template: bool = False
