@@ -33,7 +33,9 @@ SAMPLES, LENGTH = 64, 256
 
 def test_it_reckons_with_the_blocks_that_are_loaded() -> None:
     assert footprint.LOADED_ELEMENTS == loading.BLOCK_ELEMENTS
+    assert footprint.LOADED_EXPERTS == loading.BLOCK_EXPERTS
     assert footprint.SOLVED_ELEMENTS == solving.BLOCK_ELEMENTS["cpu"]
+    assert footprint.SOLVED_EXPERTS == solving.BLOCK_EXPERTS["cpu"]
     assert footprint.PIECE_TOKENS == states.PIECE_TOKENS
     assert footprint.WITNESS_TOKENS == layer.WITNESS_TOKENS
 
