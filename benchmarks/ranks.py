@@ -8,7 +8,9 @@ equal   one recipe with a variant for each method and format, pruned and merged 
         smollm2-moe.
 killed  started with 2 ranks, killed (SIGKILL) in the middle of compressing, finished with 3.
 speed   seconds of 2 ranks with a thread each against 1 rank with a thread and one process with
-        two, by turns, --rounds times; smollm2-moe, the whole run and the stages that go by layers.
+        two, by turns, --rounds times; the whole run and the stages that go by layers. smollm2-moe,
+        whose experts of 64 neurons cost little beside what ranks have to tell of them, and
+        qwen3-few: two layers of Qwen3-30B-A3B's shape with 16 experts, one a token (scale.py).
 
 What a target does not load of a family is left out, and said. --ranks 0 is a process without
 torchrun, which all others are held to.
@@ -25,7 +27,6 @@ from typing import Any
 from kills import build_tiny
 from processes import (
     ROOT,
-    Seen,
     command,
     ended,
     hashes,
@@ -35,9 +36,12 @@ from processes import (
     write_recipe,
 )
 from results import machine, write_section
+from scale import FEW
+from synthetic import write_model
 
 # Two routing groups, so that each can lose an expert.
 CHANGES = {"deepseek_v3": {"n_group": 2, "topk_group": 1}}
+FAST = ("smollm2-moe", "qwen3-few")
 TINY = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3")
 INTEGER = {"quantization": {"method": "gptq", "group_size": 32}}
 NONE = {"quantization": {"method": "none"}}
@@ -83,12 +87,12 @@ def main() -> None:
     ranks = [int(count) for count in options.ranks.split(",")]
     parts = options.parts.split(",")
     for name in options.models.split(","):
-        if "equal" in parts:
+        if "equal" in parts and name != "qwen3-few":
             _keep(work, f"equal {name}", equal(name, ranks, work, options.warm))
-        if "killed" in parts:
+        if "killed" in parts and name != "qwen3-few":
             _keep(work, f"killed {name}", killed(name, work, options.warm))
-        if "speed" in parts and name == "smollm2-moe":
-            _keep(work, f"speed {name}", speed(name, options.rounds, work))
+        if "speed" in parts and name in FAST:
+            speed(name, options.rounds, work)
     text = report(found_in(work))
     print(text)
     if not options.dry:
@@ -114,6 +118,8 @@ def model_of(name: str, work: Path) -> Path:
     if name == "smollm2-moe":
         return ROOT / "models" / name
     directory = work / "models" / name
+    if name == "qwen3-few":
+        return write_model(FEW.shape, directory)
     if not directory.exists():
         build_tiny(directory, name, **CHANGES.get(name, {}))
     return directory
@@ -121,7 +127,7 @@ def model_of(name: str, work: Path) -> Path:
 
 def settings(name: str, output: Path, work: Path, **sections: Any) -> dict[str, Any]:
     """The recipe of a model without variants, with more sections."""
-    samples, length = (16, 256) if name == "smollm2-moe" else (8, 64)
+    samples, length = (16, 256) if name in FAST else (8, 64)
     return recipe_of(
         model_of(name, work),
         output,
@@ -239,8 +245,9 @@ WAYS = {
 WORK_STAGES = ("profile", "sensitivity", "confirm", "compress", "validate")
 
 
-def speed(name: str, rounds: int, work: Path) -> dict[str, Any]:
-    """Seconds of each way, of the whole run and of the stages that work on layers, each round."""
+def speed(name: str, rounds: int, work: Path) -> None:
+    """Keep the seconds of each way, of the whole run and of the stages that work on layers, each
+    round."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(rounds):
         for way, (count, threads) in list(WAYS.items())[:: 1 if turn % 2 == 0 else -1]:
@@ -251,13 +258,11 @@ def speed(name: str, rounds: int, work: Path) -> dict[str, Any]:
             if seen.code:
                 print(f"{way}: ended with {seen.code}: {seen.said[-1:]}", flush=True)
                 continue
-            found[way].append({"whole": seen.seconds, "layers": _on_layers(seen)})
+            spent = {stage: seen.spent.get(stage, 0.0) for stage in WORK_STAGES}
+            whole = {"whole": seen.seconds, "layers": sum(spent.values())}
+            found[way].append(whole | spent)
+            _keep(work, f"speed {name}", found)
     _clear(work / "speed")
-    return found
-
-
-def _on_layers(seen: Seen) -> float:
-    return sum(seen.spent.get(stage, 0.0) for stage in WORK_STAGES)
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -286,7 +291,7 @@ def report(found: Mapping[str, Any]) -> str:
         parts.append("\n".join(rows))
     for name, one in found.items():
         if name.startswith("speed"):
-            parts.append("\n".join(_speed_rows(one)))
+            parts += [f"### Speed: {name.partition(' ')[2]}", "\n".join(_speed_rows(one))]
     return "\n\n".join(parts)
 
 
@@ -317,16 +322,16 @@ def _equal_rows(same: Mapping[str, Any]) -> list[str]:
 
 
 def _speed_rows(found: Mapping[str, Any]) -> list[str]:
-    rows = [
-        "| | seconds | 1 rank over it | from layer to layer | 1 rank over it |",
-        "|---|---|---|---|---|",
-    ]
+    """Medians over the rounds, and what one rank takes over them."""
+    parts = ("whole", "layers", *WORK_STAGES)
+    titles = ("the whole run", "from layer to layer", *WORK_STAGES)
+    rows = [f"| seconds | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     first = found[next(iter(WAYS))]
     for way, runs in found.items():
-        cells = [way]
-        for part in ("whole", "layers"):
+        cells = [f"{way} ({len(runs)} rounds)"]
+        for part in parts:
             here, base = (median([run[part] for run in some] or [0.0]) for some in (runs, first))
-            cells += [f"{here:.1f}", f"{base / here:.2f}" if here else "-"]
+            cells.append(f"{here:.1f} ({base / here:.2f})" if here else "-")
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

@@ -206,10 +206,12 @@ def test_files_that_differ_between_numbers_of_ranks_are_named() -> None:
     kept = {"codes": {"0": 0, "2": 1}, "refused": {"x": "why"}, "variants": differs}
     text = ranks.report({"equal tiny": kept})
     assert "| rtn with 2: a, c; nf4 with 2: no result; 2 ranks: exit code 1 | x |" in text
-    times = [{"whole": 10.0, "layers": 8.0}]
-    fast = [{"whole": 5.0, "layers": 4.0}]
+    times = [{"whole": 10.0, "layers": 8.0, **dict.fromkeys(ranks.WORK_STAGES, 2.0)}]
+    fast = [{"whole": 5.0, "layers": 4.0, **dict.fromkeys(ranks.WORK_STAGES, 1.6)}]
     ways = dict(zip(ranks.WAYS, (times, fast, times), strict=True))
-    assert "| 5.0 | 2.00 | 4.0 | 2.00 |" in ranks.report({"speed smollm2-moe": ways})
+    assert "each (1 rounds) | 5.0 (2.00) | 4.0 (2.00) | 1.6 (1.25) |" in ranks.report(
+        {"speed smollm2-moe": ways}
+    )
 
 
 def test_growth_is_told_as_a_share_of_the_base() -> None:
