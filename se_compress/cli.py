@@ -103,6 +103,10 @@ def _command(
         typer.Option(metavar="OWNER/NAME", help="Upload a result that passed (private if new)."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    hidden_states: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Keep hidden states in files there, not in memory."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result line only.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Let the libraries' own messages through.")
@@ -132,7 +136,7 @@ def _command(
     text = read_recipe(recipe_file)
     elsewhere = validate is not None or profile  # --output is then where the verdict goes
     checked = recipe_of(text, recipe, settings or (), None if elsewhere else output)
-    screen = Screen.of(quiet, json)
+    screen, states_in = Screen.of(quiet, json), _directory("--hidden-states", hidden_states)
     request = Request(
         recipe=checked,
         recipe_text=text,
@@ -141,6 +145,7 @@ def _command(
         notice=screen.notice,
         keep_code=keep_remote_code,
         recipe_file=recipe_file,
+        options=RunOptions(states_in=states_in),
     )
     if validate is not None and (plan is not None or dry_run):
         raise RecipeError("--validate: goes with neither --plan nor --dry-run")
@@ -157,7 +162,7 @@ def _command(
         judged = _path("--validate", validate)
         place = _beside(judged) if output is None else _path("--output", output)
         with _hushed(verbose), screen.progress(signals.stopped) as progress:
-            options = _options(device, progress)
+            options = _options(device, states_in, progress)
             report = judge_existing(replace(request, options=options), judged, place)
         result = run_result.validated(report, judged, place)
         show = partial(screen.show_validation, report, judged, place)
@@ -168,7 +173,7 @@ def _command(
             tracked(mlflow, checked, screen.notice) as log,
             screen.progress(signals.stopped) as progress,
         ):
-            options = _options(device, progress)
+            options = _options(device, states_in, progress)
             measured = profile_only(replace(request, options=options), place)
             log(measured)
         result, show = run_result.profiled(measured), partial(screen.show_profiles, measured)
@@ -180,7 +185,7 @@ def _command(
             tracked(mlflow, checked, screen.notice) as log,
             screen.progress(signals.stopped) as progress,
         ):
-            options = _options(device, progress)
+            options = _options(device, states_in, progress)
             request = replace(request, options=options)
             outcome = run_variants(request) if checked.variants else run(request)
             log(outcome)
@@ -201,10 +206,24 @@ def _check_here() -> None:
         ) from None
 
 
-def _options(device: str, progress: Callable[[str, int, int], None]) -> RunOptions:
+def _options(
+    device: str, states_in: Path | None, progress: Callable[[str, int, int], None]
+) -> RunOptions:
     ranks, found = join(), _device(device)
     here = local_device(found) if ranks.count > 1 else found
-    return RunOptions(device=here, progress=progress, ranks=ranks)
+    if states_in is not None and here != "cpu":
+        raise RecipeError("--hidden-states: goes with --device cpu only")
+    return RunOptions(device=here, progress=progress, ranks=ranks, states_in=states_in)
+
+
+def _directory(name: str, text: str | None) -> Path | None:
+    """A directory that files can be made in. Raises RecipeError."""
+    if text is None:
+        return None
+    path = _path(name, text)
+    if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+        raise RecipeError(f"{name} {path}: a directory that can be written to is needed")
+    return path
 
 
 def _path(name: str, text: str) -> Path:

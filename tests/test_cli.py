@@ -159,6 +159,14 @@ def test_quick_answers_import_no_torch(
             ["r.yaml", "--device", "cuda:x"],
             "--device cuda:x: accepted are auto, cpu, cuda and cuda:N",
         ),
+        (
+            ["r.yaml", "--hidden-states", "no"],
+            "--hidden-states no: a directory that can be written to is needed",
+        ),
+        (
+            ["r.yaml", "--hidden-states", "text.txt"],
+            r"--hidden-states text\.txt: a directory that can be written to is needed",
+        ),
         (["r.yaml", "--plan", "no.json"], r"--plan no\.json: cannot be read \(No such file .*\)"),
     ],
 )

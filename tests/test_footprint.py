@@ -1,5 +1,6 @@
 """What a run says that it takes, before it begins, is what it takes."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,14 +67,22 @@ def test_it_is_what_a_run_takes(tmp_path: Path) -> None:
         quantization={"method": "gptq", "group_size": 128},
     )
     file = processes.write_recipe(tmp_path / "recipe.yaml", settings)
-    seen = processes.watched(processes.command(0, file))
-    assert seen.code == 0, seen.said[-1:]
+    there = tmp_path / "states"
+    there.mkdir()
     recipe = load_recipe(file)
-    tokens = SAMPLES * LENGTH
-    for one in footprints(open_source(str(model)), recipe, tokens)[:2]:
-        size = footprint.LIBRARIES + one.size_bytes
-        assert size == pytest.approx(seen.by_stage[one.stage], rel=0.2), (one, seen.by_stage)
-    largest = largest_stage(open_source(str(model)), recipe, tokens)
-    said = next(line for line in seen.said if line.startswith("memory: "))
-    size = footprint.LIBRARIES + largest.size_bytes
-    assert said.startswith(f"memory: {in_units(size)} at the most, in {largest.stage}: ")
+    hashes = []
+    for words in ((), ("--hidden-states", str(there))):
+        seen = processes.watched(processes.command(0, file, *words))
+        assert seen.code == 0, seen.said[-1:]
+        source, tokens = open_source(str(model)), SAMPLES * LENGTH
+        for one in footprints(source, recipe, tokens, bool(words))[:2]:
+            size = footprint.LIBRARIES + one.size_bytes
+            assert size == pytest.approx(seen.by_stage[one.stage], rel=0.2), (one, seen.by_stage)
+        largest = largest_stage(source, recipe, tokens, bool(words))
+        said = next(line for line in seen.said if line.startswith("memory: "))
+        size = footprint.LIBRARIES + largest.size_bytes
+        assert said.startswith(f"memory: {in_units(size)} at the most, in {largest.stage}: ")
+        hashes.append(processes.hashes(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+    assert hashes[0] == hashes[1]
+    assert list(there.iterdir()) == []

@@ -27,6 +27,7 @@ class RunOptions:
     device        "cpu", "cuda" or "cuda:N"
     work          directory for saved progress; None: nothing is saved
     batch_tokens  tokens that go through a layer at once
+    states_in     directory in whose files hidden states are kept, not in memory; CPU only
     keep_code     the result keeps `auto_map` and the Python files that it names
     notice        called with a sentence when saved progress cannot be used
     progress      called with stage, steps done, steps in all
@@ -36,6 +37,7 @@ class RunOptions:
     device: str = "cpu"
     work: Path | None = None
     batch_tokens: int = 1024
+    states_in: Path | None = None
     keep_code: bool = False
     notice: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None

@@ -52,6 +52,7 @@ from se_compress.model.checkpoint import (
 from se_compress.model.digests import by_owner, digest_of_tensor
 from se_compress.model.splice import open_shrunk
 from se_compress.model.states import batches_of, load_states, save_states
+from se_compress.model.store import Store
 from se_compress.model.streaming import StreamedModel
 from se_compress.opening.headers import lay_out
 from se_compress.recipe import Recipe
@@ -120,9 +121,11 @@ def _fill(
         copy = partial(_copy_layer, blueprint, read, layout=layout)
         return tuple(first(ranks, lambda: [*map(copy, range(source.layer_count))]))
     device, dtype = torch.device(options.device), getattr(torch, recipe.compute_dtype)
-    reduced = original = StreamedModel(blueprint.source, read, device, dtype, ranks)
+    store = Store(options.states_in)
+    reduced = original = StreamedModel(blueprint.source, read, device, dtype, ranks, store)
     if not untouched:
-        original = StreamedModel(source, open_tensors(source.tensors), device, dtype, ranks)
+        tensors = open_tensors(source.tensors)
+        original = StreamedModel(source, tensors, device, dtype, ranks, store)
     models = Models(original, reduced)
     if streams is None:
         embedded = reduced.embed(batches_of(tokens, options.batch_tokens))
@@ -178,7 +181,9 @@ def _resume(
     if options.work is None:
         return [], None
     file = options.work / STATES_FILE
-    done, streams = load_states(file, torch.device(options.device), options.notice)
+    done, streams = load_states(
+        file, torch.device(options.device), options.notice, Store(options.states_in)
+    )
     files = [_record_file(options.work, layer) for layer in range(done + 1)]
     records = load_layers(LayerRecord, files, options.notice)
     if change := change_since(blueprint, layout, records):

@@ -143,7 +143,8 @@ def quantize_experts(
     """
     mine = {d.expert: d for d in decisions if isinstance(d.expert, int)}
     work = _Work(name_of, capture, mine, scheme, recipe, put)
-    output = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
+    hidden = capture.hidden
+    output = capture.store.empty(hidden.shape, hidden, torch.float32).zero_()
     records: list[ExpertRecord] = []
     refined: RefineRecord | None = None
     if aim is not None and recipe.quantization.refine is not None:
@@ -152,7 +153,7 @@ def quantize_experts(
         made = experts.each(
             partial(_quantized, work),
             ranks=ranks,
-            size=_block_size(experts, capture.hidden),
+            size=_block_size(experts, hidden),
             costs=_costs(experts, capture),
         )
     for expert, record, outputs in made:

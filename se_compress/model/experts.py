@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from se_compress.artifacts import ALONE, Ranks, Role
 from se_compress.model.observers import Observer
 from se_compress.model.routing import padded, rows_by_expert
+from se_compress.model.store import IN_MEMORY, Store
 from se_compress.running.ranks import exchange, owners
 
 # The most experts of a block, so that ranks have something to share, and the most weights: 128 MiB
@@ -267,7 +268,12 @@ class Given:
     weights: Tensor
 
 
-def run_experts(experts: LayerExperts, batches: Sequence[Given], ranks: Ranks = ALONE) -> Tensor:
+def run_experts(
+    experts: LayerExperts,
+    batches: Sequence[Given],
+    ranks: Ranks = ALONE,
+    store: Store = IN_MEMORY,
+) -> Tensor:
     """What the experts of a layer add to each row: [N, H] float32, rows of all batches in order.
 
     Each expert works on its rows of all batches at once, whatever block it is in. The weighted
@@ -275,10 +281,11 @@ def run_experts(experts: LayerExperts, batches: Sequence[Given], ranks: Ranks = 
     `LayerExperts.load` does.
 
     ranks  share the experts; observers learn on each what all have seen of them
+    store  keeps the sums
     """
     sizes = [len(given.hidden) for given in batches]
     first = batches[0].hidden
-    total = first.new_zeros(sum(sizes), first.shape[1], dtype=torch.float32)
+    total = store.empty((sum(sizes), first.shape[1]), first, torch.float32).zero_()
     routed = [rows_by_expert(given.experts, given.weights, len(experts)) for given in batches]
     sums = torch.split(total, sizes)
     costs = [float(sum(len(rows[e][0]) for rows in routed)) for e in range(len(experts))]

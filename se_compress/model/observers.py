@@ -13,6 +13,7 @@ from torch import Tensor
 from se_compress.artifacts import ExpertIndex
 from se_compress.model.measures import mean_over_sequences, sink_mass
 from se_compress.model.routing import rows_by_expert
+from se_compress.model.store import IN_MEMORY
 
 
 class Observer:
@@ -26,6 +27,7 @@ class Observer:
     wants_inner      `expert` is called for shared experts too; their inner state is computed again
     runs_experts     False: routed experts are told of, not run; nothing stands in
     silenced         experts whose output is replaced by zero
+    store            set by the run: where what is kept of all batches is to lie
     learned_sinks    set by the run: attention has sinks that the model has learned, beside its keys
     everywhere       with several ranks, each of them runs all batches: what is wanted of the run is
                      not told here
@@ -38,6 +40,7 @@ class Observer:
     wants_inner = False
     runs_experts = True
     silenced: frozenset[ExpertIndex] = frozenset()
+    store = IN_MEMORY
     learned_sinks = False
     everywhere = False
 
@@ -177,7 +180,7 @@ class RoutingCapture(Observer):
 
     @cached_property
     def hidden(self) -> Tensor:
-        whole = torch.cat(self._hidden)
+        whole = self.store.cat(self._hidden)
         alike = zip(self._hidden, self._shared, strict=False)
         if all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in alike):
             self._shared.clear()
@@ -187,7 +190,7 @@ class RoutingCapture(Observer):
     @cached_property
     def shared_hidden(self) -> Tensor:
         routed = self.hidden  # says whether `_shared` is anything else
-        return torch.cat(self._shared) if self._shared else routed
+        return self.store.cat(self._shared) if self._shared else routed
 
     @cached_property
     def experts(self) -> Tensor:

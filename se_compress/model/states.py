@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from se_compress.model.store import IN_MEMORY, Store
+
 # Positions whose logits are in memory at once; at 150,000 words that is 150 MB in float32.
 PIECE_TOKENS = 256
 
@@ -45,6 +47,11 @@ class States:
         """The same batch behind a layer that returned `output`."""
         stream, *beside = output if isinstance(output, tuple) else (output,)
         return States(self.tokens, stream, tuple(beside))
+
+    def kept_in(self, store: Store) -> "States":
+        """The same, kept there."""
+        beside = tuple(map(store.put, self.beside))
+        return States(self.tokens, store.put(self.stream), beside)
 
     def cut(self, sequences: slice = slice(None), positions: slice = slice(None)) -> "States":
         """Some sequences, and some positions of them: views."""
@@ -146,9 +153,13 @@ def _checksum(states: Tensor) -> int:
 
 
 def load_states(
-    path: Path, device: torch.device, notice: Callable[[str], None]
+    path: Path,
+    device: torch.device,
+    notice: Callable[[str], None],
+    store: Store = IN_MEMORY,
 ) -> tuple[int, dict[str, list[States]]]:
-    """The layer and the streams that `save_states` has written, on `device`.
+    """The layer and the streams that `save_states` has written, on `device`, kept in
+    a store.
 
     Layer -1 and no stream if there is no file. The same, with a word to `notice`, if the file is
     not what was saved.
@@ -158,14 +169,16 @@ def load_states(
     if not path.exists():
         return -1, {}
     try:
-        return _read_states(path, device)
+        return _read_states(path, device, store)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:100]
         notice(f"{path} is damaged ({reason}): its stage starts again")
         return -1, {}
 
 
-def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[States]]]:
+def _read_states(
+    path: Path, device: torch.device, store: Store
+) -> tuple[int, dict[str, list[States]]]:
     """As `load_states`, but raises one of many errors if the file is not what was saved."""
     from safetensors import safe_open
 
@@ -184,7 +197,7 @@ def _read_states(path: Path, device: torch.device) -> tuple[int, dict[str, list[
             parts.setdefault((name, batch), []).append(states.to(device))
     streams: dict[str, list[States]] = {}
     for (name, _), (tokens, stream, *beside) in parts.items():
-        streams.setdefault(name, []).append(States(tokens, stream, tuple(beside)))
+        streams.setdefault(name, []).append(States(tokens, stream, tuple(beside)).kept_in(store))
     return int(metadata["layer"]), streams
 
 

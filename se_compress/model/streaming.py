@@ -44,6 +44,7 @@ from se_compress.model.live import Lookup, Weights
 from se_compress.model.observers import Kept, Notes, Observer, RoutingCapture, tell
 from se_compress.model.standins import Pass, StandIn, run_until
 from se_compress.model.states import States
+from se_compress.model.store import IN_MEMORY, Store
 from se_compress.opening.families import FAMILIES, Family
 from se_compress.running.ranks import spread
 
@@ -76,6 +77,7 @@ class StreamedModel:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     ranks: Ranks = ALONE
+    store: Store = IN_MEMORY
     _running: Pass = field(default_factory=Pass)
     _adds: dict[object, bool] = field(default_factory=dict)
     _heads: list[nn.Module] = field(default_factory=list)  # the meta head, and once for each user
@@ -157,7 +159,8 @@ class StreamedModel:
         for batch in batches:
             tokens = batch.to(self.device)
             forward = partial(self.model, input_ids=tokens, use_cache=False)
-            found.append(States(tokens, run_until(self._running, 0, None, given, forward)))
+            states = States(tokens, run_until(self._running, 0, None, given, forward))
+            found.append(states.kept_in(self.store))
         return found
 
     def run_layer(
@@ -199,7 +202,9 @@ class StreamedModel:
         given: list[Given] = []
         seen_of = self._spread(layer, module, first, ranks)
         for job, (after, kept) in zip(first, seen_of, strict=True):
-            found[job.stream].append(after)
+            found[job.stream].append(after.kept_in(self.store))
+            kept = _kept_in(self.store, kept)
+            job.observer.store = self.store
             tell(job.watching, job.batch, kept)
             if kept[0] is not None:
                 job.observer.batch = job.batch
@@ -207,7 +212,7 @@ class StreamedModel:
                 if job.observer.runs_experts:
                     given.append(Given(job.observer, job.batch, *kept[0]))
         if given:
-            output = run_experts(self.layer_experts(module), given, ranks)
+            output = run_experts(self.layer_experts(module), given, ranks, self.store)
             parts = iter(torch.split(output, [len(one.hidden) for one in given]))
             running = [job for job in first if job.observer.runs_experts]
             again = [
@@ -233,7 +238,7 @@ class StreamedModel:
                 _add(found[job.stream][job.batch], job.output)
             return
         for job, (after, kept) in zip(jobs, self._spread(layer, module, jobs, ranks), strict=True):
-            found[job.stream][job.batch] = after
+            found[job.stream][job.batch] = after.kept_in(self.store)
             tell(job.watching, job.batch, kept)
 
     def _spread(
@@ -347,7 +352,7 @@ class StreamedModel:
                 zip(before, torch.split(output, sizes), strict=True)
             )
         ]
-        return [after for after, _ in self._spread(layer, module, jobs, ranks)]
+        return [after.kept_in(self.store) for after, _ in self._spread(layer, module, jobs, ranks)]
 
     def adds_routed(self, module: nn.Module, layer: int, before: Sequence[States]) -> bool:
         """Whether routed outputs enter the stream as they are; seen once for layers of one make."""
@@ -450,6 +455,23 @@ class _Job:
     batch: int
     states: States
     output: Tensor | None = None
+
+
+def _kept_in(store: Store, kept: Kept) -> Kept:
+    """What was noted of a batch, with the inputs of routed and shared experts kept there: once, if
+    they are the same."""
+    given, said, learned = kept
+    if store.directory is None or given is None:
+        return kept
+    hidden, experts, weights = given
+    there = store.put(hidden)
+
+    def moved(part: Tensor) -> Tensor:
+        alike = part.data_ptr() == hidden.data_ptr() and part.shape == hidden.shape
+        return there if alike else store.put(part)
+
+    said = [(kind, (moved(*w),) if kind == "shared_input" else w) for kind, w in said]
+    return (there, experts, weights), said, learned
 
 
 def _stand_in(

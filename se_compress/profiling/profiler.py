@@ -30,6 +30,7 @@ from se_compress.model.checkpoint import open_tensors
 from se_compress.model.experts import RoutedExperts
 from se_compress.model.overflow import check_inputs, check_states
 from se_compress.model.states import States, batches_of, hidden_of, load_states, save_states
+from se_compress.model.store import Store
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.confirm import CONFIRM_SEQUENCES, confirm, doubts
 from se_compress.profiling.criterion import mark_layers, propose
@@ -121,6 +122,7 @@ def _open(source: ModelSource, recipe: Recipe, options: RunOptions) -> StreamedM
         torch.device(options.device),
         getattr(torch, recipe.compute_dtype),
         options.ranks,
+        Store(options.states_in),
     )
 
 
@@ -178,7 +180,9 @@ def _resume(model: StreamedModel, options: RunOptions) -> tuple[list[_Measured],
     """
     if options.work is None:
         return [], []
-    done, streams = load_states(options.work / STATES_FILE, model.device, options.notice)
+    done, streams = load_states(
+        options.work / STATES_FILE, model.device, options.notice, model.store
+    )
     files = [_record_file(options.work, layer) for layer in range(done + 1)]
     measured = load_layers(_Measured, files, options.notice)
     return measured, streams["source"] if measured else []

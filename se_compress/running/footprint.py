@@ -57,12 +57,14 @@ class Footprint:
 class _Sizes:
     """What the stages are made of.
 
-    item  bytes of a weight or hidden state
+    item     bytes of a weight or hidden state
+    on_disk  hidden states lie in files that are mapped
     """
 
     source: ModelSource
     recipe: Recipe
     item: int
+    on_disk: bool
 
     @property
     def hidden(self) -> int:
@@ -117,7 +119,9 @@ class _Sizes:
         return tokens * self.source.top_k // max(1, self.source.expert_count)
 
     def scattered(self, size: float, factor: float) -> int:
-        """Bytes that tensors of a batch take which are `size` bytes together."""
+        """Bytes of memory that tensors of a batch take which are `size` bytes together."""
+        if self.on_disk:
+            return 0
         one = RunOptions().batch_tokens * self.hidden * self.item
         return int(size * (factor if one < KEPT_BYTES else 1.0))
 
@@ -140,18 +144,23 @@ class _Sizes:
         return 8 * min(PIECE_TOKENS, length) * int(self.source.text.get("vocab_size", 0)) * 4
 
 
-def footprints(source: ModelSource, recipe: Recipe, tokens: int) -> tuple[Footprint, ...]:
-    """What each stage of a run holds.
+def footprints(
+    source: ModelSource, recipe: Recipe, tokens: int, on_disk: bool = False
+) -> tuple[Footprint, ...]:
+    """What each stage of a run holds in memory.
 
-    tokens  how many are drawn for calibration
+    tokens   how many are drawn for calibration
+    on_disk  hidden states are kept in files (RunOptions.states_in)
     """
-    sizes = _Sizes(source, recipe, 4 if recipe.compute_dtype == "float32" else 2)
+    sizes = _Sizes(source, recipe, 4 if recipe.compute_dtype == "float32" else 2, on_disk)
     return _profile(sizes, tokens), _compress(sizes, tokens), _validate(sizes)
 
 
-def largest_stage(source: ModelSource, recipe: Recipe, tokens: int) -> Footprint:
+def largest_stage(
+    source: ModelSource, recipe: Recipe, tokens: int, on_disk: bool = False
+) -> Footprint:
     """The one that holds most."""
-    return max(footprints(source, recipe, tokens), key=lambda one: one.size_bytes)
+    return max(footprints(source, recipe, tokens, on_disk), key=lambda one: one.size_bytes)
 
 
 def _states(sizes: _Sizes, tokens: int) -> int:

@@ -124,33 +124,34 @@ def disk_shortage(plans: Sequence[CompressionPlan], source: ModelSource, recipe:
     )
 
 
-def check_memory(source: ModelSource, recipe: Recipe, tokens: int) -> str:
+def check_memory(source: ModelSource, recipe: Recipe, tokens: int, on_disk: bool = False) -> str:
     """What every stage holds fits into memory (footprint.py). Returns a sentence on the largest.
 
     tokens   how many are drawn for calibration
+    on_disk  hidden states are kept in files
 
     Raises ResourceError.
     """
-    found = largest_stage(source, recipe, tokens)
+    found = largest_stage(source, recipe, tokens, on_disk)
     available = available_memory()
     if recipe.quantization.refine is not None:
         _check_refining(source, found.size_bytes, available)
     if recipe.distill is not None:
         _check_distilling(source, recipe, available)
     if found.size_bytes > available.size_bytes:
-        advice = memory_advice(source, recipe, available.size_bytes)
+        advice = memory_advice(source, recipe, available.size_bytes, on_disk)
         if available.limit != MACHINE:
             advice += ", or raise that limit"
         raise ResourceError(
             f"{found.stage} takes {_in_parts(found, tokens)}, but "
             f"{in_units(available.size_bytes)} of memory {available.limit} are available; {advice}"
         )
-    return memory_sentence(source, recipe, tokens)
+    return memory_sentence(source, recipe, tokens, on_disk)
 
 
-def memory_sentence(source: ModelSource, recipe: Recipe, tokens: int) -> str:
+def memory_sentence(source: ModelSource, recipe: Recipe, tokens: int, on_disk: bool = False) -> str:
     """What a run takes at the most, libraries included, and in which stage."""
-    found = largest_stage(source, recipe, tokens)
+    found = largest_stage(source, recipe, tokens, on_disk)
     return (
         f"memory: {in_units(LIBRARIES + found.size_bytes)} at the most, in {found.stage}: "
         f"{in_units(LIBRARIES)} for the libraries, {_in_parts(found, tokens)}"
@@ -214,13 +215,13 @@ def _item_bytes(recipe: Recipe) -> int:
     return 4 if recipe.compute_dtype == "float32" else 2
 
 
-def memory_advice(source: ModelSource, recipe: Recipe, available: int) -> str:
+def memory_advice(source: ModelSource, recipe: Recipe, available: int, on_disk: bool) -> str:
     """Settings with which a run fits into the memory that there is, in bytes."""
 
-    def fits(samples: int, dtype: str) -> bool:
+    def fits(samples: int, dtype: str, on_disk: bool = on_disk) -> bool:
         changed = recipe.model_copy(update={"compute_dtype": dtype})
         tokens = samples * recipe.calibration.sequence_length
-        return largest_stage(source, changed, tokens).size_bytes <= available
+        return largest_stage(source, changed, tokens, on_disk).size_bytes <= available
 
     def most(dtype: str) -> int:
         """Samples that fit, fewer than the recipe has; 0 if none do."""
@@ -228,6 +229,8 @@ def memory_advice(source: ModelSource, recipe: Recipe, available: int) -> str:
         return bisect.bisect_left(choices, True, key=lambda count: not fits(count, dtype))
 
     samples, advice = recipe.calibration.samples, []
+    if fits(samples, recipe.compute_dtype, on_disk=True):
+        advice.append("keep hidden states on disk (--hidden-states DIR)")
     lowered = most(recipe.compute_dtype)
     if lowered:
         advice.append(f"lower calibration.samples to {lowered}")

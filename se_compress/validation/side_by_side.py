@@ -29,6 +29,7 @@ from se_compress.model.observers import RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_states
 from se_compress.model.residents import resident
 from se_compress.model.states import States, batches_of, hidden_of
+from se_compress.model.store import Store
 from se_compress.model.streaming import StreamedModel
 from se_compress.model.surgery import Shrunk
 from se_compress.recipe import Recipe, Tasks
@@ -170,7 +171,8 @@ def continuations(
 def stream(source: ModelSource, read: Reader, recipe: Recipe, options: RunOptions) -> StreamedModel:
     """A model that runs layer by layer on tensors that `read` gives by the names of `source`."""
     dtype = getattr(torch, recipe.compute_dtype)
-    return StreamedModel(source, read, torch.device(options.device), dtype, options.ranks)
+    device, store = torch.device(options.device), Store(options.states_in)
+    return StreamedModel(source, read, device, dtype, options.ranks, store)
 
 
 def _walk(model: StreamedModel, texts: Sequence[Sequence[Tensor]]) -> Iterator[list[Seen]]:
