@@ -17,7 +17,10 @@ measured beside it, and all of it kept in units.json, from which project.py reck
 models would take.
 """
 
+import cProfile
+import pstats
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,6 +92,8 @@ def main() -> None:
     for stack in (replace(s, dtype=d) for s in (*SMOLLM2, *qwen3) for d in rates):
         found[stack] = measure(stack, device)
         lines += [_row(stack, step, rates) for step in found[stack]]
+    if device.type == "cpu":
+        lines += ["", _shares(qwen3)]
     large = {stack: steps for stack, steps in found.items() if stack.name in _names(qwen3)}
     seconds = sum(s.seconds for k, v in large.items() if k.dtype == torch.float32 for s in v)
     measured = _units(device, rates, large)
@@ -213,6 +218,33 @@ def measure(stack: Stack, device: torch.device) -> list[Step]:
     return [*steps, Step("update", stack.experts * update, whole * (solve - factor))]
 
 
+# What the update is made of: functions of quant/, and what they are called in the report.
+INSIDE = {
+    "_sweep": "sweeps",
+    "_round": "of them columns that are settled one by one",
+    "_refit": "refits of the scales",
+    "_gram": "of them products of a group's columns with all others",
+    "choose_scales": "the first choice of the scales",
+    "lost": "the error that is left",
+}
+
+
+def shares_of_update(stack: Stack) -> dict[str, float]:
+    """The share of the update's time that each function in INSIDE takes, with all it calls."""
+    torch.manual_seed(0)
+    inputs = torch.randn(stack.tokens, stack.columns)
+    hessian = torch.zeros(stack.run, stack.columns, stack.columns)
+    for member in hessian:
+        accumulate_hessian(member, inputs)
+    weight = torch.randn(stack.run, stack.rows, stack.columns) / stack.columns**0.5
+    profile = cProfile.Profile()
+    profile.runcall(gptq, weight, hessian / stack.tokens, Grid(BITS, GROUP_SIZE, True))
+    spent: Counter[str] = Counter()
+    for (_, _, name), (_, _, _, seconds, _) in pstats.Stats(profile).stats.items():
+        spent[name] += seconds
+    return {name: spent[name] / (spent["gptq"] - spent["factorise"]) for name in INSIDE}
+
+
 # ------------------------------------------------------------------------------------------ report
 
 
@@ -246,6 +278,16 @@ def _row(stack: Stack, step: Step, rates: dict[torch.dtype, float]) -> str:
         *shares,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _shares(stacks: Sequence[Stack]) -> str:
+    rows = []
+    for stack in stacks:
+        parts = ", ".join(
+            f"{INSIDE[name]} {share:.0%}" for name, share in shares_of_update(stack).items()
+        )
+        rows.append(f"What the update takes its time for, {stack.name}: {parts}.")
+    return "\n\n".join(rows)
 
 
 def _projection(device: torch.device, seconds: float, stack: Stack) -> str:

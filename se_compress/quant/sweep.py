@@ -24,6 +24,8 @@ from se_compress.quant.hessian import Factors, room
 BLOCK = 128  # columns whose effect on the others is one product of matrices
 SMALL_BLOCK = 16  # columns that are settled one by one
 REFIT_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # of the largest temporary of a refit
+# A CPU's products of matrices take twice the time where rows are no multiple of its vectors.
+WHOLE_ROWS = 64
 HOLD = 1e-5  # how hard a refit holds on to the scales it starts from
 STRETCH = 2.0  # the most by which a refit may change a scale
 
@@ -184,7 +186,7 @@ class RowSlice:
         members, columns, rows = self.weight.shape
         each = columns + self.grid.groups(columns) ** 2
         affordable = room(REFIT_ELEMENTS, self.weight) // each
-        r = min(rows, max(1, affordable))
+        r = min(rows, max(1, affordable // WHOLE_ROWS * WHOLE_ROWS or affordable))
         e = min(members, max(1, affordable // r))
         for i, j in product(range(0, members, e), range(0, rows, r)):
             yield slice(i, i + e), slice(j, j + r)
