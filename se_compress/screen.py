@@ -31,13 +31,13 @@ from se_compress.errors import printable
 from se_compress.request import Outcome, Preview, Profiled, VariantsOutcome
 from se_compress.running.preflight import in_units
 from se_compress.tables import (
-    by_which_limits,
     comparison_table,
     curve_table,
     domains_table,
     gates_table,
     result_line,
     super_experts_table,
+    what_to_ship,
 )
 
 # Seconds between two lines of progress of a stage, where there is no terminal.
@@ -229,16 +229,8 @@ class Screen:
             self.out.print(comparison_table(outcome.comparison))
         for one in outcome.outcomes.values():
             self.out.print(result_line(one), soft_wrap=True)
-        advice = outcome.comparison.recommended
-        self.out.print(
-            f"{outcome.directory}/comparison.html: "
-            + (
-                f"ship {advice}{by_which_limits(outcome.comparison)}"
-                if advice
-                else "nothing to ship, no variant passed its gates"
-            ),
-            soft_wrap=True,
-        )
+        advice = what_to_ship(outcome.comparison)
+        self.out.print(f"{outcome.directory}/comparison.html: {advice}", soft_wrap=True)
 
 
 @dataclass

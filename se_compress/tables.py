@@ -61,6 +61,14 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
+def what_to_ship(comparison: Comparison) -> str:
+    if comparison.recommended:
+        return f"ship {comparison.recommended}{by_which_limits(comparison)}"
+    if comparison.published:
+        return "nothing to ship, what passed has experts set to zero"
+    return "nothing to ship, no variant passed its gates"
+
+
 def by_which_limits(comparison: Comparison) -> str:
     """What passed by looser limits only than others, if anything did."""
     everything = [variant.checkpoint for variant in comparison.variants]
@@ -155,7 +163,7 @@ def failed_gates(validation: ValidationReport) -> str:
 
 def why_variants_rejected(outcome: VariantsOutcome) -> str:
     report = f"see {outcome.directory}/comparison.html"
-    if outcome.comparison.recommended is None:
+    if not outcome.comparison.published:
         return (
             f"nothing was published; all {len(outcome.outcomes)} variants were rejected; {report}"
         )

@@ -15,7 +15,8 @@ from se_compress.artifacts import (
     to_json,
 )
 from se_compress.reporting.comparison import closest, compare, recommend
-from se_compress.reporting.comparison_page import PUBLISHED, render_comparison
+from se_compress.reporting.comparison_page import PUBLISHED, cautions_of, render_comparison
+from se_compress.tables import what_to_ship
 
 EVIL = "<script>alert(1)</script>"
 
@@ -121,6 +122,37 @@ def test_nothing_to_ship_is_said_first() -> None:
     assert advice.startswith("✕ Ship none of them Every variant missed a gate")
     assert "Do not ship naive-2" in advice
     assert "The experiment" not in page.text
+
+
+def test_experiments_that_passed_are_not_said_to_have_failed() -> None:
+    comparison = example_comparison()
+    names = [one.name for one in comparison.variants if one.zeroed]
+    zeroed = only(comparison, *names)
+    passed = [name for name in names if name in zeroed.published]
+    assert passed
+    assert passed != names
+    page = parse(render_comparison(zeroed))
+    advice = page.first(id="advice").text
+    assert advice.startswith(
+        "✓ Nothing here is to ship What passed its gates (2 variants of 3) has"
+    )
+    assert "missed a gate" not in advice
+    assert "Size against distance" not in page.text  # nothing could be shipped
+    assert what_to_ship(zeroed) == "nothing to ship, what passed has experts set to zero"
+    rejected = only(comparison, "naive-2", "pruned")
+    assert what_to_ship(rejected) == "nothing to ship, no variant passed its gates"
+    assert what_to_ship(comparison).startswith("ship protected-4")
+
+
+def test_a_caution_that_is_for_all_is_told_once() -> None:
+    comparison = example_comparison()
+    alike = [replace(one, cautions=("caution: the same",)) for one in comparison.variants]
+    own = replace(alike[0], cautions=("caution: the same", "caution: one more"))
+    told = cautions_of(replace(comparison, variants=(own, *alike[1:])))
+    assert told == [("all variants", "caution: the same"), (own.name, "caution: one more")]
+    some = replace(comparison, variants=(replace(own, cautions=()), *alike[1:]))
+    names = ", ".join(one.name for one in some.variants[1:])
+    assert f"Caution, {names}: the same." in parse(render_comparison(some)).text
 
 
 def test_a_required_variant_that_failed_is_named() -> None:

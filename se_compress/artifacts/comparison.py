@@ -138,6 +138,11 @@ class Comparison:
     def by_name(self) -> dict[str, ComparedVariant]:
         return {variant.name: variant for variant in self.variants}
 
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Variants that passed, by name."""
+        return tuple(one.name for one in self.variants if one.checkpoint.published)
+
 
 @dataclass(frozen=True)
 class ProfileSummary:

@@ -18,6 +18,7 @@ from se_compress.reporting.draws import draws_of
 from se_compress.reporting.page import (
     WORDS,
     CheckInWords,
+    Figure,
     State,
     Verdict,
     count,
@@ -82,6 +83,7 @@ def render_comparison(comparison: Comparison) -> str:
         rows=rows,
         advice=advise(comparison, rows),
         failures=[(row, gate) for row in rows for gate in row.failed],
+        cautions=cautions_of(comparison),
         ablations=ablations,
         pattern=_pattern(ablations),
         draws=(draws := draws_of(comparison.variants)),
@@ -89,15 +91,32 @@ def render_comparison(comparison: Comparison) -> str:
         published=PUBLISHED,
         curves=curves,
         gates=[gate for gate in GATES.values() if gate.explained],
-        figures={"trade": trade_figure(rows)} | {c.key: curve_figure(c) for c in curves},
+        figures=_trade(rows) | {c.key: curve_figure(c) for c in curves},
         plotly_js=Markup(get_plotlyjs()),
     )
+
+
+def _trade(rows: Sequence[Row]) -> dict[str, Figure]:
+    """The chart of size against distance; none if nothing could have been shipped."""
+    return {"trade": trade_figure(rows)} if any(not row.variant.zeroed for row in rows) else {}
 
 
 def advise(comparison: Comparison, rows: Sequence[Row]) -> Verdict:
     """Which checkpoint to ship and why, for a reader who knows none of the words."""
     rejected = [row for row in rows if row.failed and not row.variant.zeroed]
     by_name = {row.name: row for row in rows}
+    if comparison.recommended is None and comparison.published:
+        return Verdict(
+            state := _state(comparison),
+            WORDS[state][0],
+            "Nothing here is to ship",
+            (
+                f"What passed its gates ({count(len(comparison.published), 'variant')} of "
+                f"{len(rows)}) has experts set to zero, which is done to learn from it.",
+                *_lacking(comparison),
+                *map(_blame, rejected),
+            ),
+        )
     if comparison.recommended is None:
         return Verdict(
             "failed",
@@ -110,16 +129,38 @@ def advise(comparison: Comparison, rows: Sequence[Row]) -> Verdict:
     nearest = by_name[comparison.closest or best.name]
     if nearest is not best and nearest.share < 1:
         sentences.append(_alternative(nearest))
-    missing = [name for name in comparison.required if not by_name[name].checkpoint.published]
-    if missing:
-        sentences.append(f"The recipe requires {', '.join(missing)} to pass, which did not.")
+    sentences += _lacking(comparison)
     if best.not_run:
         sentences.append(f"Not run for {best.name}: {', '.join(best.not_run).lower()}.")
     if best.no_limit:
         sentences.append(f"Without a limit for {best.name}: {', '.join(best.no_limit).lower()}.")
     sentences += map(_blame, rejected)
-    state: State = "passed" if comparison.passed else "failed"
+    state = _state(comparison)
     return Verdict(state, WORDS[state][0], f"Ship {best.name}", tuple(sentences))
+
+
+def _state(comparison: Comparison) -> State:
+    return "passed" if comparison.passed else "failed"
+
+
+def _lacking(comparison: Comparison) -> Iterator[str]:
+    """What the recipe requires to pass, and did not."""
+    missing = [name for name in comparison.required if name not in comparison.published]
+    if missing:
+        yield f"The recipe requires {', '.join(missing)} to pass, which did not."
+
+
+def cautions_of(comparison: Comparison) -> list[tuple[str, str]]:
+    """Each caution with the variants that it is for, by name; one that is for all is told once."""
+    names: dict[str, list[str]] = {}
+    for variant in comparison.variants:
+        for caution in variant.cautions:
+            names.setdefault(caution, []).append(variant.checkpoint.name)
+    everything = len(comparison.variants)
+    return [
+        ("all variants" if len(some) == everything > 1 else ", ".join(some), caution)
+        for caution, some in names.items()
+    ]
 
 
 def _limits(best: Row, rows: Sequence[Row]) -> Iterator[str]:
