@@ -148,6 +148,37 @@ def test_every_file_is_that_of_one_process(
     assert name == "broken" or {"model.safetensors", "validation.json"} <= alone[name].keys()
 
 
+# ----------------------------------------------------------------------------------------- joining
+
+LONELY = """
+from datetime import timedelta
+from se_compress.running import ranks
+ranks.START = timedelta(seconds=2)
+try:
+    ranks.join()
+except ranks.RecipeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_like_never_come_does_not_wait_for_ever(rank: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LONELY],
+        env={**os.environ, **where, "MASTER_PORT": str(port)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.startswith("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: ")
+    assert "timed out" in done.stdout.lower()
+
+
 # ------------------------------------------------------------------------------------------ rounds
 
 

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 Part = TypeVar("Part")
 Item = TypeVar("Item")
-# A rank may wait for another one's tasks of hours; one that has died is noticed at once.
-PATIENCE = timedelta(days=7)
+# All ranks come within START of each other, or none goes on: nobody notices one that dies before
+# they are connected. Later a rank may wait for another one's tasks of hours, and one that has died
+# is noticed at once.
+START, PATIENCE = timedelta(minutes=10), timedelta(days=7)
 ALIGNMENT = 16  # bytes
 ALIKE = ("se-compress", "torch", "transformers")
 
@@ -74,7 +76,8 @@ def join() -> Ranks:
     import torch.distributed as dist
 
     try:
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.count, timeout=PATIENCE)
+        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.count, timeout=START)
+        _group()
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: {error}") from None
     import torch
@@ -92,6 +95,14 @@ def join() -> Ranks:
                     "their results would differ"
                 )
     return ranks
+
+
+@cache
+def _group() -> Any:
+    """All ranks, as a group that waits as long as work may take."""
+    import torch.distributed as dist
+
+    return dist.new_group(timeout=PATIENCE)
 
 
 def leads() -> bool:
@@ -194,11 +205,11 @@ def _round(ranks: Ranks, mine: _Said) -> list[_Said]:
     data = _packed(mine)
     try:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.count)]
-        dist.all_gather(sizes, torch.tensor([len(data)]))
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=_group())
         said = []
         for rank, size in enumerate(sizes):
             theirs = data if rank == ranks.rank else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(theirs, rank)
+            dist.broadcast(theirs, rank, group=_group())
             said.append(mine if rank == ranks.rank else _unpacked(theirs))
     except RuntimeError as error:
         raise RankLost(str(error).partition("\n")[0][:120]) from None
