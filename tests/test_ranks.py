@@ -17,6 +17,7 @@ from ranks_worker import make
 from tiny import CONFIGS, edit_weights, random_tokens
 
 from se_compress.artifacts import ALONE, Ranks
+from se_compress.model.experts import _even_parts
 from se_compress.running.ranks import exchange, first, owners, spread
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -188,6 +189,17 @@ def test_one_alone_does_all() -> None:
     assert first(ALONE, lambda: "done") == "done"
     with pytest.raises(ZeroDivisionError):
         exchange(ALONE, lambda: 1 / 0)
+
+
+def test_blocks_are_of_about_one_size() -> None:
+    for count, size in ((16, 3), (128, 3), (5, 4), (1, 8), (8, 8), (0, 3)):
+        ids = range(10, 10 + count)
+        parts = _even_parts(ids, size)
+        assert [expert for part in parts for expert in part] == list(ids)
+        assert len(parts) == -(-count // size)
+        sizes = {len(part) for part in parts}
+        assert not sizes or max(sizes) <= size
+        assert not sizes or max(sizes) - min(sizes) <= 1
 
 
 def test_owners_have_about_as_much_to_do() -> None:

@@ -10,9 +10,11 @@ N rows (tokens of a batch) with H channels, E experts of I neurons, e of them in
 chosen per row, n rows of one. R is 2I, or I without a gate. Dtypes are the model's.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -206,8 +208,7 @@ class LayerExperts:
         costs   what the work on each expert of the layer costs, in any unit; None: all the same
         """
         ids = range(len(self)) if wanted is None else sorted(wanted)
-        size = size or self.block_size
-        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+        parts = _even_parts(ids, size or self.block_size)
         if ranks.count == 1:
             for block in self._read_ahead(parts):
                 yield from work(block)
@@ -244,6 +245,14 @@ class LayerExperts:
                 coming += [ahead.submit(self.load, part) for part in parts[at + 1 : at + 2]]
                 yield block
                 del block
+
+
+def _even_parts(ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The ids in order, in as few parts of at most `size` as there can be, none more than one
+    larger than another: ranks that share them have as much to do."""
+    count = math.ceil(len(ids) / size)
+    bounds = [len(ids) * part // max(1, count) for part in range(count + 1)]
+    return [ids[start:end] for start, end in pairwise(bounds)]
 
 
 # ----------------------------------------------------------------------------------------- running
