@@ -2,6 +2,7 @@
 halves that engines join again, and of what is one tensor in memory."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_parts_that_do_not_fit_stay_apart() -> None:
     ("name", "prefix"),
     [
         ("gemma4", "model.language_model.layers"),
+        ("llama4", "model.layers"),
         ("qwen3_5_moe", "model.layers"),
         ("qwen4_exp", "model.layers"),
     ],
@@ -97,13 +99,13 @@ def test_a_composite_goes_by_the_names_of_the_model_that_transformers_builds(
     tmp_path: Path, name: str, prefix: str
 ) -> None:
     source = open_source(str(tiny_types.build_composite(tmp_path / "model", name)))
-    assert source.prefix == "model.language_model."
+    assert source.prefix == tiny_types.published_name(name, "model.")
     path = engine_types.write(source, "auto-round", tmp_path / "result")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["block_name_to_quantize"] == prefix
     names = load_file(path / "model.safetensors")
-    assert any(n.startswith(f"{prefix}.0.") and n.endswith(".qweight") for n in names)
-    towers = [n for n in source.tensors if n.startswith("model.visual.")]
+    assert any(n.startswith(f"{prefix}.") and n.endswith(".qweight") for n in names)
+    towers = [n for n in source.tensors if re.match(r"model\.visual\.|vision_model\.", n)]
     assert all(tower in names for tower in towers)
     assert bool(towers) is (name != "gemma4")
 

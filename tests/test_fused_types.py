@@ -12,6 +12,7 @@ from sourced import source_formats
 from test_pipeline import Workplace
 from test_pipeline import no_engine as no_engine
 from tiny import plain_model, random_tokens, recipe, save_tokenizer
+from tiny_types import build_composite
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from se_compress.artifacts import RunOptions
@@ -102,6 +103,35 @@ def test_gpt_oss_in_mxfp4_through_the_flow(tiny_type: TinyType, tmp_path: Path) 
         left = [d.expert for d in outcome.plan.experts if d.layer == layer and d.action == "keep"]
         assert len(left) == 6
         assert torch.equal(found[name], tensor[torch.tensor(left)]), name
+    with torch.no_grad():
+        tokens = torch.tensor(random_tokens(1, 8))
+        assert plain_model(outcome.directory)(tokens).logits.isfinite().all()
+
+
+def test_llama_4_through_the_flow(tmp_path: Path) -> None:
+    """As it is published, with a vision tower: two of eight experts of a layer go."""
+    path = build_composite(tmp_path / "model", "llama4")
+    outcome = Workplace(tmp_path, path).run(
+        "target=transformers", "quantization={method: none}", "policy={prune: {fraction: 0.25}}"
+    )
+    assert outcome.published
+    before, found = (load_file(p / "model.safetensors") for p in (path, outcome.directory))
+    assert before.keys() == found.keys()
+    assert any(name.startswith("vision_model.") for name in found)
+    for name, tensor in before.items():
+        if ".experts." not in name and ".router." not in name:
+            assert torch.equal(found[name], tensor)
+            continue
+        layer = int(name.partition("layers.")[2].partition(".")[0])
+        left = [
+            d.expert
+            for d in outcome.plan.experts
+            if d.layer == layer and d.action == "keep" and isinstance(d.expert, int)
+        ]
+        assert len(left) == 6
+        assert torch.equal(found[name], tensor[torch.tensor(left)]), name
+    config = json.loads((outcome.directory / "config.json").read_text())
+    assert config["text_config"]["num_local_experts"] == 6
     with torch.no_grad():
         tokens = torch.tensor(random_tokens(1, 8))
         assert plain_model(outcome.directory)(tokens).logits.isfinite().all()

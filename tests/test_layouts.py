@@ -103,6 +103,11 @@ def layout(name: str, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors
         tower = {"model.visual.blocks.0.attn.qkv.weight": torch.ones(4, 4)}
         whole = {**renamed(fused(tensors), MODEL), **more, **MTP, **tower}
         return whole, composite_config("qwen3_5_moe", config)
+    if name == "llama4_text":
+        more = {"vision_model.class_embedding": torch.ones(4),
+                "multi_modal_projector.linear_1.weight": torch.ones(H, 4)}  # fmt: skip
+        whole = renamed(tensors, ("^", "language_model."))
+        return {**whole, **more}, composite_config("llama4", config)
     assert name == "gemma4_text"
     tower = {"model.vision_tower.patch_embedder.input_proj.weight": torch.ones(4, 4)}
     return {**renamed(tensors, MODEL), **tower}, composite_config("gemma4", config)
@@ -110,7 +115,7 @@ def layout(name: str, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors
 
 LAYOUTS = (
     "qwen3_next", "glm4_moe", "glm_moe_dsa", "deepseek_v32", "dots1", "exaone_moe", "ernie4_5_moe",
-    "mimo_v2_flash", "kimi_linear", "deepseek_v4", "qwen3_5_moe_text", "gemma4_text",
+    "mimo_v2_flash", "kimi_linear", "deepseek_v4", "qwen3_5_moe_text", "gemma4_text", "llama4_text",
 )  # fmt: skip
 
 
@@ -248,6 +253,13 @@ def test_what_is_not_profiled_is_told(tiny_type: TinyType, name: str, path: str)
         "no super expert is looked for in it"
     )
     assert told == ([note] if path else [])
+
+
+def test_inputs_that_are_scaled_for_several_experts_are_refused(tmp_path: Path) -> None:
+    path = tiny_types.build(tmp_path / "model", "llama4_text", num_experts_per_tok=2)
+    match = r"num_experts_per_tok is 2; accepted is 1: the routing weight scales what an expert"
+    with pytest.raises(SourceError, match=match):
+        open_source(str(path))
 
 
 def test_layers_that_share_keys_and_values_are_refused(tiny_type: TinyType, tmp_path: Path) -> None:

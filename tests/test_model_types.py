@@ -220,7 +220,8 @@ def test_every_expert_reports_what_it_adds(run: Callable[[str], Run], name: str)
 def test_a_capture_knows_what_the_shared_expert_is_given(
     run: Callable[[str], Run], name: str
 ) -> None:
-    """The routed experts of Nemotron-H are given a projection of it."""
+    """The routed experts of Nemotron-H are given a projection of it, those of Llama 4 its rows
+    times their scores."""
     it = run(name)
     source = it.model.source
     for layer in {i.layer for i in source.experts if i.expert == "shared"}:
@@ -233,4 +234,4 @@ def test_a_capture_knows_what_the_shared_expert_is_given(
         it.model.run_layer(layer, module, it.states[layer], capture)
         assert torch.equal(capture.shared_hidden, torch.cat(given))
         same = capture.shared_hidden is capture.hidden
-        assert same == (name != "nemotron_h-published")
+        assert same == (name not in ("nemotron_h-published", "llama4_text"))

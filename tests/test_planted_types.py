@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import BOS, plain_model, random_tokens, recipe
 from tiny_types import CONFIGS
-from torch import Tensor, nn
+from torch import Tensor
 
 from se_compress.artifacts import ExpertId, RunOptions
 from se_compress.model.binding import experts_modules, layer_of
@@ -28,6 +28,14 @@ NORMS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def chosen_of(rows: Tensor, module: Any) -> tuple[Tensor, Tensor]:
+    """What Llama 4's experts are given, [E * N, H] with zeros for all that are not chosen, as the
+    chosen one's rows [N, H], and its number, [N, 1]."""
+    each = rows.view(len(module.down_proj), -1, rows.shape[-1])
+    chosen = each.abs().sum(-1).argmax(0)
+    return each[chosen, torch.arange(len(chosen))], chosen[:, None]
+
+
 @torch.no_grad()
 def plant(model: Any, model_type: str) -> ExpertId:
     """Let an expert that is used write about SIZE on channel MASSIVE; a layer and an expert."""
@@ -37,8 +45,8 @@ def plant(model: Any, model_type: str) -> ExpertId:
     assert layer is not None
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        calls.append((inputs[0], inputs[1]))
+    def keep(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        calls.append((inputs[0], inputs[1]) if inputs[1:] else chosen_of(inputs[0], module))
 
     hook = module.register_forward_pre_hook(keep)
     model(torch.tensor(TOKENS), use_cache=False)

@@ -1,7 +1,6 @@
 """Published models in bfloat16: real names, shapes and counts in sparse files, opened within a
 second for 10,000 tensors, with as many weights as the Hub says."""
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -11,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from published import in_16_bits, write_sparse
+from tiny import recipe
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from se_compress.errors import SourceError
-from se_compress.model.binding import meta_model
+from se_compress.model.binding import check_source, meta_model
 from se_compress.opening.headers import Slot
 from se_compress.opening.source import open_source
+from se_compress.planning.policy import make_plan
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,62 @@ def test_a_composite_as_it_is_published(tmp_path: Path) -> None:
     assert source.size_bytes == sum(2 * prod(slot.shape) for slot in slots)
 
 
-def test_llama_4_is_refused_with_the_reason(tmp_path: Path) -> None:
-    config = {"model_type": "llama4", "text_config": {"num_local_experts": 16}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="'llama4' is not supported: transformers runs its exp"):
-        open_source(str(tmp_path))
+# Layers with experts, experts of one, and parameters as the Hub counts them in the files.
+LLAMA_4 = {
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": (48, 16, 108_641_793_536),
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": (24, 128, 401_583_781_376),
+}
+
+
+def llama_4(sparse: int, experts: int) -> dict[str, Any]:
+    """config.json. Maverick has experts in every other layer, no norms of queries and keys, and
+    rotary frequencies that are not scaled."""
+    layers = range(48)
+    scout = sparse == 48
+    text = {
+        **_config("llama4_text", "202048 5120 8192 0 48 40 8"),
+        "intermediate_size_mlp": 16384, "head_dim": 128, "num_local_experts": experts,
+        "num_experts_per_tok": 1, "interleave_moe_layer_step": 48 // sparse,
+        "moe_layers": [n for n in layers if scout or n % 2],
+        "no_rope_layers": [int((n + 1) % 4 != 0) for n in layers],
+        "attention_chunk_size": 8192, "attn_temperature_tuning": True, "attn_scale": 0.1,
+        "floor_scale": 8192, "attention_bias": False, "use_qk_norm": scout,
+        "max_position_embeddings": 10485760 if scout else 1048576, "rope_theta": 500000.0,
+        "rope_scaling": _ROPE if scout else None, "pad_token_id": 200018, "bos_token_id": 200000,
+        "eos_token_id": [200001, 200007, 200008],
+    }  # fmt: skip
+    del text["moe_intermediate_size"]
+    vision = {
+        "model_type": "llama4_vision_model", "hidden_size": 1408, "num_hidden_layers": 34,
+        "num_attention_heads": 16, "intermediate_size": 5632, "vision_output_dim": 4096,
+        "projector_input_dim": 4096, "projector_output_dim": 4096, "image_size": 336,
+        "patch_size": 14, "pixel_shuffle_ratio": 0.5,
+    }  # fmt: skip
+    return {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"],
+            "text_config": text, "vision_config": vision}  # fmt: skip
+
+
+_ROPE = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+         "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAMA_4)
+def test_llama_4_as_it_is_published(tmp_path: Path, name: str) -> None:
+    """Fused experts, a vision tower beside the language model, and the head beside that one's."""
+    sparse, experts, parameters = LLAMA_4[name]
+    config = llama_4(sparse, experts)
+    with torch.device("meta"):
+        kind = AutoConfig.for_model(**config)
+        whole = AutoModelForImageTextToText.from_config(kind).state_dict()
+    slots = [Slot(n, "BF16", tuple(tensor.shape)) for n, tensor in whole.items()]
+    source = open_source(str(write_sparse(tmp_path / "model", config, slots)))
+    assert sum(prod(info.shape) for info in source.tensors.values()) == parameters
+    assert source.size_bytes == 2 * parameters
+    assert (source.family, source.prefix) == ("llama4_text", "language_model.model.")
+    assert (len(source.moe_layers), source.expert_count, source.top_k) == (sparse, experts, 1)
+    assert len(source.experts) == sparse * (experts + 1)  # one is shared
+    fused = "language_model.model.layers.1.feed_forward.experts."
+    assert {f"{fused}gate_up_proj", f"{fused}down_proj"} < set(whole)
+    check_source(source)
+    chosen = recipe(source.path, target="transformers", quantization={"method": "none"})
+    assert make_plan(source, None, chosen).size_bytes == source.size_bytes

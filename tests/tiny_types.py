@@ -2,7 +2,8 @@
 the six families whose every shape is known.
 
 A type is here if transformers 5.17 has it as a causal language model whose experts are run by
-`use_experts_implementation`. NOT_RUN says of the other types with experts why they are not.
+`use_experts_implementation`, or if they are put behind that interface (OWN_BLOCKS). NOT_RUN says of
+the other types with experts why they are not.
 """
 
 import json
@@ -256,6 +257,16 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
         "tie_word_embeddings": True,
     },
+    "llama4_text": {
+        **_LOCAL,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0, 1, 0],
+        "attention_chunk_size": 16,
+        "floor_scale": 8,
+    },
     "mellum": {**_LOCAL, **_WINDOW, "intermediate_size": 96, "moe_intermediate_size": 32},
     "mimo_v2_flash": {
         **_COMMON,
@@ -365,6 +376,17 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "jamba": {"tie_word_embeddings": True},
     "laguna": {"moe_routed_scaling_factor": 2.5, "moe_router_logit_softcapping": 5.0},
     "lfm2_moe": {"use_expert_bias": True},
+    "llama4_text": {
+        "interleave_moe_layer_step": 1,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "high_freq_factor": 1.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 500000.0,
+        },
+    },
     "minimax": {
         "full_attn_alpha_factor": 3.5,
         "full_attn_beta_factor": 1.0,
@@ -379,13 +401,14 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 
 NAMES = (*CONFIGS, *(f"{model_type}-published" for model_type in PUBLISHED))
 
+# Types whose blocks have no experts interface, and get one (model/own_experts.py).
+OWN_BLOCKS = ("llama4_text",)
 # Causal language models of transformers 5.17 with experts that are not among CONFIGS, and why.
 NOT_RUN: Mapping[str, str] = {
     "aria_text": "its experts are grouped matrices of its own (AriaGroupedExpertsGemm)",
     "dbrx": "its experts are one matrix of all rows (DbrxExpertGLU)",
     "doge": "16,384 embeddings chosen by product keys; its forward pass raises TypeError",
     "jetmoe": "its experts are JetMoeParallelExperts, in attention too",
-    "llama4_text": "its experts are run by bmm over all tokens (Llama4TextExperts)",
     "longcat_flash": "its own experts module; 5.17 cannot load the published layout",
 }
 # Parameters that are no weights to be drawn: their initial values keep a recurrence stable.
@@ -414,14 +437,33 @@ def build_named(directory: Path, name: str) -> Path:
 # Composites -> the type of their language model, and what their config has beside it.
 _VISION = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32,
            "out_hidden_size": tiny.HIDDEN}  # fmt: skip
+_VISION_OF_LLAMA = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16,
+    "image_size": 28,
+}  # fmt: skip
 COMPOSITES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma4": (
         "gemma4_text",
         {"vision_config": None, "audio_config": None, "tie_word_embeddings": True},
     ),
+    "llama4": (
+        "llama4_text",
+        # transformers loads a packed file's tensors in their own dtype if it changes their names.
+        {"vision_config": _VISION_OF_LLAMA, "tie_word_embeddings": False, "dtype": "bfloat16"},
+    ),
     "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": _VISION, "tie_word_embeddings": False}),
     "qwen4_exp": ("qwen4_exp_text", {"vision_config": _VISION, "tie_word_embeddings": False}),
 }
+# What the names of their language model begin with in published files, and in one of its own.
+_PUBLISHED_START = {"llama4": ("", "language_model.")}
+_TOWERS = re.compile(r"(model\.visual|vision_model|multi_modal_projector)\.")
+
+
+def published_name(model_type: str, name: str) -> str:
+    """The name that a tensor of a composite's language model has in published files."""
+    start, other = _PUBLISHED_START.get(model_type, ("model.", "model.language_model."))
+    return other + name.removeprefix(start) if name.startswith(start) else name
 
 
 def composite_config(model_type: str, text: Mapping[str, Any]) -> dict[str, Any]:
@@ -429,7 +471,9 @@ def composite_config(model_type: str, text: Mapping[str, Any]) -> dict[str, Any]
     inner = {key: value for key, value in text.items() if key != "architectures"}
     # Gemma 4 puts the padding in the place of pictures.
     inner |= {"pad_token_id": 0} if model_type == "gemma4" else {}
-    return {"model_type": model_type, "text_config": inner, **COMPOSITES[model_type][1]}
+    beside = COMPOSITES[model_type][1]
+    inner |= {"dtype": beside["dtype"]} if "dtype" in beside else {}
+    return {"model_type": model_type, "text_config": inner, **beside}
 
 
 def build_composite(directory: Path, model_type: str) -> Path:
@@ -437,14 +481,16 @@ def build_composite(directory: Path, model_type: str) -> Path:
     path = build(directory, COMPOSITES[model_type][0])
     file = path / "model.safetensors"
     stored = load_file(file)
-    whole = {re.sub(r"^model\.", "model.language_model.", n): t for n, t in stored.items()}
+    whole = {published_name(model_type, name): tensor for name, tensor in stored.items()}
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config = composite_config(model_type, config)
+    dtype = getattr(torch, config.get("dtype", "float32"))
     if config["vision_config"]:
         kind = AutoConfig.for_model(**config)
         model = AutoModelForImageTextToText.from_config(kind, dtype=torch.float32)
-        tower = model.model.visual.state_dict()
-        whole |= {f"model.visual.{name}": t.clone().contiguous() for name, t in tower.items()}
+        towers = {n: t for n, t in model.state_dict().items() if _TOWERS.match(n)}
+        whole |= {name: tensor.clone().contiguous() for name, tensor in towers.items()}
+    whole = {name: tensor.to(dtype) for name, tensor in whole.items()}
     save_file(whole, file, metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return path

@@ -34,6 +34,7 @@ from tiny_types import CONFIGS, PUBLISHED, composite_config  # noqa: E402
 
 from se_compress.errors import SourceError  # noqa: E402
 from se_compress.model.binding import bind, experts_modules, meta_model  # noqa: E402
+from se_compress.model.own_experts import ScaledInputs  # noqa: E402
 
 FILE = ROOT / "se_compress" / "opening" / "families.json"
 _DEEPSEEK = {
@@ -228,13 +229,23 @@ def _width(experts: Any) -> int:
 def _form(model: Any) -> dict[str, Any]:
     """How transformers holds the experts, and whether they compute something of their own."""
     experts = _experts(model)
-    common = type(experts)._apply_gate.__name__ == "_default_apply_gate"
-    return {
+    common = experts.has_gate and hasattr(experts, "act_fn") and _is_common(experts)
+    form = {
         "gated": bool(experts.has_gate),
         "biased": bool(experts.has_bias),
         "transposed": bool(experts.is_transposed),
-        "own_activation": not (experts.has_gate and common),
+        "own_activation": not common,
     }
+    scaled = any(isinstance(module, ScaledInputs) for module in model.modules())
+    return {**form, "scaled_inputs": True} if scaled else form
+
+
+def _is_common(experts: Any) -> bool:
+    """Whether act(gate) * up is what lies between the projections, gate above up: seen with values
+    that any clamp would cut."""
+    product = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 100
+    gate, up = product.chunk(2, dim=-1)
+    return torch.equal(experts._apply_gate(product), experts.act_fn(gate) * up)
 
 
 # ------------------------------------------------------------------------------------------ names

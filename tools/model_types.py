@@ -50,8 +50,8 @@ seen to fail, or is not known: many engines answer noise there, without an error
 
 """
 _END = """
-The first three are composites, read by their language model; towers are carried over. {aliases}:
-the same model.
+The first {composites} are composites, read by their language model; towers are carried over.
+{aliases}: the same model.
 
 `exact`: all shapes are known as functions of config.json, and a dry run looks at each. Of the
 others it looks at names, experts, routers and counts, and the start of a run at the rest.
@@ -109,7 +109,8 @@ def page() -> str:
         cells = [known, forms, *(marks[place] for _, marks in columns)]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     aliases = ", ".join(f"`{name}` as `{known}`" for name, known in sorted(ALIASES.items()))
-    return "\n".join([*lines, *_END.format(aliases=aliases).splitlines(), ""])
+    end = _END.format(aliases=aliases, composites=len(COMPOSITES))
+    return "\n".join([*lines, *end.splitlines(), ""])
 
 
 def _mark(rules: TargetRules, model_type: str) -> str:

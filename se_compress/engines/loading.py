@@ -213,7 +213,7 @@ def _fused_experts(model: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
     ]
     for name, module in found:
-        if module.is_transposed or module.has_bias or not module.has_gate:
+        if getattr(module, "is_transposed", True) or module.has_bias or not module.has_gate:
             raise SourceError(f"{name}: this layout of fused experts is not supported")
     return found
 

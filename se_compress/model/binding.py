@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from se_compress.artifacts import ModelSource, TensorInfo
 from se_compress.errors import SourceError
 from se_compress.model.checkpoint import Reader
+from se_compress.model.own_experts import with_interface
 from se_compress.opening.modelfiles import shown
 
 # Tensors that a running model has no place for, by what there is to say about them. Names as they
@@ -53,7 +54,8 @@ def meta_model(
 ) -> Any:
     """The causal language model of a config, on the meta device: names and shapes, no weights.
 
-    Of a composite model, its language model. Raises SourceError if transformers builds none.
+    Of a composite model, its language model. Its routed experts are behind the experts interface
+    (own_experts.py). Raises SourceError if transformers builds none.
 
     config     config.json; how its weights are coded, and what a call returns, is left out
     where      what an error calls it
@@ -82,7 +84,7 @@ def meta_model(
         raise SourceError(
             f"{where}: transformers builds no model from it ({shown(str(error), 200)})"
         ) from error
-    return model.eval()
+    return with_interface(model.eval())
 
 
 def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,12 +154,22 @@ class Lookup(nn.Module):
 
     layer   the embedding, on the meta device but for its buffers
     table   gives the weights [V, H], dtype as on disk
+    device  of what it gives
     """
 
-    def __init__(self, layer: nn.Embedding, table: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, layer: nn.Embedding, table: Callable[[], Tensor], device: torch.device
+    ) -> None:
         super().__init__()
         layer.padding_idx = None  # an index of the whole table; only gradients ask for it
-        self.__dict__["layer"], self.__dict__["table"] = layer, table  # no weights to count
+        # No weights to count.
+        self.__dict__.update(layer=layer, table=table, device=device)
+
+    @property
+    def weight(self) -> Tensor:
+        """What models ask the weights for, extents, dtype and device, without their values."""
+        meta = self.__dict__["layer"].weight
+        return torch.zeros((), dtype=meta.dtype, device=self.__dict__["device"]).expand(meta.shape)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)

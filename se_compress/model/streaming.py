@@ -42,6 +42,7 @@ from se_compress.model.experts import (
 )
 from se_compress.model.live import Lookup, Weights
 from se_compress.model.observers import Kept, Notes, Observer, RoutingCapture, tell
+from se_compress.model.own_experts import run_experts_by
 from se_compress.model.standins import Pass, StandIn, run_until
 from se_compress.model.states import States
 from se_compress.model.store import IN_MEMORY, Store
@@ -83,13 +84,10 @@ class StreamedModel:
     _heads: list[nn.Module] = field(default_factory=list)  # the meta head, and once for each user
 
     def __post_init__(self) -> None:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
         self.family: Family = FAMILIES[self.source.family].at(self.source.prefix)
         where = str(self.source.path / "config.json")
         model = meta_model(self.source.config, where=where, dtype=self.dtype)
-        model.set_experts_implementation(IMPLEMENTATION)
+        run_experts_by(model, IMPLEMENTATION, experts_forward)
         binding = bind_source(model, self.source)
         check_bound(model, binding, self.source)
         self.weights = Weights(self.source, self.read, model, binding, self.device)
@@ -113,7 +111,8 @@ class StreamedModel:
                 self.weights.fill(module, path, skip=("weight",))
                 table = cache(partial(self.weights.value, f"{path}.weight"))
                 owner, _, leaf = path.rpartition(".")
-                setattr(self.model.get_submodule(owner), leaf, Lookup(module, table))
+                stand_in = Lookup(module, table, self.device)
+                setattr(self.model.get_submodule(owner), leaf, stand_in)
 
     @property
     def _head_path(self) -> str:

@@ -19,6 +19,7 @@ from se_compress.model.binding import Binding, bind_source, experts_modules, lay
 from se_compress.model.checkpoint import Reader
 from se_compress.model.experts import RoutedExperts
 from se_compress.model.live import Weights
+from se_compress.model.own_experts import run_experts_by
 from se_compress.model.routing import bunched
 
 # What our experts function is called in transformers' table.
@@ -82,14 +83,11 @@ def load_whole(source: ModelSource, read: Reader, device: torch.device) -> Whole
 
     Raises SourceError for a weight that is missing, is NaN or infinite.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, stacked_experts)
     where = str(source.path / "config.json")
     # The fused attention kernels of CUDA add up gradients in an order of their own.
     attention = "eager" if device.type == "cuda" else None
     model = meta_model(source.config, where=where, dtype=torch.float32, attention=attention)
-    model.set_experts_implementation(IMPLEMENTATION)
+    run_experts_by(model, IMPLEMENTATION, stacked_experts)
     binding = bind_source(model, source)
     Weights(source, read, model, binding, device).fill(model, "")
     for _, module in experts_modules(model):

@@ -159,6 +159,9 @@ def _check_routing(config: Mapping[str, Any], family: Family, where: str) -> Non
     count, top_k = config[name], _top_k(config, family, where)
     if top_k > count:
         raise _refused(config, _top_k_key(config, family), where, f"1 to {count}, as {name} says")
+    if family.scaled_inputs and top_k > 1:
+        alone = "1: the routing weight scales what an expert is given, a row of its own for each"
+        raise _refused(config, _top_k_key(config, family), where, alone)
     if family.grouped_if is None:
         return
     if "topk_method" in family.grouped_if and setting(config, "topk_method") == "noaux_tc":

@@ -54,6 +54,7 @@ class Family:
     gated, biased, transposed   form of the fused parameters: up and down alone or with a gate;
                    with biases; [E, in, out]
     own_activation   between the projections there is more than act(gate) * up
+    scaled_inputs  the routing weight scales what an expert is given, and its output counts as it is
     router         [experts, hidden]
     per_expert     other tensors with an axis that runs over the experts
     ids            tensors of a layer whose values are numbers of experts
@@ -90,6 +91,7 @@ class Family:
     biased: bool = False
     transposed: bool = False
     own_activation: bool = False
+    scaled_inputs: bool = False
     router: str = "model.layers.{layer}.mlp.gate.weight"
     per_expert: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
@@ -141,7 +143,17 @@ class Family:
 
 
 def _moved(name: str, before: str, after: str) -> str:
-    return after + name.removeprefix(before) if before and name.startswith(before) else name
+    """A name where another prefix precedes the layers. What is beside `model.`, such as the head,
+    goes with it: `language_model.lm_head` beside `language_model.model.layers`."""
+    if before and name.startswith(before):
+        return after + name.removeprefix(before)
+    return _beside(after) + name.removeprefix(_beside(before))
+
+
+def _beside(prefix: str) -> str:
+    """What precedes the names of what is beside a whole `model.` that has the layers."""
+    owner = prefix.removesuffix("model.")
+    return owner if owner != prefix and owner.endswith(".") else ""
 
 
 def _read() -> dict[str, Any]:
@@ -176,7 +188,7 @@ ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 # Why a type with experts is not read, where more can be said than that it is unknown.
 _NOT_READ: Mapping[str, str] = {
     **dict.fromkeys(
-        ("llama4", "llama4_text", "dbrx", "aria", "aria_text", "jetmoe"),
+        ("dbrx", "aria", "aria_text", "jetmoe"),
         "transformers runs its experts by code of its own, not by its experts interface",
     ),
     "longcat_flash": "transformers 5.17 cannot load the published layout, with experts that are "
