@@ -140,7 +140,7 @@ def test_no_model_type() -> None:
 def test_a_composite_model(config: dict[str, Any], inner: str) -> None:
     match = (
         rf"model_type '{config['model_type']}' is a composite .* experts below {inner} of config"
-        r".*; of composites, gemma4, qwen3_5_moe, .* are read"
+        r".*; of composites, gemma4, llama4, qwen3_5_moe, .* are read"
     )
     with pytest.raises(SourceError, match=match):
         families.family_of(config, "here")
