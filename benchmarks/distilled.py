@@ -1,4 +1,5 @@
-"""What training the routers of a pruned or merged model on the source's predictions brings back.
+"""What training routers and norms of a pruned or merged model on the source's predictions brings
+back.
 
     python benchmarks/distilled.py [--models smollm2-moe,smollm2-mixtral] [--only PART]
 
@@ -6,8 +7,9 @@ Each checkpoint is planned from one profile, written in the source's precision f
 calibration tokens, and judged by the validator on held-out text (8 x 256 tokens; four greedy
 continuations of 24 tokens), without `distill` and with it:
 
-    prune   25 and 50 % of the experts by REAP
-    merge   the same number, merged by their outputs; its profile takes longer, for the similarities
+    prune-25, prune-50   so many percent of the experts by REAP
+    merge-25, merge-50   the same number, merged by their outputs; its profile takes longer, for the
+                         similarities
 
 Measurements are kept under --work, and the section of RESULTS.md is rewritten from all of them, so
 a run can be made in parts.
@@ -24,10 +26,9 @@ from se_compress.planning.policy import make_plan
 from se_compress.recipe import Distill, Recipe
 
 WORK = ROOT / "out" / "benchmark-distilled"
-PARTS = ("prune", "merge")
-FRACTIONS = (0.25, 0.5)
-# Two sequences a step, so that each of the 26 that tune is seen twice.
-RULE = Distill(steps=26, sequences=2)
+PARTS = ("prune-25", "prune-50", "merge-25", "merge-50")
+# Two sequences a step, so that each of the 26 that tune is seen six times.
+RULE = Distill(steps=78, sequences=2)
 
 
 def recipe_for(name: str, **policy: Any) -> Recipe:
@@ -42,16 +43,16 @@ def recipe_for(name: str, **policy: Any) -> Recipe:
 
 
 def measure(model: Model, part: str) -> Iterator[dict[str, Any]]:
-    for fraction in FRACTIONS:
-        plain = recipe_for(model.name, **{part: {"fraction": fraction}})
-        plan = make_plan(model.source, model.profile, plain)
-        trained = plain.model_copy(update={"distill": RULE})
-        for recipe in (plain, trained):
-            mark = ", routers distilled" if recipe.distill else ""
-            row = {"name": f"{part} {fraction:.1%}{mark}"}
-            row |= judge(model, recipe, plan, model.calibration)
-            print(json.dumps(row), flush=True)
-            yield row
+    surgery, _, percent = part.partition("-")
+    plain = recipe_for(model.name, **{surgery: {"fraction": int(percent) / 100}})
+    plan = make_plan(model.source, model.profile, plain)
+    trained = plain.model_copy(update={"distill": RULE})
+    for recipe in (plain, trained):
+        mark = ", distilled" if recipe.distill else ""
+        row = {"name": f"{surgery} {percent} %{mark}"}
+        row |= judge(model, recipe, plan, model.calibration)
+        print(json.dumps(row), flush=True)
+        yield row
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -77,7 +78,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
     lines = [
-        "## Routers distilled after pruning and merging",
+        "## Routers and norms distilled after pruning and merging",
         "",
         f"`python benchmarks/distilled.py`, {machine()}. {RULE.steps} steps of {RULE.sequences}"
         " sequences of the 32 x 256 calibration tokens; 8 x 256 held-out tokens; repetition is"
@@ -94,7 +95,8 @@ def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
 def main() -> None:
     arguments, saved, measured = begin(__doc__, PARTS, WORK)
     parts = [arguments.only] if arguments.only else PARTS
-    policy = {"merge": {"fraction": 0.5}} if "merge" in parts else {}
+    merges = any(part.startswith("merge") for part in parts)
+    policy = {"merge": {"fraction": 0.5}} if merges else {}
     for name in arguments.models.split(","):
         model = open_model(name, recipe_for(name, **policy), arguments.work)
         for part in parts:

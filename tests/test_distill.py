@@ -20,16 +20,16 @@ from se_compress.artifacts import (
     RunOptions,
     from_json,
 )
-from se_compress.compression import distill
+from se_compress.compression import distill, trained
 from se_compress.compression.execute import compress
 from se_compress.compression.folds import folds_of
 from se_compress.compression.teacher import FILE, Predictions, predictions_of
-from se_compress.compression.trained import routers_of, scales_of
+from se_compress.compression.trained import norms_of, routers_of, scales_of
 from se_compress.engines.accounting import account
 from se_compress.engines.blueprint import draw_blueprint
 from se_compress.engines.distilling import parts_to_distill
 from se_compress.errors import RecipeError, ResourceError
-from se_compress.model.checkpoint import open_result, open_tensors
+from se_compress.model.checkpoint import TORCH_DTYPES, open_result, open_tensors
 from se_compress.model.whole import WholeModel, load_whole
 from se_compress.opening.headers import read_headers
 from se_compress.opening.source import open_source
@@ -107,7 +107,7 @@ DISTILL = {"steps": 24, "sequences": 8}
 
 @pytest.fixture(scope="module")
 def both(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Made]:
-    """Scales and routers of a pruned and quantised model, without distilling and with it."""
+    """Scales, routers and norms of a pruned and quantised model, without distilling and with it."""
     path, work = tiny_model("qwen2_moe"), tmp_path_factory.mktemp("distil")
     plain = Made(path, work / "plain", settings_of(path, 3, "prune"))
     return plain, Made(path, work / "made", settings_of(path, 3, "prune", distill=DISTILL))
@@ -195,19 +195,21 @@ def test_the_gradient_of_scales_is_that_of_autograd() -> None:
         assert torch.equal(dequantize(scaled.hardened()), dequantize(stack))
 
 
-@pytest.mark.parametrize("kind", ["scales", "routers"])
+@pytest.mark.parametrize(("kind", "size"), [("scales", 0.02), ("routers", 1e-3), ("norms", 1e-3)])
 def test_gradients_are_those_of_finite_differences(
-    both: tuple[Made, Made], kind: str, monkeypatch: pytest.MonkeyPatch
+    both: tuple[Made, Made], kind: str, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the parameters that count most, through the whole model."""
+    """Of the parameters that count most, through the whole model; a step is one that float16 holds
+    of a scale, and less of what the file holds in bfloat16, which is not rounded here."""
     monkeypatch.setattr(distill, "PRODUCTS", torch.float32)
+    monkeypatch.setattr(trained, "TORCH_DTYPES", dict.fromkeys(TORCH_DTYPES, torch.float32))
     made = both[0]
     aim = predictions_of(made.source, TOKENS, CPU, None, lambda *_: None)
     model, found = made.whole(), read_headers(made.directory)
     parts = list(
         scales_of(model, made.blueprint, found)
         if kind == "scales"
-        else routers_of(model, made.blueprint)
+        else {"routers": routers_of, "norms": norms_of}[kind](model, made.blueprint)
     )
     members = list(range(8))
     distill._add_gradients(model, aim, members)
@@ -220,13 +222,13 @@ def test_gradients_are_those_of_finite_differences(
         place = int(gradient.abs().argmax())
         at = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), gradient.shape))
         values = []
-        for step in (0.02, -0.02):
+        for step in (size, -size):
             part.parameter[at] = step
             part.put()
             values.append(distill._divergence(model, aim, members))
         part.parameter[at] = 0.0
         part.put()
-        slope = (values[0] - values[1]) / 0.04
+        slope = (values[0] - values[1]) / (2 * size)
         checked += float(gradient[at]) == pytest.approx(slope, rel=0.15, abs=2e-5)
     # a token that is routed otherwise after a step is no slope
     assert checked >= 0.7 * len(parts), f"{checked} of {len(parts)}"
@@ -241,7 +243,7 @@ def test_the_file_is_what_was_measured(both: tuple[Made, Made]) -> None:
     record = made.made.distilled
     assert record is not None
     assert record.step > 0
-    assert record.trained == ("scales", "routers")
+    assert record.trained == ("scales", "routers", "norms")
     assert record.selection < record.selection_before
     aim, folds = predictions_of(made.source, TOKENS, CPU, None, lambda *_: None), folds_of(48)
     for one, values in (
@@ -255,7 +257,7 @@ def test_the_file_is_what_was_measured(both: tuple[Made, Made]) -> None:
     assert f"from {record.report_before:.4f} to {record.report:.4f}" in made.notices[-1]
 
 
-def test_only_scales_of_experts_and_routers_change(both: tuple[Made, Made]) -> None:
+def test_only_scales_of_experts_routers_and_norms_change(both: tuple[Made, Made]) -> None:
     before, after = both[0].tensors, both[1].tensors
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
         n: (t.dtype, t.shape) for n, t in after.items()
@@ -264,7 +266,9 @@ def test_only_scales_of_experts_and_routers_change(both: tuple[Made, Made]) -> N
     scales = {name for name in changed if name.endswith(".scales")}
     assert scales
     assert all(".experts." in name for name in scales)
-    assert {name.rpartition("mlp.")[2] for name in changed - scales} == {"gate.weight"}
+    assert {name.split(".", 3)[3] for name in changed - scales} == {
+        "mlp.gate.weight", "input_layernorm.weight", "post_attention_layernorm.weight",
+    }  # fmt: skip
     folds = both[1].made.folds
     assert folds is not None
     assert [fold.sequences for fold in folds] == [39, 6, 3]
@@ -315,7 +319,7 @@ def test_packed_again_without_a_step_it_is_the_same(
 def test_what_does_not_help_is_undone(
     both: tuple[Made, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "RATES", {"scales": 0.3, "routers": 1.0})
+    monkeypatch.setattr(distill, "RATES", {"scales": 0.3, "routers": 1.0, "norms": 1.0})
     plain, path = both[0], both[0].source.path
     made = Made(path, tmp_path / "made", settings_of(path, 3, "prune", distill=DISTILL))
     record = made.made.distilled
@@ -348,17 +352,18 @@ def test_a_killed_run_ends_with_the_same_bytes(both: tuple[Made, Made], tmp_path
 
 
 @pytest.mark.parametrize("surgery", ["prune", "merge"])
-def test_routers_alone_are_trained_after_surgery(
+def test_routers_and_norms_are_trained_after_surgery(
     tiny_model: TinyModel, tmp_path: Path, surgery: str
 ) -> None:
     path = tiny_model("mixtral")
     made = Made(path, tmp_path / "made", settings_of(path, 16, surgery, distill={"steps": 8}))
     record = made.made.distilled
     assert record is not None
-    assert record.trained == ("routers",)
+    assert record.trained == ("routers", "norms")
     assert record.selection <= record.selection_before
+    norms = [n for n, i in made.source.tensors.items() if i.kind == "norm" and i.layer is not None]
     told = {name for layer in made.made.layers for name in layer.distilled or ()}
-    assert len(told) == (len(made.source.moe_layers) if record.step else 0)
+    assert len(told) == (len(made.source.moe_layers) + len(norms) if record.step else 0)
     found = made.blueprint.found_in(read_headers(made.directory))
     check = account(made.blueprint, made.directory, found, made.made.layers)
     assert check.passed, check.detail
@@ -389,8 +394,8 @@ def test_what_cannot_be_trained_is_told_beforehand(tiny_model: TinyModel) -> Non
 
 def test_the_keys_are_checked(tiny_model: TinyModel) -> None:
     path = tiny_model("qwen3_moe")
-    with pytest.raises(RecipeError, match="'norms' is not one of auto, scales, routers"):
-        settings_of(path, distill={"steps": 1, "train": ["norms"]})
+    with pytest.raises(RecipeError, match="'biases' is not one of auto, scales, routers, norms"):
+        settings_of(path, distill={"steps": 1, "train": ["biases"]})
     few = {"data": "unused.txt", "samples": 4}
     with pytest.raises(RecipeError, match="distill sets some calibration samples apart"):
         recipe(path, calibration=few, distill={"steps": 1})

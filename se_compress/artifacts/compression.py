@@ -94,7 +94,7 @@ class FoldRecord:
 class DistillRecord:
     """How distilling the whole result went, on calibration text.
 
-    trained            what was trained: scales, routers
+    trained            what was trained: scales, routers, norms
     step               after which its state was kept; 0: distilling did not help and was undone
     selection_before   KL divergence from the source, mean over positions, nats, of the text by
                        which a state is chosen, before distilling

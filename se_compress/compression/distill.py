@@ -1,9 +1,9 @@
 """Distill: tune a finished result as a whole on what the source predicts.
 
 Once all layers are made, few of the result's numbers are still free: the scales of its packed
-experts, the routers of a model that lost some. They are trained together, through the whole model
-in memory, on the KL divergence from the source's predictions of the calibration text (teacher.py).
-Codes and everything else stay as they are, and so does every byte's place.
+experts, routers and norms of a model that lost some. They are trained together, through the whole
+model in memory, on the KL divergence from the source's predictions of the calibration text
+(teacher.py). Codes and everything else stay as they are, and so does every byte's place.
 
 Folds are those of refining (folds.py): gradients come from `tuning`, the state is chosen on
 `selection`, and where none of those met is better than the start, nothing is changed. `report` says
@@ -22,7 +22,7 @@ from torch import Tensor
 from se_compress.artifacts import DistillRecord, LayerRecord, RunOptions, TensorInfo
 from se_compress.compression.folds import FOLDS, folds_of
 from se_compress.compression.teacher import Predictions, predictions_of
-from se_compress.compression.trained import Trained, routers_of, scales_of
+from se_compress.compression.trained import Trained, norms_of, routers_of, scales_of
 from se_compress.engines.blueprint import Blueprint
 from se_compress.engines.distilling import parts_to_distill
 from se_compress.errors import RecipeError
@@ -32,7 +32,7 @@ from se_compress.model.whole import WholeModel, load_whole
 from se_compress.recipe import Distill, Recipe
 
 # Adam's step sizes at the start, falling to nothing; relative to each parameter's own size.
-RATES: Mapping[str, float] = {"scales": 3e-3, "routers": 2e-3}
+RATES: Mapping[str, float] = {"scales": 3e-3, "routers": 2e-2, "norms": 5e-3}
 BETAS = (0.9, 0.99)
 EPSILON = 1e-20  # a gradient is of one number of millions
 LOOKS = 4  # how often the divergence on `selection` is measured
@@ -154,6 +154,8 @@ def _trained(
         parts += scales_of(model, blueprint, found)
     if "routers" in kinds:
         parts += routers_of(model, blueprint)
+    if "norms" in kinds:
+        parts += norms_of(model, blueprint)
     return parts
 
 

@@ -1,6 +1,6 @@
-"""What distilling trains of a result that lies on disk: scales of packed experts, routers.
+"""What distilling trains of a result that lies on disk: scales of packed experts, routers, norms.
 
-Either kind has parameters that an optimiser moves, relative to where they started, and puts into
+Each kind has parameters that an optimiser moves, relative to where they started, and puts into
 the live model what the file would then hold, rounded as it is stored there. So what is measured is
 what will be written, and gradients pass the rounding as if it were not there.
 
@@ -23,14 +23,14 @@ from se_compress.model.whole import WholeModel
 from se_compress.quant.grid import Grid, QuantizedStack, dequantize
 from se_compress.quant.tuned import ScaledStack
 
-ROUTER_REACH = 1.0  # the most by which a weight of a router is changed, of their root mean square
+PLAIN_REACH = 4.0  # the most by which a number is changed, of the tensor's root mean square
 WHOLE = slice(None)
 
 
 class Trained(Protocol):
     """Some parameters of a result.
 
-    kind       "scales" or "routers"
+    kind       "scales", "routers" or "norms"
     parameter  float32: by how much they differ from their start, relative
     """
 
@@ -82,12 +82,11 @@ class Scales:
         }
 
 
-class Router:
-    """The matrix of one router, [E, H]."""
+class Plain:
+    """A tensor that is stored as it is: the matrix of a router, [E, H], or the weight of a norm."""
 
-    kind = "routers"
-
-    def __init__(self, live: nn.Parameter, tensor: PlannedTensor) -> None:
+    def __init__(self, kind: str, live: nn.Parameter, tensor: PlannedTensor) -> None:
+        self.kind = kind
         self._live, self._tensor = live.requires_grad_(), tensor
         self._start = live.detach().clone()
         self._size = self._start.square().mean().sqrt()
@@ -95,7 +94,7 @@ class Router:
 
     def put(self) -> None:
         with torch.no_grad():
-            self.parameter.clamp_(-ROUTER_REACH, ROUTER_REACH)
+            self.parameter.clamp_(-PLAIN_REACH, PLAIN_REACH)
             self._live.copy_(self._stored())
 
     def _stored(self) -> Tensor:
@@ -130,7 +129,13 @@ def _rows(experts: RoutedExperts, tensor: Tensor, role: Role) -> Tensor:
 def routers_of(model: WholeModel, blueprint: Blueprint) -> Iterator[Trained]:
     """The routers of a result."""
     for name, weight in model.router_weights().items():
-        yield Router(weight, blueprint.tensors[name])
+        yield Plain("routers", weight, blueprint.tensors[name])
+
+
+def norms_of(model: WholeModel, blueprint: Blueprint) -> Iterator[Trained]:
+    """The norms of its layers."""
+    for name, weight in model.norm_weights().items():
+        yield Plain("norms", weight, blueprint.tensors[name])
 
 
 def scales_of(

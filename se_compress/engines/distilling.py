@@ -11,19 +11,20 @@ def parts_to_distill(blueprint: Blueprint, rule: Distill) -> tuple[str, ...]:
 
     Raises RecipeError for one that the result does not have, and where there is nothing to train.
     """
-    there = {"scales": _why_no_scales(blueprint), "routers": _why_no_routers(blueprint)}
+    there = {
+        "scales": _why_no_scales(blueprint), "routers": _why_no_routers(blueprint), "norms": "",
+    }  # fmt: skip
     if rule.train != "auto":
         for kind in rule.train:
             if there[kind]:
                 raise RecipeError(f"distill.train: {kind} cannot be trained: {there[kind]}")
         return tuple(kind for kind in there if kind in rule.train)
-    wanted = {"scales": True, "routers": not _is_whole(blueprint)}
+    wanted = {"scales": True} | dict.fromkeys(("routers", "norms"), not _is_whole(blueprint))
     found = tuple(kind for kind, reason in there.items() if wanted[kind] and not reason)
     if not found:
-        reason = there["scales"] if _is_whole(blueprint) else "; ".join(there.values())
         raise RecipeError(
-            f"distill: there is nothing to train: {reason}; leave it out, or name routers in "
-            "distill.train"
+            f"distill: there is nothing to train: {there['scales']}; leave it out, or name routers "
+            "and norms in distill.train"
         )
     return found
 

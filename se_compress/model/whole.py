@@ -7,7 +7,7 @@ place in an order that a device would choose.
 B sequences of T positions, N = B T rows with H channels, E experts, k chosen per row, V words.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,12 +57,21 @@ class WholeModel:
 
         Those that the checkpoint holds as the model does; gates of shared experts are none.
         """
-        found = {}
-        for name in self.source.router_weights:
-            live = self.binding.live_of[name]
-            if self.binding.bound[live].converter is None:
-                found[name] = self.model.get_parameter(live)
-        return found
+        return self._parameters(self.source.router_weights)
+
+    def norm_weights(self) -> dict[str, nn.Parameter]:
+        """Those of the norms in its layers, in the same way."""
+        norms = (n for n, info in self.source.tensors.items() if info.kind == "norm")
+        return self._parameters(n for n in norms if self.source.tensors[n].layer is not None)
+
+    def _parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Those of some tensors of the checkpoint that it holds as the model does."""
+        lives = {name: self.binding.live_of[name] for name in names if name in self.binding.live_of}
+        return {
+            name: self.model.get_parameter(live)
+            for name, live in lives.items()
+            if self.binding.bound[live].converter is None
+        }
 
     @property
     def device(self) -> torch.device:

@@ -211,13 +211,13 @@ class Refine(Section):
 class Distill(Section):
     """The finished result is trained as a whole, in memory, on what the source predicts.
 
-    train      auto: scales of the quantised routed experts, and the routers if experts are pruned
-               or merged; or a list of scales and routers
+    train      auto: scales of the quantised routed experts, and routers and norms if experts are
+               pruned or merged; or a list of scales, routers and norms
     steps      of the optimiser
     sequences  of calibration text in each step
     """
 
-    train: Literal["auto"] | tuple[Literal["scales", "routers"], ...] = "auto"
+    train: Literal["auto"] | tuple[Literal["scales", "routers", "norms"], ...] = "auto"
     steps: Positive
     sequences: Positive = 4
 
@@ -226,10 +226,10 @@ class Distill(Section):
     def _one_or_several(cls, value: object) -> object:
         if value == "auto":
             return value
-        names = one_or_more(value, "part is needed: scales, routers; or auto")
+        names = one_or_more(value, "part is needed: scales, routers, norms; or auto")
         for name in names:
-            if name not in ("scales", "routers"):
-                raise ValueError(f"{brief(name)} is not one of auto, scales, routers")
+            if name not in ("scales", "routers", "norms"):
+                raise ValueError(f"{brief(name)} is not one of auto, scales, routers, norms")
         return tuple(dict.fromkeys(names))
 
 
@@ -305,7 +305,7 @@ class Recipe(Section):
     super_experts   how super experts are found
     policy          what may be done to the experts, and under which budget
     quantization    how a width is reached
-    distill         train scales and routers of the finished result on what the source predicts
+    distill         train scales, routers and norms of the result on what the source predicts
     validation      held-out text, and the limits of the gates
     variants        several results from one profile: name -> the recipe with the variant's own keys
                     merged in, and OUTPUT/name as its output. In the file a variant holds only what
