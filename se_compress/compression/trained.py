@@ -146,7 +146,8 @@ def scales_of(
     for layer, experts in model.experts():
         for role in (*experts.roles, "down"):
             for bits, members in _by_bits(blueprint, layer, role, len(experts)).items():
-                stack = _stack_of(read, members.values(), grid_of(bits, scheme), scheme.format)
+                grid = grid_of(bits, scheme)
+                stack = _stack_of(read, members.values(), grid, scheme.format, model.device)
                 yield Scales(experts, role, members, stack, scheme.format)
 
 
@@ -164,9 +165,9 @@ def _by_bits(
 
 
 def _stack_of(
-    read: Reader, tensors: Iterable[PlannedTensor], grid: Grid, form: str
+    read: Reader, tensors: Iterable[PlannedTensor], grid: Grid, form: str, device: torch.device
 ) -> QuantizedStack:
-    """Packed matrices, read back."""
+    """Packed matrices, read back to a device."""
     unpack = FORMATS[form].codes
     assert unpack is not None
     found = []
@@ -175,6 +176,7 @@ def _stack_of(
         parts = {slot.name.removeprefix(stem): read(slot.name) for slot in tensor.stored}
         found.append(unpack(parts, tensor.info.shape[1]))
     codes, scales, zeros = (
-        torch.stack([getattr(one, part) for one in found]) for part in ("codes", "scales", "zeros")
+        torch.stack([getattr(one, part) for one in found]).to(device)
+        for part in ("codes", "scales", "zeros")
     )
     return QuantizedStack(codes, scales, zeros, grid)
