@@ -301,6 +301,15 @@ def test_a_layer_that_cancels_only_in_part_forms_nothing() -> None:
     assert cancelling_layers(layers) == {10}
 
 
+def test_a_layer_that_cancels_more_than_it_adds_forms_nothing() -> None:
+    """smollm2-moe on fiction, whose layer 28 adds 5.02 % of what layer 11 does."""
+    peaks = [layer(10, 130, 40, median=1.6), layer(11, 29005, 28939, median=1.7)]
+    last = layer(28, 12139, 1452, median=10.4, fall=16446)
+    assert forming_layers([*peaks, last]) == {11}
+    assert cancelling_layers([*peaks, last]) == {28}
+    assert forming_layers([*peaks, replace(last, fall=1000.0)]) == {11, 28}
+
+
 def test_a_second_channel_formed_below_the_first() -> None:
     """The maximum does not move, the layer adds to another element all the same."""
     layers = [layer(0, 3, 2), layer(1, 1500, 1500), layer(2, 1500, 900), layer(3, 1502, 4)]
