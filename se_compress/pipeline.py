@@ -134,9 +134,8 @@ def _run(request: Request, source: ModelSource, originals: Originals) -> Outcome
     _tell(doubts, request.notice)
     beside = [file.name for file in source.path.iterdir()]
     check_replaceable(output, beside)
-    on_disk = request.options.states_in is not None
     token_count = len(calibration) * len(calibration[0])
-    request.notice(check_memory(source, recipe, token_count, on_disk))
+    request.notice(check_memory(source, recipe, token_count, request.options.on_disk))
     with locked(output, request.notice) as work:
         prepare(output, settings, request.fresh, request.notice)
         options, staged = request.options_in(work), work / STAGED
@@ -284,9 +283,8 @@ def _preview(request: Request, source: ModelSource) -> Preview:
     cautions = (*cautions_before(request.recipe), *domain_cautions(plan, request.recipe))
     serving = tuple(one.sentence for one in serving_of(plan, request.recipe.output))
     text = request.recipe.calibration
-    on_disk = request.options.states_in is not None
     token_count = text.samples * text.sequence_length
-    memory = memory_sentence(source, request.recipe, token_count, on_disk)
+    memory = memory_sentence(source, request.recipe, token_count, request.options.on_disk)
     found = Preview(source, plan, profile, (), "", cautions, serving, "", memory)
     if request.plan_file:
         return found

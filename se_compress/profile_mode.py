@@ -60,8 +60,8 @@ def _profile(
     recipe = request.recipe
     with telling_whose(source.path, place):
         tokens = draw_tokens(recipe.calibration, source)
-        on_disk = request.options.states_in is not None
-        request.notice(check_memory(source, recipe, len(tokens) * len(tokens[0]), on_disk))
+        token_count = len(tokens) * len(tokens[0])
+        request.notice(check_memory(source, recipe, token_count, request.options.on_disk))
         wanted = profile_digest(source, tokens, recipe)
         profile = next((one for one in measured.values() if one.digest == wanted), None)
         profile = profile or find_profile(wanted, request)

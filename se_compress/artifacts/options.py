@@ -42,3 +42,8 @@ class RunOptions:
     notice: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     ranks: Ranks = ALONE
+
+    @property
+    def on_disk(self) -> bool:
+        """Hidden states are kept in files."""
+        return self.states_in is not None

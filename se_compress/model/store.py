@@ -55,7 +55,7 @@ class Store:
         try:
             with tempfile.NamedTemporaryFile(dir=self.directory) as file:
                 # Reserved, not only named: a full disk is an error here and not a signal later.
-                _reserve(file.fileno(), count * dtype.itemsize)
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
                 return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
         except OSError as error:
             raise ResourceError(
@@ -64,10 +64,3 @@ class Store:
 
 
 IN_MEMORY = Store()
-
-
-def _reserve(file: int, size_bytes: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size_bytes)
-    else:  # macOS
-        os.ftruncate(file, size_bytes)

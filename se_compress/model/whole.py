@@ -61,12 +61,16 @@ class WholeModel:
 
     def norm_weights(self) -> dict[str, nn.Parameter]:
         """Those of the norms in its layers, in the same way."""
-        norms = (n for n, info in self.source.tensors.items() if info.kind == "norm")
-        return self._parameters(n for n in norms if self.source.tensors[n].layer is not None)
+        return self._parameters(
+            name
+            for name, info in self.source.tensors.items()
+            # Layers for multi-token prediction have norms that no live model has.
+            if info.kind == "norm" and info.layer is not None and name in self.binding.live_of
+        )
 
     def _parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Those of some tensors of the checkpoint that it holds as the model does."""
-        lives = {name: self.binding.live_of[name] for name in names if name in self.binding.live_of}
+        lives = {name: self.binding.live_of[name] for name in names}
         return {
             name: self.model.get_parameter(live)
             for name, live in lives.items()
