@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from units import Units
 
 VARIANTS = 6  # streams of `confirm`: three super experts, and a random one beside each
-LOSS_TOKENS, MEASURED_WIDTHS = 512, 4
+LOSS_TOKENS, LOSS_ROWS, MEASURED_WIDTHS = 512, 768, 4
 ROUNDS = 2
 BLOCK = 8  # experts that are worked on together
 SKEW = 0.5  # of the logarithm of tokens per expert: assumed
@@ -165,6 +165,12 @@ def solver_flops(sizes: Sizes) -> float:
     return float(passes * (hidden**2 * 2 * inner + inner**2 * hidden))
 
 
+def share_of_rows(sizes: Sizes) -> float:
+    """Share of an expert's weights that the profile rounds, see profiling/losses.py."""
+    upper, lower = (min(1.0, LOSS_ROWS / rows) for rows in (sizes.inner, sizes.hidden))
+    return (2 * upper + lower) / 3
+
+
 def of_blocks(values: Sequence[float]) -> list[float]:
     return [sum(values[at : at + BLOCK]) for at in range(0, len(values), BLOCK)]
 
@@ -205,7 +211,8 @@ def stage_of_layer(
         blocks = [a + fixed + n * squares / hessian for a, n in zip(blocks, once, strict=True)]
     plain = 2 * tokens * (sizes.attention + 3 * sizes.hidden * sizes.shared) / rate / place.ranks
     owned = longest_first(of_blocks(blocks), place.ranks)
-    rounded = {"profile": MEASURED_WIDTHS, "sensitivity": 1, "compress": 0}.get(stage, 0)
+    measured = MEASURED_WIDTHS * share_of_rows(sizes)
+    rounded = {"profile": measured, "sensitivity": 1, "compress": 0}.get(stage, 0)
     elementwise = sizes.routed * rounded / (found.rounded * scale)
     if stage in ("compress", "validate"):
         elementwise += sizes.routed / (found.packed * scale)

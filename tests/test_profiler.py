@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from se_compress.artifacts import (
+    PROJECTION_GROUPS,
     Ablation,
     ExpertId,
     ExpertIndex,
@@ -633,17 +635,33 @@ def round_expert(experts: Any, expert: int, tokens: list[Tensor], grid: Grid) ->
         weight.copy_(dequantize(rtn(weight[None], grid, power[None]))[0])
 
 
-def test_losses_from_some_of_the_tokens_stand_for_all(
-    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("many", "strongest", "counts", "least"),
+    [
+        ("LOSS_TOKENS", "LOSS_STRONGEST", (30, 10), 0.6),
+        ("LOSS_ROWS", "LOSS_STRONGEST_ROWS", (32, 8), 0.7),
+    ],
+)
+def test_losses_from_some_of_the_tokens_or_rows_stand_for_all(
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    many: str,
+    strongest: str,
+    counts: tuple[int, int],
+    least: float,
 ) -> None:
     every = profile(tiny_model("mixtral"))
-    monkeypatch.setattr(losses, "LOSS_TOKENS", 30)
-    monkeypatch.setattr(losses, "LOSS_STRONGEST", 10)
+    monkeypatch.setattr(losses, many, counts[0])
+    monkeypatch.setattr(losses, strongest, counts[1])
     some = profile(tiny_model("mixtral"))
-    for stats in every.experts:
-        for bits in (2, 4):
-            ratio = some.by_id[stats.id].loss_of("down", bits) / stats.loss_of("down", bits)
-            assert 0.6 < ratio < 1.6
+    ratios = [
+        some.by_id[stats.id].loss_of(part, bits) / stats.loss_of(part, bits)
+        for stats in every.experts
+        for part in PROJECTION_GROUPS
+        for bits in (2, 4)
+    ]
+    assert all(least < ratio < 1 / least for ratio in ratios)
+    assert median(ratios) == pytest.approx(1.0, abs=0.06)
 
 
 def test_sink_rates_of_short_sequences(tiny_model: TinyModel) -> None:

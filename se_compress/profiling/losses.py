@@ -1,10 +1,12 @@
 """What rounding an expert's weights would cost, from the tokens that are routed to it.
 
 Weights are rounded to the nearest codes, without GPTQ; scales are chosen for the power of the
-inputs. One projection group is rounded at a time: gate and up, or down.
+inputs. One projection group is rounded at a time: gate and up, or down. Of a large expert some
+neurons and output channels stand for all: the search for scales is what takes the time, ten seconds
+for an expert of DeepSeek-V3's shape, of which 6,144 wait.
 
-N tokens of a layer with H channels, E experts of I neurons, n tokens of one expert, S experts that
-are rounded together.
+N tokens of a layer with H channels, experts of I neurons, n tokens of one expert, S experts that
+are rounded together, r rows of each. R is 2I, or I without a gate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,26 +24,46 @@ from se_compress.quant.grid import Grid, dequantize, rtn
 # them.
 LOSS_TOKENS = 512
 LOSS_STRONGEST = 32
+# The same for neurons, whose rows of gate and up are rounded, and for channels, whose rows of down
+# are.
+LOSS_ROWS = 768
+LOSS_STRONGEST_ROWS = 64
 
 # Projection group -> bits -> loss.
 Losses = Mapping[ProjectionGroup, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """Some tokens of one expert. All but `factor` have the model's dtype.
+class _Some:
+    """Some of many that stand for all of them.
 
-    hidden  inputs of gate_proj and up_proj, [n, H]
-    inner   inputs of down_proj, [n, I]
-    output  outputs of down_proj, [n, H]
-    factor  what a squared error of the output counts, float32 [n]: (routing weight / residual
-            norm)^2 x how many tokens this one stands for
+    places      int64 [n]
+    stands_for  float32 [n], for how many each does
+    """
+
+    places: Tensor
+    stands_for: Tensor
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some tokens of one expert, and some of its rows. Of the model's dtype but for `factor`.
+
+    hidden    inputs of gate_proj and up_proj, [n, H]
+    inner     inputs of down_proj, [n, I]
+    output    outputs of down_proj, [n, H]
+    factor    what a squared error of the output counts, float32 [n]: (routing weight / residual
+              norm)^2 x how many tokens this one stands for
+    neurons   whose rows of gate_proj and up_proj are rounded
+    channels  whose rows of down_proj are
     """
 
     hidden: Tensor
     inner: Tensor
     output: Tensor
     factor: Tensor
+    neurons: _Some
+    channels: _Some
 
 
 def residual_norms(after: Sequence[Tensor]) -> Tensor:
@@ -60,6 +82,9 @@ def rounding_losses(
     grids     what the weights are rounded to
     """
     samples = [_sample(block, expert, capture, residual) for expert in block.ids]
+    gate_up, down = block.gate_up_proj, block.down_proj
+    upper = _chosen(gate_up, [_rows_of(block, sample.neurons.places) for sample in samples])
+    lower = _chosen(down, [sample.channels.places for sample in samples])
     hidden_power = torch.stack([mean_square(sample.hidden) for sample in samples])  # [S, H]
     inner_power = torch.stack([mean_square(sample.inner) for sample in samples])  # [S, I]
     tokens = len(residual)
@@ -69,29 +94,47 @@ def rounding_losses(
         for sample in samples
     ]
     for grid in grids:
-        gate_up = dequantize(rtn(block.gate_up_proj.float(), grid, hidden_power))
-        down = dequantize(rtn(block.down_proj.float(), grid, inner_power))
-        for place, (expert, sample) in enumerate(zip(block.ids, samples, strict=True)):
-            errors = _errors(block, expert, sample, gate_up[place], down[place])
-            for part, error in errors.items():
-                losses[place][part][grid.bits] = _loss(sample, error, tokens)
+        rounded = dequantize(rtn(upper, grid, hidden_power))
+        for expert, sample, loss, rows in zip(block.ids, samples, losses, rounded, strict=True):
+            error = _gate_up_error(block, expert, sample, rows)
+            loss["gate_up"][grid.bits] = _loss(sample, error, tokens)
+        change = dequantize(rtn(lower, grid, inner_power)).sub_(lower)
+        for sample, loss, rows in zip(samples, losses, change, strict=True):
+            error = sample.inner.float() @ rows.T * sample.channels.stands_for.sqrt()
+            loss["down"][grid.bits] = _loss(sample, error, tokens)
     return dict(zip(block.ids, losses, strict=True))
 
 
-def _errors(
-    experts: RoutedExperts, expert: int, sample: _Sample, gate_up: Tensor, down: Tensor
-) -> dict[ProjectionGroup, Tensor]:
-    """Projection group -> what rounding it alone does to the expert's output, float32 [n, H].
+def _rows_of(block: RoutedExperts, neurons: Tensor) -> Tensor:
+    """The rows of `gate_up_proj` that are of some neurons, int64: of one projection, then of the
+    other."""
+    rows = torch.arange(block.gate_up_proj.shape[1], device=neurons.device)
+    return torch.cat([rows[part][neurons] for part in block.roles.values()])
 
-    gate_up, down  the expert's rounded weights, float32 [2I, H] and [H, I]
+
+def _chosen(weights: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Some rows of each weight of a stack [S, R, C]: float32 [S, r, C]; the stack itself where they
+    are all that there are."""
+    if len(rows[0]) == weights.shape[1]:
+        return weights.float()
+    return torch.stack([one[some] for one, some in zip(weights, rows, strict=True)]).float()
+
+
+def _gate_up_error(block: RoutedExperts, expert: int, sample: _Sample, rounded: Tensor) -> Tensor:
+    """What rounding the rows of its neurons in gate_proj and up_proj does to an expert's output,
+    float32 [n, H].
+
+    Errors of different neurons do not go together, so that a neuron that stands for four is one
+    with twice the error.
+
+    rounded  those rows, float32 [r, H]
     """
-    output = sample.output.float()
-    inner = experts.activated(expert, sample.hidden.float() @ gate_up.T)
-    exact = experts.down_proj[experts.place(expert)].float()
-    return {
-        "gate_up": experts.output(expert, inner, exact) - output,
-        "down": experts.output(expert, sample.inner.float(), down) - output,
-    }
+    at, hidden, neurons = block.place(expert), sample.hidden.float(), sample.neurons.places
+    product = hidden @ block.gate_up_proj[at].float().T
+    exact = block.activated(expert, product)[:, neurons]
+    product[:, _rows_of(block, neurons)] = hidden @ rounded.T
+    change = block.activated(expert, product)[:, neurons] - exact
+    return (change * sample.neurons.stands_for.sqrt()) @ block.down_proj[at][:, neurons].float().T
 
 
 def _sample(
@@ -100,36 +143,41 @@ def _sample(
     """At most LOSS_TOKENS of an expert's tokens; `residual` [N] are the norms after the layer."""
     rows, weights = capture.rows_of(expert)
     importance = (weights.float() / residual[rows].clamp(min=1e-12)).square()
-    stands_for = torch.ones_like(importance)
-    if len(rows) > LOSS_TOKENS:
-        kept, stands_for = _thinned(importance)
-        rows, importance = rows[kept], importance[kept]
-    hidden = capture.hidden[rows]
+    some = _some(importance, LOSS_TOKENS, LOSS_STRONGEST)
+    hidden = capture.hidden[rows[some.places]]
     inner = experts.inner(expert, hidden)
     output = experts.output(expert, inner)
-    return _Sample(hidden, inner, output, importance * stands_for)
+    # How much of the output goes through a neuron, and into a channel.
+    squares = experts.down_proj[experts.place(expert)].float().square()
+    power = mean_square(inner)
+    return _Sample(
+        hidden,
+        inner,
+        output,
+        importance[some.places] * some.stands_for,
+        neurons=_some(squares.sum(0) * power, LOSS_ROWS, LOSS_STRONGEST_ROWS),
+        channels=_some(squares @ power, LOSS_ROWS, LOSS_STRONGEST_ROWS),
+    )
 
 
-def _thinned(importance: Tensor) -> tuple[Tensor, Tensor]:
-    """LOSS_TOKENS places, int64, in `importance` [n], and how many tokens each stands for.
+def _some(importance: Tensor, count: int, strongest: int) -> _Some:
+    """At most `count` places in `importance` [n].
 
     The strongest are all kept and stand for themselves. The others are taken at even steps, and
     each stands for a step.
     """
-    strongest = importance.topk(LOSS_STRONGEST).indices
-    rest = torch.ones(len(importance), dtype=torch.bool, device=importance.device)
-    rest[strongest] = False
-    others = rest.nonzero()[:, 0]
-    count = LOSS_TOKENS - LOSS_STRONGEST
-    step = len(others) / count
-    picked = (torch.arange(count, device=importance.device) * step).long()
-    stands_for = torch.cat(
-        [
-            torch.ones_like(importance)[:LOSS_STRONGEST],
-            torch.full((count,), step, device=importance.device),
-        ]
-    )
-    return torch.cat([strongest, others[picked]]), stands_for
+    every = torch.arange(len(importance), device=importance.device)
+    if len(every) <= count:
+        return _Some(every, torch.ones_like(importance))
+    kept = importance.topk(strongest).indices
+    rest = torch.ones_like(every, dtype=torch.bool)
+    rest[kept] = False
+    others = every[rest]
+    step = len(others) / (count - strongest)
+    picked = (every[: count - strongest] * step).long()
+    stands_for = torch.full((count,), step, device=importance.device)
+    stands_for[:strongest] = 1.0
+    return _Some(torch.cat([kept, others[picked]]), stands_for)
 
 
 def _loss(sample: _Sample, error: Tensor, tokens: int) -> float:

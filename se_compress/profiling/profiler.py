@@ -105,7 +105,7 @@ def profile_digest(source: ModelSource, tokens: Sequence[Sequence[int]], recipe:
     """Equal if a profile made from these inputs would be equal."""
     grid = (recipe.quantization.group_size, recipe.quantization.symmetric)
     criterion = recipe.super_experts.model_dump(exclude={"expected"})
-    parts = ["profile-7", source.digest, tokens, criterion, grid, recipe.compute_dtype]
+    parts = ["profile-8", source.digest, tokens, criterion, grid, recipe.compute_dtype]
     more = [*measured_bits(recipe)] if measured_bits(recipe) != MEASURED_BITS else []
     return digest_of(*parts, *(["similarity"] if recipe.policy.merges else []), *more)
 
