@@ -47,18 +47,20 @@ class _Some:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some tokens of one expert, and some of its rows. Of the model's dtype but for `factor`.
+    """Some tokens of one expert, and some of its rows; float32.
 
     hidden    inputs of gate_proj and up_proj, [n, H]
+    product   what these make of them, [n, R]
     inner     inputs of down_proj, [n, I]
     output    outputs of down_proj, [n, H]
-    factor    what a squared error of the output counts, float32 [n]: (routing weight / residual
-              norm)^2 x how many tokens this one stands for
+    factor    what a squared error of the output counts, [n]: (routing weight / residual norm)^2 x
+              how many tokens this one stands for
     neurons   whose rows of gate_proj and up_proj are rounded
     channels  whose rows of down_proj are
     """
 
     hidden: Tensor
+    product: Tensor
     inner: Tensor
     output: Tensor
     factor: Tensor
@@ -90,8 +92,7 @@ def rounding_losses(
     tokens = len(residual)
     # 0 bits of down_proj: nothing is left of the output, so the error is the output.
     losses: list[dict[ProjectionGroup, dict[int, float]]] = [
-        {"gate_up": {}, "down": {0: _loss(sample, sample.output.float(), tokens)}}
-        for sample in samples
+        {"gate_up": {}, "down": {0: _loss(sample, sample.output, tokens)}} for sample in samples
     ]
     for grid in grids:
         rounded = dequantize(rtn(upper, grid, hidden_power))
@@ -100,7 +101,7 @@ def rounding_losses(
             loss["gate_up"][grid.bits] = _loss(sample, error, tokens)
         change = dequantize(rtn(lower, grid, inner_power)).sub_(lower)
         for sample, loss, rows in zip(samples, losses, change, strict=True):
-            error = sample.inner.float() @ rows.T * sample.channels.stands_for.sqrt()
+            error = sample.inner @ rows.T * sample.channels.stands_for.sqrt()
             loss["down"][grid.bits] = _loss(sample, error, tokens)
     return dict(zip(block.ids, losses, strict=True))
 
@@ -129,12 +130,14 @@ def _gate_up_error(block: RoutedExperts, expert: int, sample: _Sample, rounded: 
 
     rounded  those rows, float32 [r, H]
     """
-    at, hidden, neurons = block.place(expert), sample.hidden.float(), sample.neurons.places
-    product = hidden @ block.gate_up_proj[at].float().T
-    exact = block.activated(expert, product)[:, neurons]
-    product[:, _rows_of(block, neurons)] = hidden @ rounded.T
-    change = block.activated(expert, product)[:, neurons] - exact
-    return (change * sample.neurons.stands_for.sqrt()) @ block.down_proj[at][:, neurons].float().T
+    neurons = sample.neurons.places
+    product = sample.product.clone()
+    product[:, _rows_of(block, neurons)] = sample.hidden @ rounded.T
+    change = block.activated(expert, product).sub_(sample.inner)
+    down = block.down_proj[block.place(expert)].float()
+    if len(neurons) < len(sample.inner.T):
+        change, down = change[:, neurons] * sample.neurons.stands_for.sqrt(), down[:, neurons]
+    return change @ down.T
 
 
 def _sample(
@@ -144,16 +147,18 @@ def _sample(
     rows, weights = capture.rows_of(expert)
     importance = (weights.float() / residual[rows].clamp(min=1e-12)).square()
     some = _some(importance, LOSS_TOKENS, LOSS_STRONGEST)
-    hidden = capture.hidden[rows[some.places]]
-    inner = experts.inner(expert, hidden)
-    output = experts.output(expert, inner)
+    at = experts.place(expert)
+    gate_up, down = experts.gate_up_proj[at].float(), experts.down_proj[at].float()
+    hidden = capture.hidden[rows[some.places]].float()
+    product = hidden @ gate_up.T
+    inner = experts.activated(expert, product)
     # How much of the output goes through a neuron, and into a channel.
-    squares = experts.down_proj[experts.place(expert)].float().square()
-    power = mean_square(inner)
+    squares, power = down.square(), mean_square(inner)
     return _Sample(
         hidden,
+        product,
         inner,
-        output,
+        experts.output(expert, inner, down),
         importance[some.places] * some.stands_for,
         neurons=_some(squares.sum(0) * power, LOSS_ROWS, LOSS_STRONGEST_ROWS),
         channels=_some(squares @ power, LOSS_ROWS, LOSS_STRONGEST_ROWS),
