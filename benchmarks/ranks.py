@@ -12,7 +12,8 @@ speed   seconds of 2 ranks with a thread each against 1 rank with a thread and o
         whose experts of 64 neurons cost little beside what ranks have to tell of them, and
         qwen3-few: two layers of Qwen3-30B-A3B's shape with 16 experts, one a token (scale.py).
 
-What a target does not load of a family is left out, and said. --ranks 0 is a process without
+What a target does not load of a family is left out, and said; --variants names some of all, and what
+was measured of others is kept. --ranks 0 is a process without
 torchrun, which all others are held to.
 """
 
@@ -88,7 +89,9 @@ def main() -> None:
     parts = options.parts.split(",")
     for name in options.models.split(","):
         if "equal" in parts and name != "qwen3-few":
-            _keep(work, f"equal {name}", equal(name, ranks, work, options.warm))
+            wanted = options.variants.split(",")
+            found = equal(name, ranks, work, options.warm, wanted)
+            _keep(work, f"equal {name}", _with_others(found, found_in(work).get(f"equal {name}")))
         if "killed" in parts and name != "qwen3-few":
             _keep(work, f"killed {name}", killed(name, work, options.warm))
         if "speed" in parts and name in FAST:
@@ -104,6 +107,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join((*TINY, "smollm2-moe")))
     parser.add_argument("--ranks", default="0,1,2,3")
     parser.add_argument("--parts", default="equal,killed,speed")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of the part equal")
     parser.add_argument("--warm", action="store_true", help="forked, see processes.py")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", default=str(ROOT / "out" / "ranks"))
@@ -163,9 +167,13 @@ def loaded_variants(name: str, work: Path) -> tuple[dict[str, Any], dict[str, st
 # ------------------------------------------------------------------------------------------- equal
 
 
-def equal(name: str, ranks: Sequence[int], work: Path, warm: bool) -> dict[str, Any]:
-    """Of each variant, the numbers of ranks whose files are those of the first, and how many."""
+def equal(
+    name: str, ranks: Sequence[int], work: Path, warm: bool, wanted: Sequence[str] = tuple(VARIANTS)
+) -> dict[str, Any]:
+    """Of each of some variants, the numbers of ranks whose files are those of the first, and how
+    many."""
     taken, refused = loaded_variants(name, work)
+    taken = {variant: own for variant, own in taken.items() if variant in wanted}
     found: dict[str, dict[str, dict[str, str]]] = {}
     codes: dict[str, int] = {}
     for count in ranks:
@@ -183,6 +191,13 @@ def equal(name: str, ranks: Sequence[int], work: Path, warm: bool) -> dict[str, 
                 there[str(count)] = hashes(made)
         shutil.rmtree(output, ignore_errors=True)
     return {"codes": codes, "refused": refused, "variants": differences(found, ranks)}
+
+
+def _with_others(found: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """With the variants that an earlier run, with the same numbers of ranks, has measured."""
+    if before is None or before["codes"].keys() != found["codes"].keys():
+        return found
+    return {**found, "variants": {**before["variants"], **found["variants"]}}
 
 
 def differences(
