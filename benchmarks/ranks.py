@@ -12,9 +12,9 @@ speed   seconds of 2 ranks with a thread each against 1 rank with a thread and o
         whose experts of 64 neurons cost little beside what ranks have to tell of them, and
         qwen3-few: two layers of Qwen3-30B-A3B's shape with 16 experts, one a token (scale.py).
 
-What a target does not load of a family is left out, and said; --variants names some of all, and what
-was measured of others is kept. --ranks 0 is a process without
-torchrun, which all others are held to.
+What a target does not load of a family is left out, and said; --variants names some of all, and
+what was measured of others is kept. --ranks 0 is a process without torchrun, which all others are
+held to.
 """
 
 import argparse
