@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-import torch
 from torch import Tensor
 
 from se_compress.artifacts import (
@@ -143,8 +142,6 @@ def quantize_experts(
     """
     mine = {d.expert: d for d in decisions if isinstance(d.expert, int)}
     work = _Work(name_of, capture, mine, scheme, recipe, put)
-    hidden = capture.hidden
-    output = capture.store.empty(hidden.shape, hidden, torch.float32).zero_()
     records: list[ExpertRecord] = []
     refined: RefineRecord | None = None
     if aim is not None and recipe.quantization.refine is not None:
@@ -153,14 +150,16 @@ def quantize_experts(
         made = experts.each(
             partial(_quantized, work),
             ranks=ranks,
-            size=_block_size(experts, hidden),
+            size=_block_size(experts, capture.hidden),
             costs=_costs(experts, capture),
         )
-    for expert, record, outputs in made:
-        records += [record] if record else []
-        rows, weights = capture.rows_of(expert)
-        output.index_add_(0, rows, outputs.float() * weights[:, None])
-    return QuantizedExperts(records, output, refined)
+
+    def outputs() -> Iterator[tuple[int, Tensor]]:
+        for expert, record, output in made:
+            records.extend([record] if record else [])
+            yield expert, output
+
+    return QuantizedExperts(records, capture.summed(outputs()), refined)
 
 
 def _block_size(experts: LayerExperts, like: Tensor) -> int:

@@ -4,6 +4,7 @@ B sequences of a batch, T positions, N = B * T rows of a batch with H channels, 
 n rows and I neurons of one expert. Row = sequence * T + position.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -209,6 +210,15 @@ class RoutingCapture(Observer):
         if expert < len(self._by_expert):
             return self._by_expert[expert]
         return self.experts.new_empty(0), self.weights.new_empty(0)  # behind the last one chosen
+
+    def summed(self, outputs: Iterable[tuple[int, Tensor]]) -> Tensor:
+        """What experts put out together, [N, H] float32: of each its outputs [n, H] for the rows
+        routed to it, weighted, added in the order in which the experts come."""
+        total = self.store.empty(self.hidden.shape, self.hidden, torch.float32).zero_()
+        for expert, output in outputs:
+            rows, weights = self.rows_of(expert)
+            total.index_add_(0, rows, output.float() * weights[:, None])
+        return total
 
 
 class SinkCapture(Observer):

@@ -97,12 +97,7 @@ def _rounded_output(
             if len(rows):
                 yield expert, block.whole_output(expert, capture.hidden.index_select(0, rows))
 
-    experts = model.layer_experts(module)
-    total = torch.zeros(capture.hidden.shape, dtype=torch.float32, device=capture.hidden.device)
-    for expert, output in experts.each(work, ranks=model.ranks):
-        rows, weights = capture.rows_of(expert)
-        total.index_add_(0, rows, output.float() * weights[:, None])
-    return total
+    return capture.summed(model.layer_experts(module).each(work, ranks=model.ranks))
 
 
 def _round(block: RoutedExperts, capture: RoutingCapture, grid: Grid) -> None:
