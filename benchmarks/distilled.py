@@ -1,15 +1,16 @@
-"""What training routers and norms of a pruned or merged model on the source's predictions brings
-back.
+"""What repairing a pruned or merged model, and training its routers and norms on the source's
+predictions, brings back.
 
     python benchmarks/distilled.py [--models smollm2-moe,smollm2-mixtral] [--only PART]
 
 Each checkpoint is planned from one profile, written in the source's precision from 32 x 256
 calibration tokens, and judged by the validator on held-out text (8 x 256 tokens; four greedy
-continuations of 24 tokens), without `distill` and with it:
+continuations of 24 tokens), without `policy.repair` and with it:
 
     prune-25, prune-50   so many percent of the experts by REAP
     merge-25, merge-50   the same number, merged by their outputs; its profile takes longer, for the
                          similarities
+    ...-distilled        the same, trained
 
 Measurements are kept under --work, and the section of RESULTS.md is rewritten from all of them, so
 a run can be made in parts.
@@ -26,7 +27,8 @@ from se_compress.planning.policy import make_plan
 from se_compress.recipe import Distill, Recipe
 
 WORK = ROOT / "out" / "benchmark-distilled"
-PARTS = ("prune-25", "prune-50", "merge-25", "merge-50")
+SURGERY = ("prune-25", "prune-50", "merge-25", "merge-50")
+PARTS = tuple(f"{part}{more}" for part in SURGERY for more in ("", "-distilled"))
 # Two sequences a step, so that each of the 26 that tune is seen six times.
 RULE = Distill(steps=78, sequences=2)
 
@@ -43,13 +45,14 @@ def recipe_for(name: str, **policy: Any) -> Recipe:
 
 
 def measure(model: Model, part: str) -> Iterator[dict[str, Any]]:
-    surgery, _, percent = part.partition("-")
-    plain = recipe_for(model.name, **{surgery: {"fraction": int(percent) / 100}})
-    plan = make_plan(model.source, model.profile, plain)
-    trained = plain.model_copy(update={"distill": RULE})
-    for recipe in (plain, trained):
-        mark = ", distilled" if recipe.distill else ""
-        row = {"name": f"{surgery} {percent} %{mark}"}
+    surgery, percent, *distilled = part.split("-")
+    for repair in (False, True):
+        policy = {surgery: {"fraction": int(percent) / 100}, "repair": repair}
+        recipe = recipe_for(model.name, **policy)
+        plan = make_plan(model.source, model.profile, recipe)
+        if distilled:
+            recipe = recipe.model_copy(update={"distill": RULE})
+        row = {"name": ", ".join([f"{surgery} {percent} %", *["repaired"] * repair, *distilled])}
         row |= judge(model, recipe, plan, model.calibration)
         print(json.dumps(row), flush=True)
         yield row
@@ -78,7 +81,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def section(measured: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
     lines = [
-        "## Routers and norms distilled after pruning and merging",
+        "## Repaired and distilled after pruning and merging",
         "",
         f"`python benchmarks/distilled.py`, {machine()}. {RULE.steps} steps of {RULE.sequences}"
         " sequences of the 32 x 256 calibration tokens; 8 x 256 held-out tokens; repetition is"

@@ -59,6 +59,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "pruned": {**INTEGER, "policy": {"prune": {"fraction": 0.25}}},
     "merged": {**INTEGER, "policy": {"merge": {"fraction": 0.25}}},
     "pruned-only": {**NONE, "policy": {"prune": {"fraction": 0.25}}},
+    "repaired": {**INTEGER, "policy": {"prune": {"fraction": 0.25}, "repair": True}},
     "merged-only": {**NONE, "policy": {"merge": {"fraction": 0.25}}},
     "zeroed": {**NONE, "policy": {"zero": "random"}},
     "gptqmodel": {

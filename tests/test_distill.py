@@ -75,14 +75,21 @@ def settings_of(path: Path, bits: int = 3, surgery: str = "", **more: Any) -> Re
 class Made:
     """One checkpoint, distilled or not."""
 
-    def __init__(self, path: Path, directory: Path, settings: Recipe, **options: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        directory: Path,
+        settings: Recipe,
+        tokens: list[list[int]] = TOKENS,
+        **options: Any,
+    ) -> None:
         self.source, self.recipe = open_source(str(path)), settings
         surgical = settings.policy.prune or settings.policy.merge
-        profile = profile_experts(self.source, TOKENS, settings) if surgical else None
+        profile = profile_experts(self.source, tokens, settings) if surgical else None
         self.plan = make_plan(self.source, profile, settings)
         self.directory, self.notices = directory, list[str]()
         run = RunOptions(notice=self.notices.append, **options)
-        compress(self.source, self.plan, TOKENS, settings, directory, run)
+        compress(self.source, self.plan, tokens, settings, directory, run)
         self.made = from_json(Compressed, (directory / COMPRESSION_FILE).read_text(), "it")
         self.blueprint = draw_blueprint(self.source, self.plan)
 

@@ -2,9 +2,10 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -55,7 +56,8 @@ def test_tokens_cost_hidden_states_and_experts_nothing_beyond_a_block(
     assert sizes[1] <= sizes[0]
 
 
-def test_it_is_what_a_run_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", [{}, {"prune": {"fraction": 0.25}, "repair": True}])
+def test_it_is_what_a_run_takes(tmp_path: Path, policy: Mapping[str, Any]) -> None:
     """Within a fifth, where a run takes most; anonymous memory of a process of its own."""
     model = synthetic.write_model(WIDE, tmp_path / "model")
     settings = processes.recipe_of(
@@ -63,7 +65,7 @@ def test_it_is_what_a_run_takes(tmp_path: Path) -> None:
         tmp_path / "out",
         SAMPLES,
         LENGTH,
-        policy={"bits": 4},
+        policy={"bits": 4, **policy},
         quantization={"method": "gptq", "group_size": 128},
     )
     file = processes.write_recipe(tmp_path / "recipe.yaml", settings)

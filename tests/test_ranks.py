@@ -32,6 +32,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "all-tokens": {"calibration": {"data": "unused.txt", "routing": "all"}},
     "refined": {"quantization": {**INTEGER, "refine": {"steps": 4, "tokens": 32}}},
     "pruned": {"policy": {"prune": {"fraction": 0.25}, "bits": [4]}},
+    "repaired": {"policy": {"prune": {"fraction": 0.25}, "repair": True, "bits": [4]}},
     "merged": {"policy": {"merge": {"fraction": 0.5}, "bits": [4]}},
     "unquantised": {"quantization": {"method": "none"}, "policy": {"prune": {"fraction": 0.5}}},
     "bitsandbytes": {

@@ -36,6 +36,7 @@ from se_compress.artifacts.compression import (
     LayerRecord,
     LinearRecord,
     RefineRecord,
+    RepairRecord,
 )
 from se_compress.artifacts.expectation import (
     surprise,
@@ -167,6 +168,7 @@ __all__ = [
     "ProjectionGroup",
     "Ranks",
     "RefineRecord",
+    "RepairRecord",
     "Rescue",
     "Role",
     "RunOptions",

@@ -77,8 +77,25 @@ class RefineRecord:
 
 
 @dataclass(frozen=True)
+class RepairRecord:
+    """How repairing the experts that surgery has left in a layer went.
+
+    changed   experts whose down_proj was changed: where it helped on text that it was not solved on
+    experts   those that might have been
+    report_before, report   distance of the hidden states behind the layer from what the source's
+              layer makes of the same states before it, relative, root mean square over tokens that
+              decided nothing
+    """
+
+    changed: int
+    experts: int
+    report_before: float
+    report: float
+
+
+@dataclass(frozen=True)
 class FoldRecord:
-    """A share of the calibration text, which refining and distilling use for one purpose.
+    """A share of the calibration text: repairing, refining and distilling use it for one purpose.
 
     fold       tuning: gradients; selection: which state is kept; report: what is said of it
     sequences  their number
@@ -127,6 +144,7 @@ class LayerRecord:
                    the source after the layer
     failed         the gate that the compressed stream failed here: compressing stopped
     refined        how refining its routed experts went; their errors are those before it
+    repaired       how repairing its experts went, before they were quantised
     digests        hashes of the tensors that were made and not copied, see digests.py
     distilled      names of the result's tensors that distilling has changed since, and that are
                    known by their hashes alone; none without it. hidden_error is that before it
@@ -139,6 +157,7 @@ class LayerRecord:
     linears: tuple[LinearRecord, ...] = ()
     failed: Check | None = field(default=None, metadata=UNLESS_NONE)
     refined: RefineRecord | None = field(default=None, metadata=UNLESS_NONE)
+    repaired: RepairRecord | None = field(default=None, metadata=UNLESS_NONE)
     digests: Mapping[str, str] = field(default_factory=dict)
     distilled: tuple[str, ...] | None = field(default=None, metadata=UNLESS_NONE)
 

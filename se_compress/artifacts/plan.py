@@ -121,6 +121,8 @@ class CompressionPlan:
     others            linears of attention and dense MLPs; those without a line keep SOURCE_BITS
     rescued           the protected experts to which protection made a difference; none without a
                       profile
+    repaired          true: the experts that are left make up for those that went, but for the
+                      protected ones
     """
 
     target: str | tuple[str, ...]
@@ -134,6 +136,7 @@ class CompressionPlan:
     experts: tuple[ExpertDecision, ...]
     others: tuple[OtherDecision, ...] = ()
     rescued: tuple[Rescue, ...] = ()
+    repaired: bool | None = field(default=None, metadata=UNLESS_NONE)
 
     @cached_property
     def by_id(self) -> dict[ExpertId, ExpertDecision]:

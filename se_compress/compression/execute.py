@@ -88,7 +88,7 @@ def compress(
     first(options.ranks, partial(_reserve, files, directory, options))
     layout = blueprint.found_in(files)
     made = Compressed(_fill(blueprint, tokens, recipe, layout, options))
-    if recipe.quantization.refine or recipe.distill:
+    if recipe.quantization.refine or recipe.distill or plan.repaired:
         made = replace(made, folds=records_of_folds(tokens))
     if recipe.distill and made.stopped is None:
         train = partial(_distill, blueprint, tokens, recipe, layout, options, made)
@@ -315,6 +315,7 @@ def _make_layer(
         linears=tuple(linear.record for linear in done.made.linears),
         failed=done.failed,
         refined=done.made.refined,
+        repaired=done.made.repaired,
         digests=by_owner(written.digests),
     )
     return record, done.streams

@@ -31,6 +31,7 @@ from se_compress.artifacts import (
     Scheme,
 )
 from se_compress.compression.refine import Aim, refine_experts
+from se_compress.compression.repair import Repair, repair_block
 from se_compress.compression.stacks import (
     Packed,
     SolvedExperts,
@@ -101,6 +102,7 @@ class _Work:
     capture    what the layer's experts see
     decisions  of those that are quantised, by their ids
     put        takes packed matrices, by the names of their weights
+    repair     of the layer, if surgery has left less of it
     """
 
     name_of: NameOf
@@ -109,6 +111,7 @@ class _Work:
     scheme: Scheme
     recipe: Recipe
     put: Callable[[Packed], None]
+    repair: Repair | None
 
     @property
     def everyone(self) -> bool:
@@ -131,17 +134,20 @@ def quantize_experts(
     put: Callable[[Packed], None],
     aim: Aim | None = None,
     ranks: Ranks = ALONE,
+    repair: Repair | None = None,
 ) -> QuantizedExperts:
-    """Quantise routed experts of one layer.
+    """Quantise routed experts of one layer, and repair them before.
 
     name_of  expert and projection -> name of the weight
     capture  what the layer's experts see
     put      takes the packed matrices of a block, by the names of their weights, on the rank that
              made them
     aim      what they are refined towards, if the recipe wants that; every rank does that whole
+    repair   of the layer, if the plan wants that: one expert after the other, so that every rank
+             does it whole
     """
     mine = {d.expert: d for d in decisions if isinstance(d.expert, int)}
-    work = _Work(name_of, capture, mine, scheme, recipe, put)
+    work = _Work(name_of, capture, mine, scheme, recipe, put, repair)
     records: list[ExpertRecord] = []
     refined: RefineRecord | None = None
     if aim is not None and recipe.quantization.refine is not None:
@@ -149,7 +155,7 @@ def quantize_experts(
     else:
         made = experts.each(
             partial(_quantized, work),
-            ranks=ranks,
+            ranks=ranks if repair is None else ALONE,
             size=_block_size(experts, capture.hidden),
             costs=_costs(experts, capture),
         )
@@ -178,9 +184,24 @@ def _costs(experts: LayerExperts, capture: RoutingCapture) -> list[float]:
 
 def _quantized(work: _Work, block: RoutedExperts) -> Iterator[Made]:
     """Quantise the experts of a block, in place, and run all of them."""
+    _repair(work, block)
+    if not work.decisions:
+        return _run_on(block, [], work)
     if FORMATS[work.scheme.format].quantize:
         return _run_on(block, list(_pack_block(block, work)), work)
     return _run_on(block, list(_packed(block, _solve_block(block, work), work)), work)
+
+
+def _repair(work: _Work, block: RoutedExperts) -> None:
+    """Repair the experts of a block, if they are to be, and let go of those that stay so."""
+    if work.repair is None:
+        return
+    repair_block(block, work.capture, work.repair)
+    for expert, dtype in work.repair.stored.items():
+        decision = work.decisions.get(expert)
+        if expert in block.ids and (decision is None or decision.bits_of("down") == SOURCE_BITS):
+            down = block.down_proj[block.place(expert)].to(dtype)
+            work.put({work.name_of(ExpertId(work.repair.layer, expert), "down"): {"weight": down}})
 
 
 def _refined(
@@ -188,6 +209,7 @@ def _refined(
 ) -> tuple[Iterator[Made], RefineRecord]:
     """All experts of the layer at once, quantised and refined; beside it how that went."""
     whole = experts.load(range(len(experts)))
+    _repair(work, whole)
     before = whole.gate_up_proj.clone(), whole.down_proj.clone()
     blocks = whole.slices(_block_size(experts, aim.hidden))
     solved = [some for block in blocks for some in _solve_block(block, work)]

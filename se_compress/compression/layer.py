@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import nn
 
 from se_compress.artifacts import (
@@ -17,15 +18,19 @@ from se_compress.artifacts import (
     ExpertId,
     ExpertRecord,
     RefineRecord,
+    RepairRecord,
     Scheme,
 )
 from se_compress.compression.early_warning import Side, early_warning, overflow_warning
 from se_compress.compression.experts import quantize_experts
 from se_compress.compression.linears import SolvedLinear, quantize_linears, quantize_shared
 from se_compress.compression.refine import aim_of
+from se_compress.compression.repair import repair_of
 from se_compress.compression.stacks import Packed
 from se_compress.engines.blueprint import Blueprint
 from se_compress.errors import RecipeError
+from se_compress.model.checkpoint import TORCH_DTYPES
+from se_compress.model.experts import outputs_of
 from se_compress.model.measures import relative_distance
 from se_compress.model.observers import Observer, RoutingCapture, SinkCapture
 from se_compress.model.overflow import check_states
@@ -84,12 +89,14 @@ class Made:
     experts  records of its experts, by the ids of the reduced model
     linears  its quantised linears of attention and dense MLP
     refined  how refining its routed experts went
+    repaired  how repairing them went
     """
 
     result: list[States]
     experts: list[ExpertRecord] = field(default_factory=list)
     linears: list[SolvedLinear] = field(default_factory=list)
     refined: RefineRecord | None = None
+    repaired: RepairRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class LayerPlan:
     shared     gate and up, then down, of its shared expert: name of the weight -> its bits
     attention  the same for linears of attention, all of them at once
     dense      the same for a dense MLP, gate and up, then down
+    repaired   the routed experts that make up for those that went, with the dtype in which their
+               down_proj is stored; float32 of one that is quantised
     """
 
     layer: int
@@ -126,9 +135,15 @@ class LayerPlan:
     shared: tuple[Mapping[str, int], ...]
     attention: Mapping[str, int]
     dense: tuple[Mapping[str, int], ...]
+    repaired: Mapping[int, torch.dtype]
+
+    @property
+    def changes_routed(self) -> bool:
+        """Whether its routed experts are not those of the source's that are left, as they were."""
+        return bool(self.experts or self.repaired)
 
     def __bool__(self) -> bool:
-        return bool(self.experts or any(self.shared) or self.attention or any(self.dense))
+        return bool(self.changes_routed or any(self.shared) or self.attention or any(self.dense))
 
 
 def plan_of_layer(blueprint: Blueprint, layer: int) -> LayerPlan:
@@ -150,7 +165,20 @@ def plan_of_layer(blueprint: Blueprint, layer: int) -> LayerPlan:
         shared=(bits.get("shared_expert", {}), bits.get("shared_expert down", {})),
         attention=bits.get("attention", {}),
         dense=(bits.get("dense_mlp", {}), bits.get("dense_mlp down", {})),
+        repaired=_repaired(blueprint, layer) if blueprint.plan.repaired else {},
     )
+
+
+def _repaired(blueprint: Blueprint, layer: int) -> dict[int, torch.dtype]:
+    """The experts of a layer that are repaired, see LayerPlan."""
+    return {
+        tensor.info.expert: torch.float32
+        if tensor.making == "packed"
+        else TORCH_DTYPES[tensor.info.dtype]
+        for tensor in blueprint.of_layer(layer)
+        if tensor.info.role == "down" and isinstance(tensor.info.expert, int)
+        if ExpertId(layer, tensor.info.expert) not in blueprint.plan.protected
+    }
 
 
 # ---------------------------------------------------------------------------------- past the layer
@@ -180,6 +208,7 @@ def compress_layer(
     refines = recipe.quantization.refine is not None
     before = streams.source if refines else leading(streams.source, WITNESS_TOKENS)
     source, behind = _source_side(models.source, layer, module, before)
+    whole = models.source.run_layer(layer, module, streams.result) if plan.repaired else None
     if not models.are_one:
         del module  # one layer in memory
         module = models.reduced.load_layer(layer)
@@ -190,10 +219,11 @@ def compress_layer(
         module=module,
         plan=plan,
         before=streams.result,
-        watch=_Watch(compared, runs_experts=not plan.experts),
+        watch=_Watch(compared, runs_experts=not plan.changes_routed),
         scheme=blueprint.plan.scheme,
         recipe=recipe,
         wanted=behind if refines else None,
+        whole=whole,
         put=put,
     )
     made = _quantize_layer(turn)
@@ -263,6 +293,7 @@ class _Turn:
     before  what comes into it, of each batch
     watch   sees it run once attention and dense MLP are quantised
     wanted  what should come out of it, if the recipe refines
+    whole   what comes out of the source's layer for `before`, if the plan repairs
     put     takes packed matrices on the rank that made them
     """
 
@@ -274,6 +305,7 @@ class _Turn:
     scheme: Scheme
     recipe: Recipe
     wanted: Sequence[States] | None
+    whole: Sequence[States] | None
     put: Callable[[Packed], None]
 
     def put_once(self, packed: Packed) -> None:
@@ -299,8 +331,8 @@ def _quantize_layer(turn: _Turn) -> Made:
         turn.put_once(tensors)
         shared = [record]
         # the first run had the shared expert of the source
-        made.result = turn.run(_without_experts() if turn.plan.experts else None)
-    if turn.plan.experts:
+        made.result = turn.run(_without_experts() if turn.plan.changes_routed else None)
+    if turn.plan.changes_routed:
         _quantize_routed(turn, made)
     made.experts += shared
     return made
@@ -323,27 +355,35 @@ def _quantize_plain(turn: _Turn) -> Made:
 
 
 def _quantize_routed(turn: _Turn, made: Made) -> None:
-    """Quantise the routed experts, and add what they do to what is `made` of the layer so far,
-    without them.
+    """Repair and quantise the routed experts, and add what they do to what is `made` of the layer
+    so far, without them.
 
-    Raises RecipeError if they are to be refined and what they put out is not added as it is.
+    Raises RecipeError if they are to be refined or repaired, and what they put out is not added as
+    it is.
     """
     model, module, layer, watch = turn.model, turn.module, turn.plan.layer, turn.watch
-    aim = None
-    if turn.wanted is not None:
-        if not model.adds_routed(module, layer, turn.before):
+    experts, others, aim, repair = model.layer_experts(module), hidden_of(made.result), None, None
+    for key, states in (("quantization.refine", turn.wanted), ("policy.repair", turn.whole)):
+        if states is not None and not model.adds_routed(module, layer, turn.before):
             raise RecipeError(
-                f"quantization.refine: layer {layer} does not add what its routed experts put out "
-                "to its states as it is; leave it out for this model"
+                f"{key}: layer {layer} does not add what its routed experts put out to its states "
+                "as it is; leave it out for this model"
             )
-        states = hidden_of(turn.wanted), hidden_of(made.result)
-        aim = aim_of(watch.hidden, watch.experts, watch.weights, *states)
+    if turn.wanted is not None:
+        aim = aim_of(watch.hidden, watch.experts, watch.weights, hidden_of(turn.wanted), others)
+    if turn.whole is not None:
+        output = watch.summed(experts.each(partial(outputs_of, watch), ranks=model.ranks))
+        repair = repair_of(
+            layer, hidden_of(turn.whole), others, output, turn.plan.repaired, watch.store
+        )
+    alone = aim is None and repair is None
     done = quantize_experts(
-        model.source.weight_of, model.layer_experts(module), watch, turn.plan.experts,
-        turn.scheme, turn.recipe, turn.put if aim is None else turn.put_once, aim, model.ranks,
+        model.source.weight_of, experts, watch, turn.plan.experts, turn.scheme, turn.recipe,
+        turn.put if alone else turn.put_once, aim, model.ranks, repair,
     )  # fmt: skip
     made.experts += done.records
     made.refined = done.refined
+    made.repaired = repair.record if repair else None
     made.result = model.add_routed(layer, module, turn.before, made.result, done.output)
 
 

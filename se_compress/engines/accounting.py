@@ -42,8 +42,8 @@ def _account_tensors(
     blueprint: Blueprint, found: Mapping[str, TensorInfo], records: Sequence[LayerRecord]
 ) -> Check:
     """Every slot of the plan is there with its dtype and shape, unchanged tensors are the source's
-    own bytes, packed ones are what was written, made ones have the values that surgery gives them,
-    and there is nothing else."""
+    own bytes, packed and repaired ones are what was written, made ones have the values that surgery
+    gives them, and there is nothing else."""
     gate, tensors = GATES["tensors_accounted"], blueprint.tensors.values()
     known = _known(blueprint, found, records)
     problems = [f"{name} is not planned" for name in found if name not in blueprint.slots]
@@ -51,8 +51,8 @@ def _account_tensors(
         misfits = [*filter(None, (_misfit(slot, found.get(slot.name)) for slot in tensor.stored))]
         problems += misfits or _changes(tensor, known)
     share = 1.0 - len(problems) / max(len(blueprint.slots), 1)
-    packed = [slot.name for tensor in blueprint.packed() for slot in tensor.stored]
-    unknown = sum(name not in known.written for name in packed)
+    new = [t for t in tensors if t.making in ("packed", "repaired")]
+    unknown = sum(slot.name not in known.written for t in new for slot in t.stored)
     detail = "; ".join([*leading(problems), *_not_compared(unknown)])
     return Check(gate.name, max(share, 0.0), gate.limit, not problems, detail)
 
@@ -121,7 +121,7 @@ def _changes(tensor: PlannedTensor, known: _Known) -> list[str]:
         for slot in tensor.stored
         if slot.name in written and digest_on_disk(found[slot.name]) != written[slot.name]
     ]
-    if changed or tensor.making == "packed" or name in known.trained:
+    if changed or tensor.making in ("packed", "repaired") or name in known.trained:
         return changed
     if tensor.making == "copied":
         same = same_bytes(tensor.info, found[name])
@@ -141,7 +141,7 @@ def _not_compared(count: int) -> tuple[str, ...]:
     """What the account cannot say of tensors without a digest."""
     if not count:
         return ()
-    return (f"not compared: {count} packed tensors, no digests of them were found",)
+    return (f"not compared: {count} tensors that were made here, no digests of them were found",)
 
 
 def is_complete(blueprint: Blueprint, found: Mapping[str, TensorInfo]) -> bool:

@@ -9,7 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from se_compress.artifacts import SOURCE_BITS, CompressionPlan, ModelSource, TensorInfo
+from se_compress.artifacts import (
+    SOURCE_BITS,
+    CompressionPlan,
+    ExpertId,
+    ModelSource,
+    TensorInfo,
+)
 from se_compress.engines.adapting import adapted
 from se_compress.engines.targets import engine_name, packed_parts, rules_of, stored_bytes
 from se_compress.formats import UNQUANTISED, Making, PlannedTensor
@@ -148,9 +154,19 @@ def _planned(info: TensorInfo, name: str, plan: CompressionPlan) -> PlannedTenso
     bits = plan.bits_of(info)
     size = stored_bytes(info, bits, plan.scheme)
     if bits == SOURCE_BITS:
-        return PlannedTensor(info, name, bits, _making(info), size)
+        making = "repaired" if _is_repaired(info, plan) else _making(info)
+        return PlannedTensor(info, name, bits, making, size)
     parts = packed_parts(info.shape, bits, plan.scheme)
     return PlannedTensor(info, name, bits, "packed", size, parts)
+
+
+def _is_repaired(info: TensorInfo, plan: CompressionPlan) -> bool:
+    """Whether a weight that keeps its precision is solved anew; not of protected experts."""
+    if not plan.repaired or info.kind != "expert" or info.role != "down":
+        return False
+    assert info.layer is not None
+    assert info.expert is not None
+    return ExpertId(info.layer, info.expert) not in plan.protected
 
 
 def _making(info: TensorInfo) -> Making:

@@ -7,7 +7,7 @@ from typing import Literal
 from se_compress.artifacts import TensorInfo
 from se_compress.opening.headers import Slot
 
-Making = Literal["copied", "decoded", "made", "packed"]
+Making = Literal["copied", "decoded", "made", "packed", "repaired"]
 # A part of a stored matrix: suffix, safetensors dtype, shape.
 StoredPart = tuple[str, str, tuple[int, ...]]
 
@@ -20,7 +20,8 @@ class PlannedTensor:
     name        its name in the result, before it is taken apart into stored parts
     bits        its width; SOURCE_BITS for the source's own precision
     making      copied: the source's own bytes; decoded: those of a source that codes its weights
-                (decoding.py); made: by surgery, or a bias of zero (splice.py); packed: quantised
+                (decoding.py); made: by surgery, or a bias of zero (splice.py); packed: quantised;
+                repaired: solved anew where experts went (compression/repair.py)
     size_bytes  of all that is stored of it
     parts       what a packed matrix is taken apart into; of any other nothing
     live        its name in the live model, where engines may look settings up by that and not by

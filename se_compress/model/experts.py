@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from se_compress.artifacts import ALONE, Ranks, Role
-from se_compress.model.observers import Observer
+from se_compress.model.observers import Observer, RoutingCapture
 from se_compress.model.routing import padded, rows_by_expert
 from se_compress.model.store import IN_MEMORY, Store
 from se_compress.running.ranks import exchange, owners
@@ -347,6 +347,14 @@ def _run_expert(
             observer.expert(expert, rows, seen, out, weights)
         outputs.append(out)
     return outputs
+
+
+def outputs_of(capture: RoutingCapture, block: RoutedExperts) -> Iterator[tuple[int, Tensor]]:
+    """The experts of a block as they are, with their outputs [n, H] for the rows routed to them."""
+    for expert in block.ids:
+        rows, _ = capture.rows_of(expert)
+        if len(rows):
+            yield expert, block.whole_output(expert, capture.hidden.index_select(0, rows))
 
 
 # What the routed experts of a layer put out, [N, H], for the hidden states, the chosen experts and

@@ -48,6 +48,8 @@ def make_plan(
     plan = _plan(task)
     if profile is not None and plan.protected and recipe.policy.protect != ALL_BUT:
         plan = replace(plan, rescued=rescued(plan, _plan(replace(task, protected={}))))
+    if recipe.policy.repair:
+        plan = replace(plan, repaired=True)
     said = (*protection_notes(plan, profile, recipe), *cautions_of(plan, source, profile))
     return plan.noting((task.terms.note, *said) if task.terms.note else said)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from se_compress.artifacts import ExpertStats, LayerStats, RunOptions
-from se_compress.model.experts import RoutedExperts
+from se_compress.model.experts import RoutedExperts, outputs_of
 from se_compress.model.observers import Observer, RoutingCapture
 from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
@@ -92,10 +92,7 @@ def _rounded_output(
 
     def work(block: RoutedExperts) -> Iterator[tuple[int, Tensor]]:
         _round(block, capture, grid)
-        for expert in block.ids:
-            rows, _ = capture.rows_of(expert)
-            if len(rows):
-                yield expert, block.whole_output(expert, capture.hidden.index_select(0, rows))
+        yield from outputs_of(capture, block)
 
     return capture.summed(model.layer_experts(module).each(work, ranks=model.ranks))
 

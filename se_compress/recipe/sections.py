@@ -122,6 +122,9 @@ class Policy(Section):
                      list of experts. Those of a layer and the one that is most like them (as
                      `merge` finds it) become their average, each in its place; nothing is
                      renumbered
+    repair           true: experts that `prune` or `merge` leaves make up for those that went. Their
+                     down_proj is solved anew by least squares, on calibration text, for what the
+                     source's layer puts out; protected ones stay as they are
     zero_seed        of the draw of random experts: seeds that follow each other draw no expert
                      twice until all were drawn
     """
@@ -141,6 +144,7 @@ class Policy(Section):
         None
     )
     average: Literal["super-experts"] | tuple[ExpertName, ...] | None = None
+    repair: bool = False
     zero_seed: Seed = 0
 
     @field_validator("protect", "zero", "average", mode="before")
@@ -181,6 +185,8 @@ class Policy(Section):
     def _one_surgery(self) -> "Policy":
         if sum(bool(rule) for rule in (self.prune, self.merge, self.zero, self.average)) > 1:
             raise ValueError("give one of prune, merge, zero and average")
+        if self.repair and not (self.prune or self.merge):
+            raise ValueError("repair is for what prune or merge leaves, and neither is given")
         if self.prune and self.prune.fraction == "auto" and self.size is None:
             raise ValueError("prune.fraction is auto, which needs size, the budget it is to meet")
         return self
@@ -341,9 +347,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _enough_to_refine(self) -> "Recipe":
         samples = self.calibration.samples
-        given = {"quantization.refine": self.quantization.refine, "distill": self.distill}
-        for key, section in given.items():
-            if section is not None and samples < LEAST_TO_REFINE:
+        given = {
+            "policy.repair": self.policy.repair,
+            "quantization.refine": self.quantization.refine,
+            "distill": self.distill,
+        }
+        for key, wanted in given.items():
+            if wanted and samples < LEAST_TO_REFINE:
                 raise ValueError(
                     f"{key} sets some calibration samples apart: calibration.samples is "
                     f"{samples}, {LEAST_TO_REFINE} or more are needed"

@@ -194,9 +194,12 @@ def _compress(sizes: _Sizes, tokens: int) -> Footprint:
     # inputs of down of the whole block, and those of one expert on their way there
     seen = rows * (experts * inner + TAKING * (2 * hidden + 3 * inner)) * sizes.item
     witness = 2 * sizes.stream(min(tokens, WITNESS_TOKENS))
+    states = _states(sizes, tokens)
+    if sizes.recipe.policy.repair:  # what the source's layer makes of them, what is missing of it
+        states += sizes.stream(tokens) + sizes.sums(tokens)
     return Footprint(
         stage="compress",
-        states=sizes.scattered(_states(sizes, tokens), SCATTERED_SOLVING) + witness,
+        states=sizes.scattered(states, SCATTERED_SOLVING) + witness,
         layer=sizes.rest + sizes.words,
         work=max(blocks + int(solving + seen), sizes.batch(text.sequence_length, text.samples)),
     )
