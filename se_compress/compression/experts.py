@@ -14,7 +14,7 @@ they have. Only refining has all experts of the layer in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from torch import Tensor
@@ -39,11 +39,13 @@ from se_compress.compression.stacks import (
     StackInputs,
     check_moments,
     filled_hessian,
+    filled_rows,
     pack_in_place,
     packed_members,
     replace_members,
     second_moment,
     stack_inputs,
+    stack_rows,
 )
 from se_compress.formats import FORMATS
 from se_compress.model.experts import LayerExperts, RoutedExperts
@@ -58,8 +60,8 @@ from se_compress.recipe import Recipe, Refine
 BLOCK_EXPERTS = {"cpu": 8, "cuda": 16}
 BLOCK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 # Tokens of the layer that stand for "all tokens" when a rarely hit expert's down_proj is
-# calibrated.
-LAYER_TOKENS = 4096
+# calibrated; and when all that has to be known is how strong its inputs are.
+LAYER_TOKENS, POWER_TOKENS = 4096, 512
 DOWN: Mapping[Role, slice] = {"down": slice(None)}
 NameOf = Callable[[ExpertId, Role], str]
 # An expert with its record, if it is quantised, and its outputs [n, H] for the rows routed to it.
@@ -118,10 +120,20 @@ class _Work:
         """Every expert is calibrated on all tokens of the layer."""
         return self.recipe.calibration.routing == "all"
 
+    @property
+    def rounds(self) -> bool:
+        """Rounding to nearest looks at how strong inputs are, and not at how they go together."""
+        return self.recipe.quantization.method == "rtn"
+
     @cached_property
     def layer_mean(self) -> Tensor:
         """[H, H]: the second moment of all tokens of the layer; worked out if somebody asks."""
         return second_moment(self.capture.hidden)
+
+    def thinned(self, most: int) -> Tensor:
+        """At most about so many tokens of the layer, evenly, [n, H]: they stand for all."""
+        hidden = self.capture.hidden
+        return hidden[:: max(1, len(hidden) // most)]
 
 
 def quantize_experts(
@@ -349,14 +361,18 @@ def _gate_up_inputs(work: _Work, members: Sequence[int]) -> StackInputs:
     them."""
     capture, enough = work.capture, work.recipe.quantization.shrinkage
     if work.everyone:
-        count = len(members)
-        return StackInputs(work.layer_mean[None], [len(capture.hidden)] * count, [0.0] * count)
-    hessians = []
-    for expert in members:
-        rows, _ = capture.rows_of(expert)
-        seen = capture.hidden.index_select(0, rows)
-        hessians.append(filled_hessian(seen, lambda: work.layer_mean, enough))
-    return stack_inputs(hessians)
+        count, tokens = len(members), len(capture.hidden)
+        if work.rounds:
+            one = stack_rows([filled_rows(capture.hidden, _nothing, 0.0)])
+            return replace(one, tokens=[tokens] * count, prior_share=[0.0] * count)
+        return StackInputs(work.layer_mean[None], [tokens] * count, [0.0] * count)
+    seen = [capture.hidden.index_select(0, capture.rows_of(expert)[0]) for expert in members]
+    if work.rounds:
+        some = partial(work.thinned, POWER_TOKENS)
+        return stack_rows([filled_rows(inputs, some, enough) for inputs in seen])
+    return stack_inputs(
+        [filled_hessian(inputs, lambda: work.layer_mean, enough) for inputs in seen]
+    )
 
 
 def _down_inputs(
@@ -364,22 +380,29 @@ def _down_inputs(
 ) -> tuple[StackInputs, list[Tensor]]:
     """What down of each member sees; beside it, what `_inner` gives for the tokens routed to it."""
     capture, enough = work.capture, work.recipe.quantization.shrinkage
-    # "all tokens" of the prior, evenly thinned out
-    some = capture.hidden[:: max(1, len(capture.hidden) // LAYER_TOKENS)]
-    hessians, kept = [], []
+    # "all tokens" of the prior
+    some = work.thinned(POWER_TOKENS if work.rounds else LAYER_TOKENS)
+    moments, kept = [], []
     for expert in members:
         rows, _ = capture.rows_of(expert)
         inner = _inner(capture, block, expert, work.everyone)
         seen = inner if work.everyone else inner[: len(rows)]
-        prior = partial(_down_prior, block, expert, some)
-        hessians.append(filled_hessian(seen, prior, enough))
+        prior = partial(block.inner, expert, some)
+        if work.rounds:
+            moments.append(filled_rows(seen, prior, enough))
+        else:
+            moments.append(filled_hessian(seen, partial(_moment_of, prior), enough))
         kept.append(inner.index_select(0, rows) if work.everyone else inner)
-    return stack_inputs(hessians), kept
+    return (stack_rows if work.rounds else stack_inputs)(moments), kept
 
 
-def _down_prior(experts: RoutedExperts, expert: int, hidden: Tensor) -> Tensor:
-    """[I, I]: what down of an expert would see on average if hidden [n, H] were routed to it."""
-    return second_moment(experts.inner(expert, hidden))
+def _moment_of(inputs: Callable[[], Tensor]) -> Tensor:
+    """[I, I]: what down of an expert would see on average if some tokens were routed to it."""
+    return second_moment(inputs())
+
+
+def _nothing() -> Tensor:
+    raise RuntimeError("all tokens of a layer need no prior; this is a bug")
 
 
 def _inner(

@@ -9,7 +9,7 @@ up with the layer's own, see `filled_hessian`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 
 import torch
 from torch import Tensor
@@ -35,14 +35,25 @@ BELOW_GRID = f"all weights are below half the least scale of engines, {SMALLEST_
 class StackInputs:
     """Hessians of a stack of matrices, and how they came about.
 
-    hessian      [E, C, C] float32, mean of x x'; or [1, C, C] if all see the same
+    hessian      [E, C, C] float32, mean of x x'; or [1, C, C] if all see the same; with `rows`
+                 their diagonals, [E, C] or [1, C]
     tokens       [E] tokens that each saw
     prior_share  [E] share of the layer's Hessian in its own
+    rows         float32 [m, C] of each member, or of all, whose x x' have the Hessian for their
+                 sum: for a method that does not need it itself, which takes longer
     """
 
     hessian: Tensor
     tokens: list[int]
     prior_share: list[float]
+    rows: Sequence[Tensor] = ()
+
+
+def stack_rows(members: Sequence[tuple[Tensor, int, float]]) -> StackInputs:
+    """The same from what `filled_rows` gave."""
+    rows, tokens, shares = zip(*members, strict=True)
+    diagonals = torch.stack([each.square().sum(0) for each in rows])
+    return StackInputs(diagonals, list(tokens), list(shares), rows)
 
 
 def stack_inputs(members: Sequence[tuple[Tensor, int, float]]) -> StackInputs:
@@ -78,13 +89,30 @@ def filled_hessian(
     return hessian, tokens, max(0.0, 1.0 - tokens / needed)
 
 
+def filled_rows(
+    inputs: Tensor, prior: Callable[[], Tensor], enough: float
+) -> tuple[Tensor, int, float]:
+    """The same as rows [m, C] float32, whose x x' have that mean for their sum.
+
+    prior   gives rows [n, C] of what the expert would see if all tokens of the layer went to it
+    """
+    tokens, columns = inputs.shape
+    own = min(1.0, tokens / max(1, ceil(enough * columns)))
+    rows = inputs.float() * sqrt(own / max(1, tokens))
+    if own < 1.0:
+        others = prior().float()
+        rows = torch.cat([rows, others * sqrt((1.0 - own) / max(1, len(others)))])
+    return rows, tokens, 1.0 - own
+
+
 def check_moments(hessian: Tensor, names: Sequence[str]) -> None:
-    """Raises SourceError if a Hessian [E, C, C] is not finite: float32 did not hold a square.
+    """Raises SourceError if a Hessian [E, C, C], or a diagonal [E, C], is not finite: float32 did
+    not hold a square.
 
     Hidden states are seen to be finite after every layer. What overflows is therefore the source's
     own, within a layer.
     """
-    finite = hessian.sum(dim=(1, 2)).isfinite().tolist()
+    finite = hessian.flatten(1).sum(dim=1).isfinite().tolist()
     if not all(finite):
         raise SourceError(
             f"{names[finite.index(False)]}: its inputs on the calibration text are so large that "
@@ -143,7 +171,11 @@ def replace_members(
     """
     if bits == SOURCE_BITS:
         return None
-    solved = solve_stack(live[members].float(), inputs.hessian, grid_of(bits, scheme), rule)
+    weight, grid = live[members].float(), grid_of(bits, scheme)
+    if inputs.rows:
+        solved = round_stack(weight, inputs, grid, rule)
+    else:
+        solved = solve_stack(weight, inputs.hessian, grid, rule)
     live[members] = dequantize(solved.stack).to(live.dtype)
     return solved
 
@@ -177,6 +209,19 @@ def solve_stack(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization)
     for member in result.unfactorable:
         fallback[member] = NOT_FACTORED
     return SolvedStack(result.stack, result.error.tolist(), list(result.damping), fallback)
+
+
+def round_stack(weight: Tensor, inputs: StackInputs, grid: Grid, rule: Quantization) -> SolvedStack:
+    """Round a stack [E, R, C] float32 to the nearest codes, with inputs that have `rows`."""
+    power = inputs.hessian.expand(len(weight), -1)
+    stack = rtn(weight, grid, power if rule.scales == "activation" else None)
+    change = dequantize(stack) - weight
+    of_each = inputs.rows if len(inputs.rows) > 1 else [*inputs.rows] * len(weight)
+    error = [
+        float((seen @ lost.T).norm() / (seen @ whole.T).norm().clamp(min=1e-30))
+        for seen, lost, whole in zip(of_each, change, weight, strict=True)
+    ]
+    return SolvedStack(stack, error, [0.0] * len(weight), _below_grid(weight))
 
 
 def _below_grid(weight: Tensor) -> list[str]:

@@ -19,6 +19,7 @@ from se_compress.artifacts import ExpertIndex, ProjectionGroup
 from se_compress.model.experts import RoutedExperts
 from se_compress.model.observers import RoutingCapture
 from se_compress.quant.grid import Grid, dequantize, rtn
+from se_compress.quant.hessian import mean_square
 
 # Tokens per expert on which the loss of rounding is measured; the strongest ones are always among
 # them.
@@ -188,8 +189,3 @@ def _some(importance: Tensor, count: int, strongest: int) -> _Some:
 def _loss(sample: _Sample, error: Tensor, tokens: int) -> float:
     """What an error [n, H] of an expert's output costs, mean over all `tokens` of the layer."""
     return float((error.square().sum(dim=1) * sample.factor).sum() / tokens)
-
-
-def mean_square(inputs: Tensor) -> Tensor:
-    """Mean square of each column of inputs [n, C], float32 [C]; zeros for no input."""
-    return inputs.float().square().sum(dim=0) / max(1, len(inputs))

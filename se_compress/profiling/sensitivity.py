@@ -19,8 +19,8 @@ from se_compress.model.observers import Observer, RoutingCapture
 from se_compress.model.states import States, batches_of, hidden_of
 from se_compress.model.streaming import StreamedModel
 from se_compress.profiling.divergence import mean_divergence
-from se_compress.profiling.losses import mean_square
 from se_compress.quant.grid import Grid, dequantize, rtn
+from se_compress.quant.hessian import mean_square
 from se_compress.recipe import Recipe
 
 # What a layer's error costs is measured on so many tokens, at this width of all its experts. Not at

@@ -45,6 +45,12 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor) -> None:
         hessian[b:, a:b] = hessian[a:b, b:].T
 
 
+def mean_square(inputs: Tensor) -> Tensor:
+    """Mean square of each column of inputs [n, C], float32 [C]; zeros for no input. The diagonal of
+    their Hessian."""
+    return inputs.float().square().sum(dim=0) / max(1, len(inputs))
+
+
 def shrink_towards(hessian: Tensor, tokens: int, prior: Tensor, minimum_tokens: int) -> Tensor:
     """a hessian + (1 - a) prior, a = min(1, tokens / minimum_tokens): for experts that saw little.
 
