@@ -103,14 +103,17 @@ def permuted_heads(model: Model, dice: random.Random) -> Changes | None:
     return {name: torch.cat([parts[1], parts[0], *parts[2:]])}
 
 
-def shifted_router(model: Model, dice: random.Random) -> Changes:
+def shifted_router(model: Model, dice: random.Random) -> Changes | None:
+    """No damage where all rows are alike: smollm2-mixtral sends each token to all experts."""
     layer = dice.choice(model.source.moe_layers)
     name = next(
         info.name
         for info in model.source.tensors.values()
         if info.kind == "router" and info.layer == layer and len(info.shape) == 2
     )
-    return {name: model.read(name).roll(1, dims=0)}
+    rows = model.read(name)
+    shifted = rows.roll(1, dims=0)
+    return None if torch.equal(shifted, rows) else {name: shifted}
 
 
 def memorised(model: Model, dice: random.Random) -> Changes | None:
