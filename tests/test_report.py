@@ -28,6 +28,7 @@ from se_compress.artifacts import (
     LinearRecord,
     OtherDecision,
     RefineRecord,
+    RepairRecord,
     Scheme,
     ValidationReport,
 )
@@ -566,6 +567,20 @@ def test_card_keeps_foreign_text_as_text() -> None:
     assert "<script" not in body
     assert "a\\|b &lt;script&gt;" in body
     assert "# \\`a\\`" in body
+
+
+def test_repairing_is_told() -> None:
+    validation = example_validation()
+    records = tuple(
+        replace(record, repaired=RepairRecord(3, 4, 0.06, 0.05 if record.layer % 2 else 0.04))
+        for record in validation.records
+    )
+    text = render(validation=replace(validation, records=records)).text
+    count = len(records)
+    assert f"{count} layers repaired" in text
+    assert f"{3 * count} of the {4 * count} experts that surgery left" in text
+    assert "from 6 % to 4.5 %" in text
+    assert "repaired" not in render().text
 
 
 def test_refining_is_told_with_the_layers_where_it_was_undone() -> None:

@@ -138,6 +138,7 @@ def _remarkable(
         "linears": sorted(linears, key=lambda record: (-record.error, record.name)),
         "linear_fallbacks": _by_reason((r.name, r.fallback) for r in linears),
         "damped_linears": [r.name for r in linears if r.damping > limit],
+        "repaired": [record for record in validation.records if record.repaired],
         "refined": [record for record in validation.records if record.refined],
         "distilled": [n for record in validation.records for n in record.distilled or ()],
         "unpacked": [other.name for other in plan.others if other.bits == 16],
