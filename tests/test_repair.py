@@ -3,6 +3,7 @@ and a result that is quantised afterwards gains too."""
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from se_compress.errors import RecipeError
 from se_compress.model.experts import RoutedExperts
 from se_compress.model.observers import RoutingCapture
 from se_compress.opening.headers import read_headers
+from se_compress.planning.check import check_plan
+from se_compress.planning.policy import make_plan
 from se_compress.validation.validator import validate
 
 TinyModel = Callable[[str], Path]
@@ -261,6 +264,14 @@ def test_the_keys_are_checked(tiny_model: TinyModel) -> None:
     few = {"data": "unused.txt", "samples": 4}
     with pytest.raises(RecipeError, match=r"policy\.repair sets some calibration samples apart"):
         recipe(path, calibration=few, policy={"prune": {"fraction": 0.25}, "repair": True})
+
+
+def test_a_plan_that_has_nothing_to_repair_is_refused(both: tuple[Made, Made]) -> None:
+    settings = settings_of(both[0].source.path)
+    whole = replace(make_plan(both[0].source, None, settings), repaired=True)
+    with pytest.raises(RecipeError, match=r"p\.json: repaired is true, but no expert is pruned"):
+        check_plan(whole, both[0].source, "p.json")
+    assert check_plan(both[1].plan, both[1].source, "p.json") == both[1].plan
 
 
 def test_a_plan_says_it(both: tuple[Made, Made]) -> None:

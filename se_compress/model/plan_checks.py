@@ -24,6 +24,10 @@ def check_structure(source: ModelSource, plan: CompressionPlan, where: str) -> N
                 f"{where}: expert {decision.id} cannot be the object of {decision.action}; a "
                 "shared expert stays"
             )
+    if plan.repaired and not any(d.action in ("prune", "merge") for d in plan.experts):
+        raise RecipeError(
+            f"{where}: repaired is true, but no expert is pruned or merged; leave it out"
+        )
     _check_merged(source, plan, where)
     _check_averaged(plan, where)
     _check_counts(source, plan, where)
