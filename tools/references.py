@@ -136,7 +136,7 @@ def _default(field: FieldInfo) -> str:
         return "needed"
     if isinstance(value, BaseModel):
         return "as below"
-    if value is None or value == () or value == {}:
+    if value is None or value in ("", ()) or value == {}:
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -18,8 +18,12 @@ def short_table() -> str:
     lines += [_short(rows) for rows in _alike() if rows[0].widths]
     plain = [rules for rules in TARGETS if not rules.widths]
     names = ", ".join(f"`{rules.target}`" for rules in plain)
+    proofs: dict[str, list[str]] = {}
+    for rules in plain:
+        proofs.setdefault(_proof([rules]), []).append(f"`{rules.target}`")
+    shown = "; ".join(f"{', '.join(whose)}: {proof}" for proof, whose in proofs.items())
     lines.append(f"| {names} | `method: none`: the source's own precision, pruned or merged | | | |"
-                 f" {_proof(plain)} |")  # fmt: skip
+                 f" {shown} |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -64,8 +68,9 @@ def _full(rules: TargetRules) -> Iterator[str]:
     yield f"* {rules.versions}; {_proof([rules])}"
     if rules.widths:
         zeros = "with zero points or without" if rules.asymmetric else "without zero points"
-        sizes = ", ".join("a row" if size == -1 else str(size) for size in rules.group_sizes)
-        yield f"* a width for each {_differs(rules)}; groups of {sizes}; {zeros}"
+        sizes = ", ".join("a whole row" if size == -1 else str(size) for size in rules.group_sizes)
+        one = "one width for all experts" if rules.granularity == "model" else ""
+        yield f"* {one or f'a width for each {_differs(rules)}'}; groups of {sizes}; {zeros}"
     yield from (f"* {_need(need)}" for need in rules.needs)
     yield f"* {rules.source}\n"
 

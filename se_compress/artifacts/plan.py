@@ -44,8 +44,8 @@ class ExpertDecision:
     action      keep, quantize, prune, merge, zero or average: the experts of a layer that have it
                 become their average, each in its own place
     reason      why, in a sentence
-    bits        width of gate_proj and up_proj, SOURCE_BITS for the source's own precision; None for
-                a pruned expert
+    bits        width of gate_proj and up_proj, 16 for the source's own precision; None for a pruned
+                expert
     down_bits   width of down_proj where it is another one
     becomes     its index in the result where experts of its layer go; None: as before
     share       its weight in the average, for merge and average: those that become one add up to 1
@@ -75,7 +75,7 @@ class OtherDecision:
     """The width of a linear that belongs to no expert (attention, dense MLP).
 
     name    of its weight, as in the source
-    bits    SOURCE_BITS for the source's own precision
+    bits    16 for the source's own precision
     reason  why, in a sentence
     """
 
@@ -118,7 +118,7 @@ class CompressionPlan:
     profile_digest    of the profile it was made from; "" without one
     notes             what a reader has to know, a sentence each
     experts           one line an expert, shared ones included
-    others            linears of attention and dense MLPs; those without a line keep SOURCE_BITS
+    others            linears of attention and dense MLPs; those without a line stay as they are
     rescued           the protected experts to which protection made a difference; none without a
                       profile
     repaired          true: the experts that are left make up for those that went, but for the

@@ -111,8 +111,9 @@ class Policy(Section):
     size             budget for all tensor data of the checkpoint, in bytes or written as 9GB or
                      4.5GiB; not together with `bits_per_weight`
     other_bits       attention, dense MLP, shared experts (those that can be packed); 16 keeps them
-    lift_layers      leave to keep a whole layer at `protected_bits` for the protected expert in it,
-                     where the target loads one width per layer
+    lift_layers      where the target loads one width per layer, true: a whole layer gets
+                     `protected_bits` for the protected expert in it; false: the run stops there and
+                     says what that would cost
     prune            leave experts out; one of `prune`, `merge`, `zero` and `average` at most
     merge            make one expert of several
     zero             the experiment of arXiv:2507.23279: down_proj of these experts set to zero,
@@ -244,8 +245,8 @@ class Quantization(Section):
 
     method        gptq: rounding errors are made good in later columns; rtn: to the nearest;
                   bitsandbytes: its blocks of nf4, fp4 or int8; none: nothing is quantised
-    format        of the file; auto: the first one of the target (targets.py) that holds the rest
-                  and loads this type of model
+    format        of the file; auto: the first one of the target (in recipes/TARGETS.md) that holds
+                  these widths, groups and zero points, and loads this type of model
     group_size    input columns that share a scale; -1 means one scale per row
     symmetric     false: each group has a zero point of its own
     act_order     order in which gptq rounds columns. static: those with larger activations first;
