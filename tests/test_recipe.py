@@ -235,10 +235,14 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
             "float16",
             "compute_dtype is 'float16': input should be 'float32' or 'bfloat16'",
         ),
-        ("calibration", 3, "calibration is 3: a mapping of keys is needed"),
-        ("policy", None, "policy is None: a mapping of keys is needed"),
+        ("calibration", 3, "calibration is 3: a mapping of keys is needed, such as {data: ...}"),
+        ("policy", None, "policy is None: a mapping of keys is needed, such as {protect: ...}"),
         ("calibration.data", [], "calibration.data: at least one source of text is needed"),
-        ("calibration.data", [3], "calibration.data.0 is 3: a mapping of keys is needed"),
+        (
+            "calibration.data",
+            [3],
+            "calibration.data.0 is 3: a mapping of keys is needed, such as {data: ...}",
+        ),
         ("calibration.data", {"split": "x"}, "calibration.data.0.data is missing"),
         (
             "calibration.samples",
@@ -283,7 +287,11 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
         ),
         ("policy.protect", "all", f"policy.protect: 'all' {PROTECT}"),
         ("policy.protect", True, f"policy.protect: True {PROTECT}"),
-        ("policy.protect", [3], "policy.protect.0 is 3: a mapping of keys is needed"),
+        (
+            "policy.protect",
+            [3],
+            "policy.protect.0 is 3: a mapping of keys is needed, such as {layer: ...}",
+        ),
         ("policy.protect", [{"layer": 1}], "policy.protect.0.expert is missing"),
         (
             "policy.protect",
@@ -351,7 +359,17 @@ SIZE = "is not a size; write for instance 9GB or 4.5GiB"
             float("nan"),
             "validation.kl_divergence is nan: input should be greater than 0",
         ),
-        ("validation.generation", 5, "validation.generation is 5: a mapping of keys is needed"),
+        (
+            "validation.domains",
+            {"samples": 5},
+            "validation.domains.samples is 5: a mapping of keys is needed, such as "
+            "{perplexity_increase: ...}",
+        ),
+        (
+            "validation.generation",
+            5,
+            "validation.generation is 5: a mapping of keys is needed, such as {prompts: ...}",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_accepted(
@@ -568,7 +586,10 @@ NAME = "a name is made of letters, digits, _ and -, such as naive"
             {"variants": {"a": {"policy": {"bits": 7}}}},
             "variants.a.policy.bits.0 is 7: input should be 2, 3, 4, 5, 6, 8 or 16",
         ),
-        ({"variants": {"a": {"policy": 3}}}, "variants.a.policy is 3: a mapping of keys is needed"),
+        (
+            {"variants": {"a": {"policy": 3}}},
+            "variants.a.policy is 3: a mapping of keys is needed, such as {protect: ...}",
+        ),
         ({"variants": {"a": {"output": "b"}}}, f"variants.a.output: {SAME}"),
         ({"variants": {"a": {"require": []}}}, f"variants.a.require: {SAME}"),
         ({"variants": {"a": {"validation": {"data": "c"}}}}, f"variants.a.validation.data: {SAME}"),

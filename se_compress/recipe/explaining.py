@@ -34,7 +34,11 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] == "model_type":
-        return f"{path} is {brief(problem['input'])}: a mapping of keys is needed"
+        first = _known_keys([part for part in problem["loc"] if isinstance(part, str)])[0]
+        return (
+            f"{path} is {brief(problem['input'])}: a mapping of keys is needed, such as "
+            f"{{{first}: ...}}"
+        )
     # A union has one problem for each of its branches.
     accepted = [_lower_first(other["msg"]) for other in problems if _path(other) == path]
     return f"{path} is {brief(problem['input'])}: {' or '.join(accepted)}"
@@ -71,10 +75,11 @@ def _known_keys(parents: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for parent in parents:
         if parent not in section.model_fields:
-            continue  # the name of a domain, whose keys those of `section` are
+            continue  # a domain, whose keys those of `section` are, or the branch of a union
         annotation = section.model_fields[parent].annotation
         candidates = [annotation, *(a for arg in get_args(annotation) for a in _leaves(arg))]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        sections = (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        section = next(sections, section)  # a domain may have the name of a key
     return list(section.model_fields)
 
 
