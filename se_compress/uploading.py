@@ -25,7 +25,7 @@ def check_hub(repository: str) -> None:
     if "/" not in repository:
         raise RecipeError(f"{where}: write it as owner/name")
     if constants.is_offline_mode():
-        raise RecipeError(f"{where}: HF_HUB_OFFLINE is set")
+        raise RecipeError(f"{where}: HF_HUB_OFFLINE is set; unset it to upload")
     try:
         HfApi().whoami()
     except LocalTokenNotFoundError:
