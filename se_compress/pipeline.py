@@ -68,7 +68,13 @@ from se_compress.running.run_directory import (
     locked,
     prepare,
 )
-from se_compress.text.overlap import cautions, cautions_before, domain_cautions, text_records
+from se_compress.text.overlap import (
+    cautions,
+    cautions_before,
+    domain_cautions,
+    missing_text,
+    text_records,
+)
 
 if TYPE_CHECKING:
     from se_compress.validation.validator import Original
@@ -280,7 +286,10 @@ def _preview(request: Request, source: ModelSource) -> Preview:
     fitting = (p for p in profiles if p.source_digest == source.digest and wanted <= p.widths)
     profile = next(fitting, None)
     plan = _plan(source, profile, request)
-    cautions = (*cautions_before(request.recipe), *domain_cautions(plan, request.recipe))
+    recipe = request.recipe
+    cautions = (
+        *missing_text(recipe), *cautions_before(recipe), *domain_cautions(plan, recipe)
+    )  # fmt: skip
     serving = tuple(one.sentence for one in serving_of(plan, request.recipe.output))
     text = request.recipe.calibration
     token_count = text.samples * text.sequence_length

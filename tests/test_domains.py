@@ -306,6 +306,13 @@ def test_a_pruned_result_judged_on_one_text_carries_a_caution(place: Path) -> No
     assert wanted in (ours / "report.html").read_text("utf-8")
 
 
+def test_two_names_for_one_text_are_no_two_domains(place: Path) -> None:
+    (caution,) = preview(request(place, {"prose": "prose.txt", "more": "prose.txt"})).cautions
+    assert "domains prose and more of validation.data are one text, prose.txt, so" in caution
+    columns = [{"data": "x/y", "column": name, "domain": name} for name in ("question", "answer")]
+    assert preview(request(place, columns)).cautions == ()
+
+
 def test_two_domains_need_no_caution_and_the_text_is_accounted_for(place: Path) -> None:
     domains = {"prose": "prose.txt", "code": {"data": "code.txt", "samples": 3}}
     asked = request(place, domains, {"code": "calibration.txt"})

@@ -7,7 +7,14 @@ import pytest
 import tiny
 
 from se_compress.recipe import Recipe
-from se_compress.text.overlap import RUN, cautions, cautions_before, common_sources, share_seen
+from se_compress.text.overlap import (
+    RUN,
+    cautions,
+    cautions_before,
+    common_sources,
+    missing_text,
+    share_seen,
+)
 
 
 def recipe(calibration: object, validation: object) -> Recipe:
@@ -50,6 +57,14 @@ def test_one_source_under_two_names(
     found = recipe(calibration, validation)
     assert common_sources(found) == common
     assert bool(cautions_before(found)) == bool(common)
+
+
+@pytest.mark.usefixtures("files")
+def test_a_file_that_is_not_there_is_told() -> None:
+    assert missing_text(recipe(["a.txt", "x/y"], {"prose": "copy.txt", "code": "link.txt"})) == ()
+    calibration, held_out = missing_text(recipe(["a.txt", "no.txt"], {"code": "no.jsonl"}))
+    assert calibration.startswith("calibration.data: no.txt does not exist; a run stops there")
+    assert held_out.startswith("validation.data: no.jsonl does not exist")
 
 
 def test_what_is_drawn_twice_is_measured() -> None:

@@ -8,11 +8,14 @@ merged model may not hold in another.
 import filecmp
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from se_compress.artifacts import CompressionPlan, TextRecord, digest_of
+from se_compress.errors import one_line
 from se_compress.recipe import DataSource, Recipe
 
+FILES = (".txt", ".jsonl", ".parquet")  # what ends so is a file, and no data set of the Hub
 RUN = 16  # tokens; shorter runs are phrases that any two texts share
 TOLD_SHARE = 0.01  # less is what two texts of one kind have in common: headings, licences
 Tokens = Sequence[Sequence[int]]
@@ -60,6 +63,17 @@ def cautions_before(recipe: Recipe) -> tuple[str, ...]:
             "tells how much of it is drawn for both",
         )
     return ()
+
+
+def missing_text(recipe: Recipe) -> tuple[str, ...]:
+    """Files of text that are not there: a dry run needs none of them, a run all."""
+    sections = {"calibration": recipe.calibration, "validation": recipe.validation}
+    return tuple(
+        f"{name}.data: {one_line(source.data)} does not exist; a run stops there with exit code 3"
+        for name, section in sections.items()
+        for source in section.data
+        if Path(source.data).suffix.lower() in FILES and not os.path.exists(source.data)
+    )
 
 
 def cautions(calibration: Tokens, held_out: Tokens | Mapping[str, Tokens]) -> tuple[str, ...]:
@@ -119,6 +133,21 @@ def text_records(
 
 
 def domain_cautions(plan: CompressionPlan, recipe: Recipe) -> tuple[str, ...]:
+    """What the domains of the held-out text cannot tell."""
+    return (*_twins(recipe), *_narrow(plan, recipe))
+
+
+def _twins(recipe: Recipe) -> Iterator[str]:
+    """Two names for one text make one domain of it."""
+    for one, other in combinations(recipe.validation.data, 2):
+        if one.domain != other.domain and one.column == other.column and _same(one, other):
+            yield (
+                f"caution: domains {one.domain} and {other.domain} of validation.data are one "
+                f"text, {one_line(other.data)}, so the second tells nothing new; give it other text"
+            )
+
+
+def _narrow(plan: CompressionPlan, recipe: Recipe) -> tuple[str, ...]:
     """What one domain cannot tell of a result that has fewer experts."""
     gone = {one.action for one in plan.experts} & {"prune", "merge"}
     if not gone or len(recipe.validation.domain_names) > 1:
