@@ -74,7 +74,8 @@ class Tracker:
 def begin(uri: str, recipe: Recipe) -> Tracker:
     """Begin a run with the recipe's settings as parameters.
 
-    Raises RecipeError without the extra, ResourceError if the server cannot be reached.
+    Raises RecipeError without the extra and for a URI that MLflow does not take, ResourceError if
+    the server cannot be reached.
     """
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -91,9 +92,20 @@ def begin(uri: str, recipe: Recipe) -> Tracker:
         _log_params(tracker, flatten(recipe))
         client.log_text(tracker.run, resolved(recipe), f"{OURS}/recipe-resolved.yaml")
     except (MlflowException, OSError) as error:
-        reason = shorten(" ".join(str(error).split()), 200)
-        raise ResourceError(f"--mlflow {uri}: cannot be used ({reason})") from None
+        raise _unusable(uri, error) from None
     return tracker
+
+
+def _unusable(uri: str, error: Exception) -> RecipeError | ResourceError:
+    """What is wrong with a URI, or with what it leads to."""
+    reason = shorten(" ".join(str(error).split()), 200)
+    if schemes := getattr(error, "supported_uri_schemes", None):
+        reason = (
+            f"MLflow takes {', '.join(filter(None, schemes))} here; a database such as sqlite "
+            "needs all of it: pip install mlflow"
+        )
+    wrong = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+    return (RecipeError if wrong else ResourceError)(f"--mlflow {uri}: cannot be used ({reason})")
 
 
 def experiment_id(client: Any, name: str = "") -> str:

@@ -88,6 +88,10 @@ def test_a_store_that_is_not_there_is_told_before_the_work(
     assert nobody.returncode == 5
     assert nobody.stderr.startswith("se-compress: --mlflow http://127.0.0.1:9: cannot be used (")
     assert not (tmp_path / "out").exists()
+    unknown = compress(tmp_path, "--mlflow", "nowhere://it")
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("se-compress: --mlflow nowhere://it: cannot be used (MLflow ")
+    assert "http, https here; a database such as sqlite needs all of it" in unknown.stderr
     refused = compress(tmp_path, "--mlflow", "x", "--dry-run")
     assert refused.returncode == 2
     assert "go with neither --dry-run nor --validate" in refused.stderr
