@@ -1099,7 +1099,7 @@ def test_damage_to_a_published_result_is_seen_by_validate(settled: Workplace) ->
         check = judged()
         assert check.passed, "one bit of one code changes no other gate"
         assert re.fullmatch(
-            r"not compared: \d+ packed tensors, no digests of them were found",
+            r"not compared: \d+ tensors that were made here, no digests of them were found",
             check.detail,
         )
 
