@@ -242,7 +242,9 @@ def test_records_without_digests_say_what_was_not_compared(
     check = result.validate(tmp_path / "old").check("tensors_accounted")
     count = sum(".layers.1.mlp.experts." in name for name in read_headers(result.directory))
     assert check.passed
-    assert check.detail == (f"not compared: {count} tensors that were made here, no digests of them were found")
+    assert check.detail == (
+        f"not compared: {count} tensors that were made here, no digests of them were found"
+    )
 
 
 @pytest.mark.parametrize("policy", [{"prune": {"fraction": 0.25}}, {"merge": {"fraction": 0.5}}])
