@@ -58,16 +58,28 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def settings_of(path: Path, bits: int = 3, surgery: str = "", **more: Any) -> Recipe:
+def settings_of(
+    path: Path,
+    bits: int = 3,
+    surgery: str = "",
+    tokens: list[list[int]] = TOKENS,
+    policy: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Recipe:
     quantization: dict[str, Any] = {"method": "rtn", "group_size": 32}
-    policy: dict[str, Any] = {"bits": [bits], "protect": "none", **CHANGES.get(surgery, {})}
     if bits == 16:
-        quantization, policy = {"method": "none"}, CHANGES.get(surgery, {}) | {"protect": "none"}
+        quantization = {"method": "none"}
+    widths = {"bits": [bits]} if bits != 16 else {}
+    policy = {**widths, "protect": "none", **CHANGES.get(surgery, {}), **(policy or {})}
     return recipe(
         path,
         target="transformers" if bits == 16 else "gptqmodel",
         policy=policy,
-        calibration={"data": "unused.txt", "samples": len(TOKENS), "sequence_length": 24},
+        calibration={
+            "data": "unused.txt",
+            "samples": len(tokens),
+            "sequence_length": len(tokens[0]),
+        },
         **{"quantization": quantization, **more},
     )
 

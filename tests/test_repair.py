@@ -2,7 +2,7 @@
 and a result that is quantised afterwards gains too."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,31 +25,18 @@ from se_compress.model.observers import RoutingCapture
 from se_compress.opening.headers import read_headers
 from se_compress.planning.check import check_plan
 from se_compress.planning.policy import make_plan
+from se_compress.recipe import Recipe
 from se_compress.validation.validator import validate
 
 TinyModel = Callable[[str], Path]
 TOKENS = random_tokens(96, 48)
-SURGERY: Mapping[str, Mapping[str, Any]] = {
-    "prune": {"prune": {"fraction": 0.25}},
-    "merge": {"merge": {"fraction": 0.25}},
-}
 GPTQ = {"method": "gptq", "group_size": 32}
 
 
-def repaired(path: Path, surgery: str = "prune", bits: int = 16, **more: Any) -> Any:
+def repaired(path: Path, surgery: str = "prune", bits: int = 16, **more: Any) -> Recipe:
     """A recipe with repair, widths and sections as given."""
-    policy = {**SURGERY[surgery], "repair": True, **more.pop("policy", {})}
-    if bits != 16:
-        policy |= {"bits": [bits], "protect": "none"}
-    quantization: dict[str, Any] = {"method": "rtn", "group_size": 32}
-    if bits == 16:
-        quantization = {"method": "none"}
-    return recipe(
-        path,
-        target="transformers" if bits == 16 else "gptqmodel",
-        calibration={"data": "unused.txt", "samples": len(TOKENS), "sequence_length": 48},
-        **{"policy": policy, "quantization": quantization, **more},
-    )
+    policy = {"repair": True, **more.pop("policy", {})}
+    return settings_of(path, bits, surgery, TOKENS, policy, **more)
 
 
 class Alike:

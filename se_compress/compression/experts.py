@@ -209,10 +209,10 @@ def _repair(work: _Work, block: RoutedExperts) -> None:
     if work.repair is None:
         return
     repair_block(block, work.capture, work.repair)
-    for expert, dtype in work.repair.stored.items():
+    for expert in filter(work.repair.stored.get, block.ids):
         decision = work.decisions.get(expert)
-        if expert in block.ids and (decision is None or decision.bits_of("down") == SOURCE_BITS):
-            down = block.down_proj[block.place(expert)].to(dtype)
+        if decision is None or decision.bits_of("down") == SOURCE_BITS:
+            down = block.down_proj[block.place(expert)].to(work.repair.stored[expert])
             work.put({work.name_of(ExpertId(work.repair.layer, expert), "down"): {"weight": down}})
 
 

@@ -9,6 +9,7 @@ up with the layer's own, see `filled_hessian`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, sqrt
 
 import torch
@@ -192,11 +193,8 @@ def solve_stack(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization)
     weight [E, R, C] float32; hessian [E, C, C], or [1, C, C] if all see the same.
     """
     if rule.method == "rtn":
-        moments = hessian.diagonal(dim1=1, dim2=2).expand(len(weight), -1)
-        stack = rtn(weight, grid, moments if rule.scales == "activation" else None)
-        lost, whole = (output_energy(w, hessian) for w in (dequantize(stack) - weight, weight))
-        error = (lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt().tolist()
-        return SolvedStack(stack, error, [0.0] * len(weight), _below_grid(weight))
+        power = hessian.diagonal(dim1=1, dim2=2)
+        return _rounded(weight, power, grid, rule, partial(output_energy, hessian=hessian))
     result = gptq(
         weight,
         hessian,
@@ -213,14 +211,31 @@ def solve_stack(weight: Tensor, hessian: Tensor, grid: Grid, rule: Quantization)
 
 def round_stack(weight: Tensor, inputs: StackInputs, grid: Grid, rule: Quantization) -> SolvedStack:
     """Round a stack [E, R, C] float32 to the nearest codes, with inputs that have `rows`."""
-    power = inputs.hessian.expand(len(weight), -1)
-    stack = rtn(weight, grid, power if rule.scales == "activation" else None)
-    change = dequantize(stack) - weight
     of_each = inputs.rows if len(inputs.rows) > 1 else [*inputs.rows] * len(weight)
-    error = [
-        float((seen @ lost.T).norm() / (seen @ whole.T).norm().clamp(min=1e-30))
-        for seen, lost, whole in zip(of_each, change, weight, strict=True)
-    ]
+
+    def energy(weights: Tensor) -> Tensor:
+        pairs = zip(of_each, weights, strict=True)
+        return torch.stack([(seen @ one.T).square().sum() for seen, one in pairs])
+
+    return _rounded(weight, inputs.hessian, grid, rule, energy)
+
+
+def _rounded(
+    weight: Tensor,
+    power: Tensor,
+    grid: Grid,
+    rule: Quantization,
+    energy: Callable[[Tensor], Tensor],
+) -> SolvedStack:
+    """A stack [E, R, C] float32, rounded to the nearest codes.
+
+    power   mean square of each input, [E, C], or [1, C] if all see the same
+    energy  gives the output energy [E] of weights
+    """
+    moments = power.expand(len(weight), -1)
+    stack = rtn(weight, grid, moments if rule.scales == "activation" else None)
+    lost, whole = (energy(weights) for weights in (dequantize(stack) - weight, weight))
+    error = (lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt().tolist()
     return SolvedStack(stack, error, [0.0] * len(weight), _below_grid(weight))
 
 
