@@ -14,7 +14,9 @@ embedding and head are no part of what is asked here. A run is the command line 
 own, from profile to published result, but for the reload (vLLM is asked for it, which is not
 installed); one thread. Memory is anonymous memory, looked at every 20 ms (processes.py), beside
 what the run said before it began that it would take. --most is the memory, in GB, at which a run is
-ended and said to be too large.
+ended and said to be too large. --under is a command that runs each process, e.g. `cgexec -g
+memory:two`, a control group with 2.2 GB for all that the kernel counts: generation keeps layers as
+the free memory allows.
 """
 
 import argparse
@@ -80,7 +82,7 @@ def main() -> None:
     for part in options.parts.split(","):
         cases = GROWTH if part == "growth" else {part: LARGE[part]}
         for name, case in cases.items():
-            _keep(work, name, run(name, case, work, options.most * 1e9, options.keep))
+            _keep(work, name, run(name, case, work, options))
     text = report(found_in(work))
     print(text)
     if not options.dry:
@@ -92,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parts", default="qwen3,deepseek,growth")
     parser.add_argument("--work", default=str(ROOT / "out" / "scale"))
     parser.add_argument("--most", type=float, default=14.0, help="GB at which a run is ended")
+    parser.add_argument("--under", default="", help="a command that runs each process")
     parser.add_argument("--keep", action="store_true", help="models and results stay")
     parser.add_argument("--dry", action="store_true", help="RESULTS.md stays as it is")
     return parser.parse_args()
@@ -100,7 +103,7 @@ def _options() -> argparse.Namespace:
 # ------------------------------------------------------------------------------------- measurements
 
 
-def run(name: str, case: Case, work: Path, most: float, keep: bool) -> dict[str, Any]:
+def run(name: str, case: Case, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Make a model, run the case, and return what was seen."""
     place = work / name.replace(" ", "-")
     model = write_model(case.shape, place / "model")
@@ -117,13 +120,14 @@ def run(name: str, case: Case, work: Path, most: float, keep: bool) -> dict[str,
         quantization={"method": case.method, "group_size": 128},
     )
     file = write_recipe(place / "recipe.yaml", recipe)
-    seen = watched(command(0, file, "--json"), int(most))
+    words = [*options.under.split(), *command(0, file, "--json")]
+    seen = watched(words, int(options.most * 1e9))
     made = (output / "config.json").exists()
-    if not keep:
+    if not options.keep:
         shutil.rmtree(model)
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(place / "out.partial", ignore_errors=True)
-    found = {**asdict(seen), "stated": stated(seen), "made": made}
+    found = {**asdict(seen), "stated": stated(seen), "made": made, "under": options.under}
     print(name, json.dumps({**found, "said": seen.said[-3:]}), flush=True)
     return found
 
@@ -174,6 +178,7 @@ def _large_row(name: str, case: Case, seen: Mapping[str, Any]) -> str:
     config = case.shape.config
     said = "-" if seen["stated"] is None else f"{seen['stated'] / 1e9:.2f} GB"
     stages = ", ".join(f"{one} {size / 1e9:.2f}" for one, size in seen["by_stage"].items())
+    under = f" (`{seen['under']}`)" if seen["under"] else ""
     ended = "" if seen["made"] else f" (ended with {seen['code']})"
     cells = [
         f"{name}: hidden {config['hidden_size']}, experts of {config['moe_intermediate_size']}, "
@@ -181,7 +186,7 @@ def _large_row(name: str, case: Case, seen: Mapping[str, Any]) -> str:
         str(case.shape.experts),
         str(case.tokens),
         f"{case.method}, {case.dtype}",
-        f"{seen['peak'] / 1e9:.2f} GB{ended}",
+        f"{seen['peak'] / 1e9:.2f} GB{under}{ended}",
         said,
         f"{case.allowed / 1e9:.0f} GB",
         stages,
