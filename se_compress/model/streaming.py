@@ -7,9 +7,8 @@ over all batches and dropped. What its routed experts are given is kept; then th
 block at a time (experts.py), and what they put out is added. So memory holds the rest of one layer,
 a block or two, and the hidden states, whatever the size of the model.
 
-What happens inside a layer is told to an observer: of experts by the blocks, of routing through the
-experts function that transformers lets one register, of attention through its attention functions
-(attention.py), of plain MLPs through hooks.
+What happens inside a layer is told to an observer: of routed experts by the blocks, of all else by
+the parts of the layer while it runs (hooks.py).
 
 Batches hold sequences of equal length and no padding.
 
@@ -19,7 +18,7 @@ of `States`, one a batch, in the model's dtype, on its device.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, cast
@@ -27,26 +26,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from se_compress.artifacts import ALONE, ExpertId, ModelSource, Ranks
-from se_compress.model.attention import watched_attention
+from se_compress.artifacts import ALONE, ModelSource, Ranks
 from se_compress.model.binding import bind_source, check_bound, experts_modules, meta_model
 from se_compress.model.checkpoint import Reader
 from se_compress.model.experts import (
     Given,
     LayerExperts,
-    Routed,
-    dense_hook,
     experts_forward,
     run_experts,
-    shared_hooks,
 )
+from se_compress.model.hooks import plain_hooks, told
 from se_compress.model.live import Lookup, Weights
 from se_compress.model.observers import Kept, Notes, Observer, RoutingCapture, tell
 from se_compress.model.own_experts import run_experts_by
 from se_compress.model.standins import Pass, StandIn, run_until
 from se_compress.model.states import States
 from se_compress.model.store import IN_MEMORY, Store
-from se_compress.opening.families import FAMILIES, Family
 from se_compress.running.ranks import spread
 
 # What our experts function is called in transformers' table.
@@ -84,7 +79,6 @@ class StreamedModel:
     _heads: list[nn.Module] = field(default_factory=list)  # the meta head, and once for each user
 
     def __post_init__(self) -> None:
-        self.family: Family = FAMILIES[self.source.family].at(self.source.prefix)
         where = str(self.source.path / "config.json")
         model = meta_model(self.source.config, where=where, dtype=self.dtype)
         run_experts_by(model, IMPLEMENTATION, experts_forward)
@@ -247,7 +241,8 @@ class StreamedModel:
 
         def work(job: _Job) -> tuple[States, Kept]:
             notes = Notes(job.watching, job.batch)
-            with self._told(layer, module, notes, partial(_stand_in, notes, job.output)):
+            hooks = plain_hooks(self.source, self.linear_path, layer, module)
+            with told(module, notes, partial(_stand_in, notes, job.output), hooks):
                 after = job.states.behind(self._run(layer, module, job.states))
             return after, notes.kept
 
@@ -263,51 +258,6 @@ class StreamedModel:
 
         forward = partial(self.model, input_ids=states.tokens, use_cache=False)
         return run_until(self._running, layer, states.handed_on, work, forward)
-
-    @contextmanager
-    def _told(
-        self, layer: int, module: nn.Module, observer: Observer, routed: Routed
-    ) -> Iterator[None]:
-        """While this is entered, the parts of a layer report to the observer.
-
-        Attention finds it as an attribute, and routed experts `routed`. Plain MLPs (shared experts,
-        dense layers) have no interface for that and get hooks.
-        """
-        for child in module.modules():
-            child.observer = observer  # type: ignore[assignment]
-            child.routed = routed  # type: ignore[assignment]
-        hooks = [part.register_forward_hook(hook) for part, hook in self._hooks(layer, module)]
-        watched: AbstractContextManager[None] = nullcontext()
-        if observer.wants_attention:
-            watched = watched_attention()
-        try:
-            with watched:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _hooks(self, layer: int, module: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """The hooks on the plain MLPs of a layer, with the modules they are for."""
-        if layer not in self.source.moe_layers:
-            return [(down, dense_hook) for down in self._dense_down(layer, module)]
-        shared = self.source.experts.get(ExpertId(layer, "shared"))
-        if shared is None:
-            return []
-        up, down = (module.get_submodule(self.linear_path(shared[r].name)) for r in ("up", "down"))
-        gate = self.family.shared_gate.format(layer=layer)
-        return shared_hooks(
-            up, down, module.get_submodule(self.linear_path(gate)) if gate else None
-        )
-
-    def _dense_down(self, layer: int, module: nn.Module) -> list[nn.Module]:
-        """The down_proj of a layer's dense MLP; none if it has no MLP."""
-        paths = {
-            self.linear_path(name)
-            for name, info in self.source.tensors.items()
-            if info.layer == layer and info.kind == "dense_mlp" and len(info.shape) == 2
-        }
-        return [part for path, part in module.named_modules() if path in paths][-1:]
 
     # -- routed outputs that are computed outside of the layer
 
