@@ -37,6 +37,7 @@ from se_compress.profile_mode import profile_only
 from se_compress.recipe import read_recipe, recipe_of
 from se_compress.request import Outcome, Request
 from se_compress.running.faults import foreseen
+from se_compress.running.memory import give_back_at_once
 from se_compress.running.places import profiled
 from se_compress.running.ranks import RankLost, dismiss, follow, join, leads, local_device
 from se_compress.screen import Screen, surviving
@@ -213,6 +214,8 @@ def _options(
     here = local_device(found) if ranks.count > 1 else found
     if states_in is not None and here != "cpu":
         raise RecipeError("--hidden-states: goes with --device cpu only")
+    if states_in is not None:
+        give_back_at_once()
     return RunOptions(device=here, progress=progress, ranks=ranks, states_in=states_in)
 
 

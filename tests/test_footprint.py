@@ -88,3 +88,18 @@ def test_it_is_what_a_run_takes(tmp_path: Path, policy: Mapping[str, Any]) -> No
         shutil.rmtree(tmp_path / "out")
     assert hashes[0] == hashes[1]
     assert list(there.iterdir()) == []
+
+
+def test_what_lies_in_files_costs_no_memory(tmp_path: Path) -> None:
+    """Four times the tokens: a run without what they cost in memory."""
+    model = synthetic.write_model(WIDE, tmp_path / "model")
+    there, tokens = tmp_path / "states", 4 * SAMPLES * LENGTH
+    there.mkdir()
+    settings = processes.recipe_of(model, tmp_path / "out", 4 * SAMPLES, LENGTH)
+    file = processes.write_recipe(tmp_path / "recipe.yaml", settings)
+    words = ("--profile", "--hidden-states", str(there))
+    seen = processes.watched(processes.command(0, file, *words))
+    assert seen.code == 0, seen.said[-1:]
+    profile, *_ = footprints(open_source(str(model)), load_recipe(file), tokens, on_disk=True)
+    size = footprint.LIBRARIES + profile.size_bytes
+    assert size == pytest.approx(seen.by_stage["profile"], rel=0.2), (profile, seen.by_stage)

@@ -28,6 +28,7 @@ COMMON_SHARE = 0.5
 NGRAM = 4
 # The end of a continuation is a loop if it says the same at least so often, in so many tokens.
 LOOP_REPEATS, LOOP_TOKENS = 3, 12
+PIECE_ROWS = 4096  # looked at together: no second copy of all hidden states is made
 BOOTSTRAP_DRAWS = 1000
 LEAST_SEQUENCES = 5  # resampling fewer says nothing
 
@@ -86,7 +87,8 @@ def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> flo
 
 def overflows(states: Tensor) -> bool:
     """Whether a vector of `states` [..., C] has a NaN or a size whose square leaves float32."""
-    return not bool(states.float().square().sum(dim=-1).isfinite().all())
+    pieces = states.reshape(-1, states.shape[-1]).split(PIECE_ROWS)
+    return not all(bool(p.float().square().sum(dim=-1).isfinite().all()) for p in pieces)
 
 
 def peak_of(states: Sequence[Tensor]) -> float:

@@ -27,9 +27,9 @@ PIECE_TOKENS, WITNESS_TOKENS = 256, 1024
 # Hessians, solved; rows of an expert, on their way through it, in profiling and in solving.
 ROUNDING, SOLVING, RUNNING, TAKING = 3.0, 2.0, 1.0, 2.4
 # The C library keeps what is freed below this size, in pieces that states do not fit into again:
-# what they take then in profiling and in solving, as a multiple of what they are. On their way to
-# files they leave such pieces too.
-KEPT_BYTES, SCATTERED, SCATTERED_SOLVING, SCATTERED_ON_DISK = 2**25, 1.75, 1.25, 0.35
+# what they take then in profiling and in solving, as a multiple of what they are. Where they lie in
+# files it keeps nothing (memory.give_back_at_once).
+KEPT_BYTES, SCATTERED, SCATTERED_SOLVING = 2**25, 1.75, 1.25
 # Probabilities that attention holds at once, of all heads, in float32.
 PROBABILITIES = 3
 
@@ -121,10 +121,10 @@ class _Sizes:
 
     def scattered(self, size: float, factor: float) -> int:
         """Bytes of memory that tensors of a batch take which are `size` bytes together."""
-        kept = RunOptions().batch_tokens * self.hidden * self.item < KEPT_BYTES
         if self.on_disk:
-            return int(size * SCATTERED_ON_DISK) if kept else 0
-        return int(size * (factor if kept else 1.0))
+            return 0
+        one = RunOptions().batch_tokens * self.hidden * self.item
+        return int(size * (factor if one < KEPT_BYTES else 1.0))
 
     def batch(self, length: int, samples: int) -> int:
         """Work on a batch, attention watched."""
