@@ -87,7 +87,7 @@ def relative_distance(result: Sequence[Tensor], source: Sequence[Tensor]) -> flo
 
 def overflows(states: Tensor) -> bool:
     """Whether a vector of `states` [..., C] has a NaN or a size whose square leaves float32."""
-    pieces = states.reshape(-1, states.shape[-1]).split(PIECE_ROWS)
+    pieces = torch.split(states.reshape(-1, states.shape[-1]), PIECE_ROWS)
     return not all(bool(p.float().square().sum(dim=-1).isfinite().all()) for p in pieces)
 
 
