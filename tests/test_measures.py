@@ -13,7 +13,6 @@ from se_compress.model.measures import (
     cross_entropy,
     distinct,
     find_loop,
-    gain_spread,
     is_massive,
     kl_divergence,
     massive_elements,
@@ -21,11 +20,11 @@ from se_compress.model.measures import (
     median_of,
     peak_of,
     relative_distance,
+    row_products,
     sink_decay,
     sink_mass,
     sink_rate,
     sink_token_change,
-    weight_cosine,
 )
 
 
@@ -207,7 +206,8 @@ def test_weights_are_compared_as_vectors_and_row_by_row() -> None:
     old[2] = 0.0  # a row that has no direction, and counts for nothing
     dot = sum(float(a * b) for a, b in zip(old.flatten(), new.flatten(), strict=True))
     sizes = [math.sqrt(sum(float(a) ** 2 for a in x.flatten())) for x in (old, new)]
-    assert weight_cosine(old, new) == pytest.approx(dot / (sizes[0] * sizes[1]), rel=1e-5)
+    found = row_products(old, new)
+    assert found.cosine == pytest.approx(dot / (sizes[0] * sizes[1]), rel=1e-5)
     gains = [
         sum(float(a * b) for a, b in zip(r, s, strict=True)) / sum(float(a) ** 2 for a in r)
         for i, (r, s) in enumerate(zip(old, new, strict=True))
@@ -215,7 +215,9 @@ def test_weights_are_compared_as_vectors_and_row_by_row() -> None:
     ]
     mean = sum(gains) / len(gains)
     spread = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / len(gains))
-    assert gain_spread(old, new) == pytest.approx(spread, rel=1e-5)
-    assert weight_cosine(torch.zeros(2, 2), torch.ones(2, 2)) is None
-    assert weight_cosine(torch.ones(2, 2), torch.zeros(2, 2)) == 0
-    assert gain_spread(torch.zeros(2, 2), torch.ones(2, 2)) == 0
+    assert found.gain_spread == pytest.approx(spread, rel=1e-5)
+    assert [found.source_norm, found.result_norm] == pytest.approx(sizes, rel=1e-5)
+    zeros, ones = torch.zeros(2, 2), torch.ones(2, 2)
+    assert row_products(zeros, ones).cosine is None
+    assert row_products(ones, zeros).cosine == 0
+    assert row_products(zeros, ones).gain_spread == 0

@@ -7,6 +7,7 @@ measured in float32; those of a pair are cut alike. Tensors in, numbers out.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -254,23 +255,48 @@ def find_loop(tokens: Sequence[int]) -> Loop | None:
     return None
 
 
-def weight_cosine(source: Tensor, result: Tensor) -> float | None:
-    """Cosine between two matrices [R, C], taken as vectors; None if the source's is zero.
+@dataclass(frozen=True)
+class RowProducts:
+    """What two matrices [R, C] have of each other, row by row: <source, source>, <result, source>
+    and <result, result>, float32 [R] each."""
 
-    What was quantised keeps its direction. What belongs elsewhere is at a right angle.
-    """
-    size = float(source.norm())
-    if size == 0:
-        return None
-    return float((source * result).sum()) / (size * max(float(result.norm()), 1e-30))
+    source: Tensor
+    both: Tensor
+    result: Tensor
+
+    @property
+    def source_norm(self) -> float:
+        """Frobenius."""
+        return float(self.source.sum().sqrt())
+
+    @property
+    def result_norm(self) -> float:
+        """Frobenius."""
+        return float(self.result.sum().sqrt())
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine between the two, taken as vectors; None if the source's is zero.
+
+        What was quantised keeps its direction. What belongs elsewhere is at a right angle.
+        """
+        if self.source_norm == 0:
+            return None
+        return float(self.both.sum()) / (self.source_norm * max(self.result_norm, 1e-30))
+
+    @property
+    def gain_spread(self) -> float:
+        """Standard deviation over rows of <result, source> / <source, source>.
+
+        Rounding leaves every row its size; a scale that belongs to another row does not. Rows where
+        the source is zero are left out.
+        """
+        gain = (self.both / self.source)[self.source > 0]
+        return float(gain.std(correction=0)) if len(gain) else 0.0
 
 
-def gain_spread(source: Tensor, result: Tensor) -> float:
-    """Standard deviation over rows of <result, source> / <source, source>, of matrices [R, C].
-
-    Rounding leaves every row its size; a scale that belongs to another row does not. Rows where
-    the source is zero are left out.
-    """
-    energy = source.square().sum(1)
-    gain = (source * result).sum(1)[energy > 0] / energy[energy > 0]
-    return float(gain.std(correction=0)) if len(gain) else 0.0
+def row_products(source: Tensor, result: Tensor) -> RowProducts:
+    """Of matrices [R, C] float32, without a copy of either."""
+    rule = "rc,rc->r"
+    pairs = ((source, source), (result, source), (result, result))
+    return RowProducts(*(torch.einsum(rule, one, other) for one, other in pairs))

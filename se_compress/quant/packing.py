@@ -13,6 +13,7 @@ Two families of layouts: down the columns (`pack_qweight`: GPTQ, auto-round) and
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,15 @@ class Codes(NamedTuple):
 
     def dequantized(self) -> Tensor:
         """float32 [R, C], bit for bit (code - zero) * scale."""
-        steps = self.codes.float() - self.zeros.float()[:, self.group]
-        return steps * self.scales.float()[:, self.group]
+        columns, (rows, groups) = self.codes.shape[1], self.scales.shape
+        width = -(-columns // groups)
+        even = _in_order(columns, width, self.group.device)
+        if columns != width * groups or not torch.equal(self.group, even):
+            steps = self.codes.float() - self.zeros.float()[:, self.group]
+            return steps * self.scales.float()[:, self.group]
+        # groups that lie in order need no gather, which takes several times as long
+        in_groups = self.codes.view(rows, groups, width).float()
+        return in_groups.sub_(self.zeros[..., None]).mul_(self.scales[..., None]).flatten(1)
 
 
 def pack_qweight(
@@ -112,7 +120,12 @@ def _even_groups(columns: int, scales: Tensor) -> Tensor:
     groups = scales.shape[1]
     if columns % groups:
         raise ValueError(f"{columns} columns do not make {groups} equal groups")
-    return torch.arange(columns, device=scales.device) // (columns // groups)
+    return _in_order(columns, columns // groups, scales.device)
+
+
+def _in_order(columns: int, width: int, device: torch.device) -> Tensor:
+    """int64 [C]: the group of each column where groups of `width` lie in order."""
+    return torch.arange(columns, device=device) // width
 
 
 def _exactly(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,6 +138,10 @@ def _exactly(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _pack(values: Tensor, bits: int) -> Tensor:
     """uint8 [N, K] to int32 [N, K*bits/32], along the last axis."""
+    if 8 % bits == 0:  # whole values in each byte, of which the first is a word's lowest
+        octets = values.to(torch.uint8).reshape(len(values), -1, 8 // bits)
+        places = (octets[..., at] << at * bits for at in range(8 // bits))
+        return reduce(torch.bitwise_or, places).contiguous().view(torch.int32)
     run, words = _run(bits)
     runs = values.to(torch.int64).reshape(len(values), -1, run)
     first = torch.arange(run, device=values.device) * bits
@@ -141,6 +158,10 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     """int32 [N, W] to uint8 [N, W*32/bits]."""
+    if 8 % bits == 0:  # whole values in each byte, of which the first is a word's lowest
+        octets = packed.contiguous().view(torch.uint8)[..., None]
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return torch.bitwise_right_shift(octets, shifts).bitwise_and_(2**bits - 1).flatten(-2)
     run, words = _run(bits)
     runs = (packed.to(torch.int64) & (2**WORD - 1)).reshape(len(packed), -1, words)
     first = torch.arange(run, device=packed.device) * bits

@@ -135,7 +135,9 @@ def _judge_stored(
     if reload:
         engine = recipe.validation.reload.engine
         reloaded = _reload(stored, original.tokens, recipe, options, engine)
-    weights = weight_checks(stored.changed, stored.intended, stored.read, recipe.validation)
+    weights = weight_checks(
+        stored.changed, stored.intended, stored.read, recipe.validation, options
+    )
     tasks, answers = _tasks(original, stored, recipe.validation, options)
     source = original.model.source
     text = text_check(source, stored.on_disk.directory)
@@ -204,7 +206,7 @@ def judge(
     result = stream(run_as or source, read, recipe, options)
     judged = _judge_behaviour(original, result, None, recipe.validation, options)
     intended = intended or original.model.read
-    weights = weight_checks(source.tensors.values(), intended, read, recipe.validation)
+    weights = weight_checks(source.tensors.values(), intended, read, recipe.validation, options)
     return replace(judged, checks=(*judged.checks, *weights))
 
 

@@ -8,9 +8,9 @@ from statistics import median
 
 from torch import Tensor
 
-from se_compress.artifacts import Check, TensorInfo
+from se_compress.artifacts import Check, RunOptions, TensorInfo
 from se_compress.model.checkpoint import Reader
-from se_compress.model.measures import gain_spread, weight_cosine
+from se_compress.model.measures import row_products
 from se_compress.recipe import Validation
 from se_compress.validation.checks import judged, sortable
 
@@ -33,16 +33,22 @@ class _Matrix:
 
 
 def weight_checks(
-    changed: Iterable[TensorInfo], intended: Reader, read: Reader, validation: Validation
+    changed: Iterable[TensorInfo],
+    intended: Reader,
+    read: Reader,
+    validation: Validation,
+    options: RunOptions,
 ) -> tuple[Check, Check]:
     """Every matrix that may have changed, beside what it was made from. One that was next to
     nothing and still is has lost nothing, whatever its direction: the grid, whose least scale is
     that of float16, may round it to zero."""
-    matrices = [
-        _compare_matrix(info, intended(info.name).float(), read(info.name).float())
-        for info in changed
-        if len(info.shape) == 2
-    ]
+    compared = [info for info in changed if len(info.shape) == 2]
+    matrices = []
+    for done, info in enumerate(compared):
+        options.progress("weights", done, len(compared))
+        before, after = intended(info.name).float(), read(info.name).float()
+        matrices.append(_compare_matrix(info, before, after))
+    options.progress("weights", len(compared), len(compared))
     usual = _usual_norms(matrices)
     large = [m for m in matrices if max(m.before, m.after) > NEGLIGIBLE * usual[m.kind]]
     left_out = sum(m.before > 0 for m in matrices) - sum(m.before > 0 for m in large)
@@ -70,12 +76,12 @@ def _gain_check(matrices: Iterable[_Matrix], validation: Validation) -> Check:
 
 
 def _compare_matrix(info: TensorInfo, before: Tensor, after: Tensor) -> _Matrix:
-    sizes = float(before.norm()), float(after.norm())
-    cosine = weight_cosine(before, after)
+    found = row_products(before, after)
+    cosine, sizes = found.cosine, (found.source_norm, found.result_norm)
     if cosine is None and sizes[1] > 0:
         cosine = 0.0  # something came out of nothing
     kind = info.name.removesuffix(".weight").rpartition(".")[2]
-    return _Matrix(info.name, info.layer, kind, cosine, gain_spread(before, after), *sizes)
+    return _Matrix(info.name, info.layer, kind, cosine, found.gain_spread, *sizes)
 
 
 def _usual_norms(matrices: Iterable[_Matrix]) -> dict[str, float]:
