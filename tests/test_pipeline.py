@@ -255,7 +255,8 @@ def test_every_stage_reports_its_progress(place: Workplace) -> None:
     options = RunOptions(progress=lambda *step: seen.append(step))
     place.run(options=options)
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
-    assert stages == ["profile", "sensitivity", "compress", "validate", "generate", "hash"]
+    named = "profile", "sensitivity", "compress", "validate", "generate", "weights", "hash"
+    assert stages == [*named]
     for stage in stages:
         steps = [(done, total) for name, done, total in seen if name == stage]
         assert steps == sorted(steps)
