@@ -159,7 +159,8 @@ class Screen:
         table.add_row("bits per expert weight", "16", f"{plan.bits_per_weight:.3f}")
         counts: dict[str, int] = {}
         for decision in plan.experts:
-            key = f"experts at {decision.bits} bits"
+            pruned = decision.bits is None
+            key = "experts pruned" if pruned else f"experts at {decision.bits} bits"
             if decision.down_bits is not None:
                 key += f", down_proj at {decision.down_bits}"
             counts[key] = counts.get(key, 0) + 1

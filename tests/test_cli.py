@@ -114,6 +114,9 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(settings: dict[str, Any], tmp_
     )
     quiet = run("r.yaml", "--dry-run", "--quiet", cwd=tmp_path, command=MODULE)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, f"{result}\n", "")
+    pruned = run("r.yaml", "--dry-run", "--set", "policy.prune.fraction=0.25", cwd=tmp_path)
+    assert "experts pruned" in pruned.stdout
+    assert "None" not in pruned.stdout
     assert sorted(tmp_path.iterdir()) == before
 
 
