@@ -44,6 +44,10 @@ def told(
     finally:
         for handle in handles:
             handle.remove()
+        # The module of routed experts is in a circle with what loads them, and stays until Python
+        # looks for such: what the observer has kept must not stay with it.
+        for child in module.modules():
+            del child.observer, child.routed
 
 
 def plain_hooks(
