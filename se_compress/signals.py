@@ -29,14 +29,13 @@ stopped = threading.Event()
 
 
 @dataclass
-class _Last:
-    """The last signal that was acted on, and when."""
+class _First:
+    """The signal that ends the run in order."""
 
     number: int = signal.SIGINT
-    at: float = -ONE_REQUEST_SECONDS
 
 
-_last = _Last()
+_first = _First()
 
 
 def listen(tell: Callable[[str, int], None]) -> None:
@@ -64,7 +63,7 @@ def ignore() -> None:
 
 def reason() -> tuple[str, int]:
     """What ended the run, for the user, and the exit code."""
-    return _reason(_last.number)
+    return _reason(_first.number)
 
 
 def _reason(number: int) -> tuple[str, int]:
@@ -88,10 +87,9 @@ def _hear(heard: int, tell: Callable[[str, int], None]) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    now = time.monotonic()
-    if now - _last.at < ONE_REQUEST_SECONDS:
+    if stopped.is_set():  # a second request is the thread's: two would say why
         return
-    _last.number, _last.at = number, now
+    _first.number = number
     stopped.set()
     raise KeyboardInterrupt
 
