@@ -212,9 +212,9 @@ def _options(
 ) -> RunOptions:
     ranks, found = join(), _device(device)
     here = local_device(found) if ranks.count > 1 else found
-    if states_in is not None and here != "cpu":
-        raise RecipeError("--hidden-states: goes with --device cpu only")
     if states_in is not None:
+        if here != "cpu":
+            raise RecipeError("--hidden-states: goes with --device cpu only")
         give_back_at_once()
     return RunOptions(device=here, progress=progress, ranks=ranks, states_in=states_in)
 

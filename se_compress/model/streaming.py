@@ -238,10 +238,10 @@ class StreamedModel:
         self, layer: int, module: nn.Module, jobs: Sequence["_Job"], ranks: Ranks
     ) -> Iterator[tuple[States, Kept]]:
         """The states behind a layer for each job, and what is to be told; the ranks take turns."""
+        hooks = plain_hooks(self.source, self.linear_path, layer, module)
 
         def work(job: _Job) -> tuple[States, Kept]:
             notes = Notes(job.watching, job.batch)
-            hooks = plain_hooks(self.source, self.linear_path, layer, module)
             with told(module, notes, partial(_stand_in, notes, job.output), hooks):
                 after = job.states.behind(self._run(layer, module, job.states))
             return after, notes.kept
